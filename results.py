@@ -1,0 +1,393 @@
+"""Runs and their files: the only module that knows file names inside a run directory.
+
+    outputs/<mode>/<model>-<dataset>-<protocol>-<probe>-<hash>/
+        config.yaml     the composed configuration            run.json       provenance and status
+        metrics.jsonl   a record per layer, seed and block    history.jsonl  losses per epoch and fit
+        layers.csv      the layer curve, means over seeds     checkpoints/   probes, best and last
+        log.txt         what the terminal showed              wandb/         the mirror (offline by default)
+
+The hash covers the configuration and the program's own code: the same command continues or reuses its directory, and a
+number is never taken over from other code. W&B is a mirror; these files are the truth.
+"""
+
+import contextlib
+import csv
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from errors import UserError
+
+ROOT = Path(__file__).parent
+# Settings that change where or how a run is carried out, never its numbers.
+_NOT_IN_HASH = ("debug", "resume", "output_dir", "wandb", "threads")
+_RECORD_KEY = ("kind", "name", "split", "layer", "seed", "question", "block", "epoch")
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write a file so that it appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    if isinstance(data, str):
+        data = data.encode()
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def code_digest() -> str:
+    """Digest of the program's own Python files: numbers of other code are never mixed with this one's."""
+    folders = [ROOT, *sorted(p for p in ROOT.iterdir() if p.is_dir() and p.name in ("datasets", "dense", "neco"))]
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.glob("*.py")):
+            if not path.name.startswith("conftest"):
+                digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def provenance() -> dict[str, Any]:
+    """What a number was made with: commit, dirty flag, versions, machine."""
+    import numpy
+    import timm
+    import torch
+    import torchvision
+
+    status = _git("status", "--porcelain")
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()).group(1)  # type: ignore[union-attr]
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
+        "code": code_digest(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "numpy": numpy.__version__,
+        "cpu": cpu,
+        "cpu_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+class Run:
+    """One execution: its directory, its records, its mirror.
+
+    Attributes:
+        dir: the run directory.
+        facts: what `run.json` holds; entries may add to it, it is written when the run ends.
+        reused: True when this directory already held this configuration (finished, failed or killed).
+    """
+
+    def __init__(self, directory: Path, identity: Mapping[str, Any], reused: bool) -> None:
+        self.dir = directory
+        self.identity = dict(identity)
+        self.facts: dict[str, Any] = {}
+        self.reused = reused
+        self.mirror: Any = None
+        self._log: IO[str] = open(directory / "log.txt", "a", encoding="utf-8")
+        self._files: dict[str, IO[str]] = {}
+        self._seen: dict[str, set[str]] = {}
+
+    def say(self, text: str) -> None:
+        """Print a line and keep it in log.txt."""
+        print(text, flush=True)
+        self._log.write(text + "\n")
+        self._log.flush()
+
+    def write(self, record: Mapping[str, Any], file: str = "metrics.jsonl") -> None:
+        """Append a record (one JSON line, flushed); a record already there from before a restart is not repeated."""
+        if file not in self._files:
+            path = self.dir / file
+            self._seen[file] = {_record_key(old) for old in read_records(path)} if path.exists() else set()
+            _drop_torn_line(path)
+            self._files[file] = open(path, "a", encoding="utf-8")
+        key = _record_key(record)
+        if key in self._seen[file]:
+            return
+        self._seen[file].add(key)
+        # Python writes NaN, which is not JSON: an undefined metric is null.
+        line = json.dumps(_jsonable({**self.identity, **record}), allow_nan=False)
+        self._files[file].write(line + "\n")
+        self._files[file].flush()
+
+    def mirror_curve(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Send the layer curve to W&B: one step per layer, one series per control, block and metric."""
+        if self.mirror is None:
+            return
+        steps: dict[int, dict[str, float]] = {}
+        for row in rows:
+            series = f"{row['name']}/{row['question']}/{row['block']}/{row['metric']}"
+            steps.setdefault(row["layer_index"], {})[series] = row["value"]
+        self.mirror.define_metric("layer_index")
+        self.mirror.define_metric("*", step_metric="layer_index")
+        for index in sorted(steps):
+            self.mirror.log({"layer_index": index, **steps[index]})
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in (*self._files.values(), self._log):
+            file.close()
+
+
+def _record_key(record: Mapping[str, Any]) -> str:
+    return json.dumps([record.get(key) for key in _RECORD_KEY])
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(v) for v in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl file; a last line torn by a kill is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut a half-written last line, so that the next record starts on a line of its own."""
+    if path.exists() and (data := path.read_bytes()) and not data.endswith(b"\n"):
+        write_atomically(path, data[: data.rfind(b"\n") + 1])
+
+
+def _choice(group: str, fallback: str) -> str:
+    """Name of the file chosen for a config group; outside a Hydra job the fallback."""
+    if HydraConfig.initialized():
+        return str(HydraConfig.get().runtime.choices.get(group) or fallback)
+    return fallback
+
+
+def identify(cfg: DictConfig) -> dict[str, str]:
+    """The names every record of a run carries."""
+    return {
+        "mode": cfg.mode,
+        "task": cfg.task or "",
+        "protocol": cfg.protocol.name,
+        "model": _choice("model", str(cfg.model.name)),
+        "dataset": _choice("dataset", str(cfg.dataset._target_).split(".")[1]),
+        "probe": cfg.probe.mode,
+    }
+
+
+def run_directory(cfg: DictConfig) -> Path:
+    """Where a configuration's results live: readable names and a hash of configuration and code."""
+    plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+    for key in _NOT_IN_HASH:
+        plain.pop(key, None)  # type: ignore[union-attr]
+    plain["cache"] = {"dtype": plain["cache"]["dtype"]}  # the rest says where and how fast, not what
+    fingerprint = hashlib.sha256((json.dumps(plain, sort_keys=True, default=str) + code_digest()).encode()).hexdigest()
+    names = identify(cfg)
+    label = "-".join(re.sub(r"[^\w.]+", "_", names[k]) for k in ("model", "dataset", "protocol", "probe"))
+    directory = Path(cfg.output_dir) / cfg.mode / f"{label}-{fingerprint[:8]}"
+    if cfg.resume:
+        return directory
+    number = 2
+    while directory.exists():
+        directory = directory.with_name(f"{label}-{fingerprint[:8]}-{number}")
+        number += 1
+    return directory
+
+
+@contextlib.contextmanager
+def open_run(cfg: DictConfig) -> Iterator[Run]:
+    """Open the run directory of a configuration, mark how the run ended, close everything.
+
+    Raises:
+        UserError: a value is missing, or another process works in the same directory.
+    """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise UserError(f"{missing[0]} has no value; give it one on the command line: {missing[0]}=…")
+    directory = run_directory(cfg)
+    reused = (directory / "run.json").exists()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create the run directory {directory}: {error.strerror}; set output_dir=…") from error
+    with open(directory / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+                raise UserError(
+                    f"another process is working in {directory}; wait for it, or start a second copy with resume=false"
+                ) from error
+        write_atomically(directory / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        run = Run(directory, identify(cfg), reused)
+        started = time.time()
+        run.facts.update(provenance(), command=sys.argv, started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), status="running")
+        _write_facts(run, started)
+        run.mirror = _open_mirror(cfg, run)
+        status = "failed"
+        try:
+            yield run
+            status = "finished"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        finally:
+            run.facts["status"] = status
+            _write_facts(run, started)
+            if run.mirror is not None:
+                run.mirror.finish(exit_code=0 if status == "finished" else 1, quiet=True)
+            run.close()
+
+
+def _write_facts(run: Run, started: float) -> None:
+    run.facts["seconds"] = round(time.time() - started, 2)
+    write_atomically(run.dir / "run.json", json.dumps(_jsonable(run.facts), indent=2) + "\n")
+
+
+def _open_mirror(cfg: DictConfig, run: Run) -> Any:
+    """A W&B run that mirrors this one; None when disabled or not to be had (said, never fatal)."""
+    if cfg.wandb.mode == "disabled":
+        return None
+    os.environ.setdefault("WANDB_SILENT", "true")
+    group = cfg.wandb.group
+    if group is None and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        group = Path(HydraConfig.get().sweep.dir).name
+    try:
+        import wandb
+
+        return wandb.init(
+            mode=cfg.wandb.mode, project=cfg.wandb.project, entity=cfg.wandb.entity, group=group, job_type=cfg.mode,
+            name=run.dir.name, tags=list(cfg.wandb.tags), dir=run.dir, reinit="finish_previous",
+            config=OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True),
+            settings=wandb.Settings(console="off", x_disable_stats=True, x_disable_meta=True),
+        )  # fmt: skip
+    except Exception as error:  # the mirror must never cost a result
+        run.say(f"note: W&B is not mirrored ({type(error).__name__}: {error}); the run's own files are complete")
+        return None
+
+
+def newest_run(output_dir: str | Path, modes: Iterable[str] = ("train",)) -> Path:
+    """The run directory that finished last among the given modes.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = []
+    for mode in modes:
+        for facts in Path(output_dir).glob(f"{mode}/*/run.json"):
+            if json.loads(facts.read_text()).get("status") == "finished":
+                found.append((facts.stat().st_mtime, facts.parent))
+    if not found:
+        raise UserError(
+            f"no finished run of mode {' or '.join(modes)} under {output_dir}; run `python main.py mode=train` first, "
+            "or name a run directory"
+        )
+    return max(found)[1]
+
+
+def read_config(directory: str | Path) -> DictConfig:
+    """The composed configuration of a run.
+
+    Raises:
+        UserError: the folder is not a run directory.
+    """
+    path = Path(directory) / "config.yaml"
+    if not path.exists():
+        raise UserError(f"{directory} is not a run directory: it has no config.yaml; name a folder below outputs/")
+    return OmegaConf.load(path)  # type: ignore[return-value]
+
+
+def checkpoint_path(directory: str | Path, name: str, which: str) -> Path:
+    """File of a probe's checkpoint: `which` is best, last or state (everything a restart needs)."""
+    return Path(directory) / "checkpoints" / name / f"{which}.safetensors"
+
+
+def write_table(run: Run, rows: Sequence[Mapping[str, Any]], file: str = "layers.csv") -> None:
+    """Write rows (equal keys) as CSV."""
+    with open(run.dir / f".{file}.part", "w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(run.dir / f".{file}.part", run.dir / file)
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A plain text table: first column flush left, the others flush right."""
+    widths = [max(len(str(row[i])) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(header), line(["-" * w for w in widths]), *(line(row) for row in rows)])
+
+
+def explain_config_error(error: Exception) -> str:
+    """Turn what Hydra or OmegaConf raised into one sentence that names the valid choices."""
+    text = " ".join(str(error).split())
+    unknown = re.search(r"Could not find '(\w+)/([^']*)'.*?Available options in '\w+': (.*)", text)
+    if unknown:
+        group, name, options = unknown.groups()
+        options = re.sub(r" Config search path:.*", "", options)
+        return f"unknown {group} '{name}'; valid: {', '.join(sorted(options.split()))}"
+    key = re.search(r"Could not override '([^']+)'", text)
+    if key:
+        parent, _, name = key.group(1).rpartition(".")
+        return f"unknown option '{key.group(1)}'; {_valid_keys(parent)}"
+    return text
+
+
+def _valid_keys(parent: str) -> str:
+    """The keys the configuration has at a place, read from the composed defaults."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "cfgs"), version_base="1.3"):
+        node = OmegaConf.select(compose("config", sys.argv[1:] and _groups_only(sys.argv[1:])), parent) if parent else None
+        node = compose("config") if node is None else node
+    keys = ", ".join(sorted(str(k) for k in node)) if isinstance(node, DictConfig) else "none, it is a plain value"
+    return f"valid keys {f'of {parent}' if parent else 'at the top'}: {keys}"
+
+
+def _groups_only(arguments: Sequence[str]) -> list[str]:
+    """The overrides that choose a file of a config group (they decide which keys exist)."""
+    chosen = []
+    for argument in arguments:
+        group, _, value = argument.partition("=")
+        if (ROOT / "cfgs" / group / f"{value}.yaml").exists():
+            chosen.append(argument)
+    return chosen

@@ -1,0 +1,326 @@
+"""The one probe loop: every layer and every seed of a probe is fitted in one stacked pass over cached activations.
+
+    run        mode=train, train_class, train_identity: open samples → fit → evaluate → controls → records, curve, table
+    run_eval   mode=eval: score a finished run's checkpoint again, on any split or data set
+    fit        AdamW or Adam on a stack of probes, validation selection per fit, exact resume
+    evaluate   per-image scores of a stack, in one place
+
+Law of the stack (tested): a fit alone and the same fit in a stack give the same numbers, because every fit draws its
+weights from its own generator, all share the order of the batches, the loss is a sum over fits and Adam is element-wise.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+import results
+from activation import PatchSample, open_sample
+from controls import Control, build_controls
+from errors import UserError
+from probes import Probe
+from results import Run, checkpoint_path, write_atomically
+from tasks import TASKS, Task
+
+SPLITS = ("train", "val", "test")
+
+
+def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
+    """Fit the task's probe on every layer, score it beside its controls, write and show the layer curve.
+
+    Returns:
+        {"objective": best layer's headline score (mean over seeds)}
+
+    Raises:
+        UserError: anything the user can mend, in one sentence.
+    """
+    device = set_up(cfg)
+    task = TASKS[cfg.task](cfg)
+    samples = {split: open_sample(cfg, split, say=run.say) for split in SPLITS}
+    task.check(samples)
+    summary: list[dict[str, Any]] = []
+    for control in (Control("probe", cfg.probe, samples), *build_controls(cfg, samples, say=run.say)):
+        probes = fit_stack(control, task, cfg, run, device) if control.probe is not None else []
+        summary += score(control, probes, task, cfg, run, device, split="test")
+    return report(summary, task, cfg, run)
+
+
+def run_eval(cfg: DictConfig, run: Run) -> dict[str, Any]:
+    """Score a finished run's probes again: `eval.run`, `eval.split`, `eval.checkpoint`, and any data set.
+
+    Model, protocol and probe are those of the run; the data set is the run's own unless one is named on the command line.
+
+    Raises:
+        UserError: no such run or checkpoint, or the activations at hand are not those the probe was fitted on.
+    """
+    device = set_up(cfg)
+    directory = Path(cfg.eval.run) if cfg.eval.run else results.newest_run(cfg.output_dir, ("train", "train_class", "train_identity"))
+    fitted = results.read_config(directory)
+    named = results.named_groups()
+    for group in ("model", "protocol"):
+        if group in named and cfg[group] != fitted[group]:
+            raise UserError(
+                f"the checkpoint in {directory} was fitted with another {group} ({results.describe(fitted[group])}, got "
+                f"{results.describe(cfg[group])}); leave {group}= out, or fit a probe with it first"
+            )
+    if "dataset" in named:
+        fitted.dataset = cfg.dataset
+    for key in ("cache", "device", "trainer"):
+        fitted[key] = cfg[key] if key != "trainer" else fitted[key]
+    sample = open_sample(fitted, cfg.eval.split, say=run.say)
+    task = TASKS[fitted.task](fitted)
+    probes = load_probes(directory, "probe", cfg.eval.checkpoint)
+    expected = [layer for probe in probes for layer in probe.layers]
+    width = sample.tokens.shape[-1]
+    if expected != list(sample.tokens.layers) or probes[0].dim != width:
+        raise UserError(
+            f"the checkpoint in {directory} holds layers {expected} of width {probes[0].dim}, the activations are layers "
+            f"{list(sample.tokens.layers)} of width {width}; name the run that was fitted on this backbone with eval.run=…"
+        )
+    task.check({cfg.eval.split: sample})
+    control = Control("probe", fitted.probe, {cfg.eval.split: sample})
+    run.say(f"scoring {directory} ({cfg.eval.checkpoint}) on {cfg.eval.split}")
+    summary = score(control, [p.to(device) for p in probes], task, fitted, run, device, split=cfg.eval.split)
+    return report(summary, task, fitted, run)
+
+
+def set_up(cfg: DictConfig) -> torch.device:
+    """Choose the device and the number of threads.
+
+    Raises:
+        UserError: the device asked for is not there.
+    """
+    if cfg.threads:
+        torch.set_num_threads(int(cfg.threads))
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else str(cfg.device)
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device={name} was asked for but no CUDA device is visible; use device=cpu or device=auto")
+    return torch.device(name)
+
+
+class Progress(NamedTuple):
+    """Where a fit stands: everything a restart needs beside the parameters and Adam's moments."""
+
+    epoch: int  # epochs done
+    best: Tensor  # [S, L] lowest validation loss so far
+    best_epoch: Tensor  # [S, L]
+
+
+def fit_stack(control: Control, task: Task, cfg: DictConfig, run: Run, device: torch.device) -> list[Probe]:
+    """Fit a probe on every layer of a sample; the stack is cut by layers where `trainer.max_gb` asks for it.
+
+    Returns:
+        one probe per cut, best validation parameters restored, covering all layers in order.
+    """
+    train, val = control.samples["train"], control.samples["val"]
+    layers = list(train.tokens.layers)
+    step = layers_per_stack(task, control.probe, train, cfg.trainer, device)
+    probes = []
+    for number, first in enumerate(range(0, len(layers), step)):
+        chunk = layers[first : first + step]
+        probe = task.build_probe(control.probe, train, chunk, say=run.say).to(device)
+        if probe.needs_statistics:
+            probe.set_statistics(*token_statistics(train, chunk, cfg.trainer.batch_size))
+        probes.append(fit(probe, task, train, val, cfg, run, name=control.name, number=number))
+    return probes
+
+
+def layers_per_stack(
+    task: Task, probe_cfg: Mapping, sample: PatchSample, trainer: Mapping, device: torch.device
+) -> int:
+    """How many layers fit into `trainer.max_gb` at once (at least one): tokens, scores and four copies of the weights."""
+    n_layers, _, n_tokens, dim = sample.tokens.shape
+    n_stack, batch = len(task.stack), int(trainer.batch_size)
+    n_tokens = min(n_tokens, task.tokens_per_visit or n_tokens)
+    tokens = batch * n_tokens * dim * 4 * (1 + n_stack)
+    scores = n_stack * batch * n_tokens * task.outputs_per_token(n_tokens, probe_cfg) * 4 * 4
+    weights = 5 * 4 * n_stack * task.build_probe(probe_cfg, sample, sample.tokens.layers[:1]).n_parameters / n_stack
+    return max(1, min(n_layers, int(float(trainer.max_gb) * 1e9 // (tokens + scores + weights))))
+
+
+def token_statistics(sample: PatchSample, layers: Sequence, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every channel over the valid patches of a (training) sample.
+
+    Returns:
+        two float32 tensors [L, D]; a constant channel gets deviation 1.
+    """
+    index = [list(sample.tokens.layers).index(layer) for layer in layers]
+    n_images = sample.tokens.shape[1]
+    valid = sample.labels.get("valid")
+    total, square, count = 0.0, 0.0, 0.0
+    for first in range(0, n_images, batch_size):
+        images = torch.arange(first, min(first + batch_size, n_images))
+        x = sample.tokens.gather(images, index).double()  # [L, B, T, D]
+        weight = torch.ones(x.shape[1:3]) if valid is None else valid[images]
+        weight = weight.to(x.dtype)[None, :, :, None]
+        total = total + (x * weight).sum((1, 2))
+        square = square + (x.square() * weight).sum((1, 2))
+        count = count + weight.sum()
+    mean = total / count
+    std = (square / count - mean.square()).clamp_min(0).sqrt()
+    std = torch.where(std > 1e-6 * (1 + mean.abs()), std, torch.ones_like(std))
+    return mean.float(), std.float()
+
+
+def learning_rate(trainer: Mapping, epoch: float) -> float:
+    """Learning rate at a (fractional) epoch: constant, linear or cosine to zero, or a drop every `step_size` epochs."""
+    share = min(epoch / float(trainer["epochs"]), 1.0)
+    schedules = {
+        "constant": 1.0,
+        "linear": 1.0 - share,
+        "cosine": 0.5 * (1 + math.cos(math.pi * share)),
+        "step": float(trainer["gamma"]) ** (int(epoch) // int(trainer["step_size"])),
+    }
+    if trainer["schedule"] not in schedules:
+        raise UserError(f"unknown trainer.schedule '{trainer['schedule']}'; valid: {', '.join(schedules)}")
+    return float(trainer["lr"]) * schedules[trainer["schedule"]]
+
+
+def build_optimizer(probe: Probe, trainer: Mapping) -> torch.optim.Optimizer:
+    """AdamW (decoupled decay; none on biases) or Adam as published (no decay)."""
+    if trainer["optimizer"] not in ("adamw", "adam"):
+        raise UserError(f"unknown trainer.optimizer '{trainer['optimizer']}'; valid: adamw, adam")
+    named = [(n, p) for n, p in probe.named_parameters() if p.requires_grad]
+    lr, decay = float(trainer["lr"]), float(trainer["weight_decay"])
+    if trainer["optimizer"] == "adam":
+        return torch.optim.Adam([p for _, p in named], lr=lr, weight_decay=decay, foreach=True)
+    groups = [
+        {"params": [p for n, p in named if "bias" not in n], "weight_decay": decay},
+        {"params": [p for n, p in named if "bias" in n], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, foreach=True)
+
+
+def fit(
+    probe: Probe, task: Task, train: PatchSample, val: PatchSample, cfg: DictConfig, run: Run, *, name: str, number: int = 0
+) -> Probe:
+    """Fit a stack of probes and restore, for every fit by itself, the epoch with the lowest validation loss.
+
+    A restart continues at the last saved epoch and ends with the same numbers: the order of the batches depends on
+    (cfg.seed, epoch) alone.
+
+    Args:
+        probe: a stack with axes [S, L]; its `layers` say which layers of the samples it reads.
+        name, number: what the checkpoint files are called; `number` counts the cuts of one stack.
+
+    Raises:
+        UserError: a loss is not finite (layer, seed, epoch and learning rate are named).
+    """
+    trainer, epochs = cfg.trainer, int(cfg.trainer.epochs) if probe.trained else 0
+    device = next(probe.parameters()).device if probe.trained else torch.device("cpu")
+    index = [list(train.tokens.layers).index(layer) for layer in probe.layers]
+    state_file = checkpoint_path(run.dir, name, f"state.{number:02d}")
+    best = {n: p.detach().clone() for n, p in probe.named_parameters()}
+    shape = (len(task.stack), len(index))
+    progress = Progress(0, torch.full(shape, torch.inf), torch.zeros(shape, dtype=torch.int64))
+    optimizer = build_optimizer(probe, trainer) if epochs else None
+    if optimizer is not None and state_file.exists():
+        progress = load_state(state_file, probe, optimizer, best)
+    saved = time.monotonic()
+    bar = tqdm(total=epochs, initial=progress.epoch, desc=f"fit {name}", unit="epoch", disable=None, leave=False)
+    for epoch in range(progress.epoch, epochs):
+        # One generator per epoch: a restart needs no state of it.
+        order = torch.Generator().manual_seed(int(cfg.seed) * 100_003 + epoch)
+        batches = list(task.batches(train, int(trainer.batch_size), order))
+        total, seen = torch.zeros(shape), 0
+        probe.train()
+        for step, batch in enumerate(batches):
+            rate = learning_rate(trainer, epoch + step / len(batches))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss = task.loss(probe(batch.tokens(train, index, device)), batch.to(device))  # [S, L]
+            if not torch.isfinite(loss).all():
+                s, layer = (int(i) for i in (~torch.isfinite(loss)).nonzero()[0])
+                raise UserError(
+                    f"the loss is not finite (fit {name}, layer {probe.layers[layer]}, seed {task.stack[s].seed}, epoch "
+                    f"{epoch + 1}, learning rate {rate:.2g}); lower trainer.lr or set probe.standardize=true"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            loss.sum().backward()
+            optimizer.step()
+            total += loss.detach().cpu() * len(batch.images)
+            seen += len(batch.images)
+        val_loss = mean_loss(probe, task, val, index, int(trainer.batch_size), device)
+        better = val_loss < progress.best
+        for n, p in probe.named_parameters():
+            mask = better.to(p.device).view(*shape, *[1] * (p.ndim - 2))
+            best[n] = torch.where(mask, p.detach(), best[n])
+        progress = Progress(
+            epoch + 1,
+            torch.where(better, val_loss, progress.best),
+            torch.where(better, torch.tensor(epoch + 1), progress.best_epoch),
+        )
+        run.write(
+            {"kind": "epoch", "name": name, "layer": str(probe.layers), "epoch": epoch + 1, "learning_rate": rate,
+             "train_loss": (total / seen).tolist(), "val_loss": val_loss.tolist()},
+            file="history.jsonl",
+        )  # fmt: skip
+        bar.set_postfix(train=f"{(total / seen).mean():.4f}", val=f"{val_loss.mean():.4f}")
+        bar.update()
+        if time.monotonic() - saved > float(trainer.checkpoint_seconds) or epoch + 1 == epochs:
+            save_state(state_file, probe, optimizer, best, progress)
+            saved = time.monotonic()
+    bar.close()
+    probe.save(checkpoint_path(run.dir, name, f"last.{number:02d}"))
+    with torch.no_grad():
+        for n, p in probe.named_parameters():
+            p.copy_(best[n])
+    probe.save(checkpoint_path(run.dir, name, f"best.{number:02d}"), best_epoch=progress.best_epoch.tolist())
+    return probe
+
+
+@torch.no_grad()
+def mean_loss(
+    probe: Probe, task: Task, sample: PatchSample, index: Sequence[int], batch_size: int, device: torch.device
+) -> Tensor:
+    """Mean loss over a sample, every image weighted equally, [S, L] on the CPU."""
+    probe.eval()
+    total, seen = 0.0, 0
+    for batch in task.batches(sample, batch_size, None):
+        loss = task.loss(probe(batch.tokens(sample, index, device)), batch.to(device))
+        total, seen = total + loss.cpu() * len(batch.images), seen + len(batch.images)
+    return total / seen
+
+
+def save_state(
+    path: Path, probe: Probe, optimizer: torch.optim.Optimizer, best: Mapping[str, Tensor], progress: Progress
+) -> None:
+    """Write all a restart needs into one file, whole or not at all."""
+    tensors = {"progress/best": progress.best, "progress/best_epoch": progress.best_epoch}
+    for n, p in probe.named_parameters():
+        tensors[f"last/{n}"], tensors[f"best/{n}"] = p.detach(), best[n]
+        for key, value in optimizer.state.get(p, {}).items():
+            tensors[f"optimizer/{key}/{n}"] = value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = save({k: v.cpu().contiguous() for k, v in tensors.items()}, {"epoch": json.dumps(progress.epoch)})
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise UserError(f"cannot write the checkpoint {path}: {error.strerror}; free some space and repeat the command") from error
+
+
+def load_state(path: Path, probe: Probe, optimizer: torch.optim.Optimizer, best: dict[str, Tensor]) -> Progress:
+    """Put a saved state back into probe, optimizer and best parameters (in place)."""
+    try:
+        with safe_open(path, "pt") as file:
+            epoch = json.loads(file.metadata()["epoch"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise UserError(f"the checkpoint {path} cannot be read ({error}); delete it and repeat the command") from error
+    with torch.no_grad():
+        for n, p in probe.named_parameters():
+            p.copy_(tensors[f"last/{n}"])
+            best[n] = tensors[f"best/{n}"].to(p.device)
+            moments = {k.split("/")[1]: v for k, v in tensors.items() if k.startswith("optimizer/") and k.split("/", 2)[2] == n}
+            if moments:
+                optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments.items()}
+    return Progress(epoch, tensors["progress/best"], tensors["progress/best_epoch"])
