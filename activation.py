@@ -1,0 +1,481 @@
+"""Run the frozen backbone once over each split, every asked layer to disk; later runs read and build no backbone.
+
+Two passes, each skipped when its result is there: the index of labels and selected patches (`index.py`), then the
+tokens of those patches. A token directory is named by a hash of everything that decides its content — weights digest,
+preprocessing, geometry, norm, dtypes, positions, image contents — which its `manifest.json` shows in readable form.
+Labels are not part of it, layers are files in it: asking for another layer extracts that layer only. A killed run
+resumes at the next missing shard and ends with the same bytes; the ranks of a `torchrun` launch share the shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from backbones import BackboneFacts, Tokens, backbone_facts, load_backbone, resolve_layers
+from patches import cut_windows, plan_geometry
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from errors import UserError
+from index import Index, build_dataset, content_id, load_items, open_index, read_ahead
+from store import DTYPES, StackedTokens, TokenStore, digest, holder, job, lock, plain, rank, safe_name, wait
+
+__all__ = ["PatchSample", "StackedTokens", "Tokens", "build_dataset", "open_sample", "run"]
+
+FORMAT = 1  # raise it when the meaning of a cached number changes: older directories are then left alone
+SPLITS = ("train", "val", "test")
+# What is stored for each output mode; class token and spatial mean are stored together, as two tokens of one image.
+STORED = {"patches": "patches", "all": "all", "cls": "pooled", "mean_spatial": "pooled", "cls_mean": "pooled"}
+WRITERS = 4  # threads that hash and write the layer files of a shard
+
+
+class PatchSample(NamedTuple):
+    """What the cache holds for one split.
+
+    tokens: [L, M, T, D], read with `gather`.
+    position: [M, T, 3] int64 window, row, column of each token in its window's grid; -1 for class and pooled tokens.
+    labels: per token "identity", "class" [M, T] int64, "purity" [M, T] float32, "valid" [M, T] bool; or codes [M, n].
+    info: constants of the data set, e.g. entropies in bits.
+    keys: name of each image.
+    grids: [M, 2] int64 rows and columns of patches of one window.
+    meta: where it comes from: fingerprint, dropped and skipped images, classes, protocol, backbone facts, cost.
+    """
+
+    tokens: StackedTokens
+    position: Tensor
+    labels: dict[str, Tensor]
+    info: dict[str, float]
+    keys: list[str]
+    grids: Tensor
+    meta: dict[str, Any]
+
+
+def run(cfg: Any, run: Any) -> dict[str, Any]:
+    """mode=extract: fill the cache for every split; a record and a table line per split, from rank 0."""
+    first = rank()[0] == 0
+    lines = [f"{'split':6}{'images':>8}{'layers':>8}{'GB':>9}{'new GB':>9}{'seconds':>9}{'images/s':>10}  left out"]
+    records = []
+    for split in SPLITS:
+        sample = open_sample(cfg, split, say=run.say if first else _silent)
+        meta, n_skipped = sample.meta, len(sample.meta["skipped"])
+        cost = {name: meta[name] for name in ("bytes", "bytes_written", "seconds", "images_per_second")}
+        record = {"kind": "extract", "split": split, "images": len(sample.keys), "layers": sample.tokens.layers, **cost}
+        record |= {name: meta[name] for name in ("fingerprint", "directory", "dropped")} | {"skipped": n_skipped}
+        records.append(record)
+        if first:
+            run.write(record)
+        out = [f"{n} {reason}" for reason, n in meta["dropped"].items()] + [f"{n_skipped} unreadable"] * bool(n_skipped)
+        lines.append(
+            f"{split:6}{len(sample.keys):8d}{len(sample.tokens.layers):8d}{meta['bytes'] / 1e9:9.3f}"
+            f"{meta['bytes_written'] / 1e9:9.3f}{meta['seconds']:9.1f}{meta['images_per_second']:10.1f}"
+            f"  {', '.join(out) or '-'}"
+        )
+    if first:
+        run.say("\n".join(lines))
+    return {"splits": records}
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+def open_sample(cfg: Any, split: str, *, say: Callable[[str], None] = print) -> PatchSample:
+    """The tokens and labels of a split; if they are cached, no backbone is built and no image is opened.
+
+    Raises:
+        UserError: an output mode the model or the data cannot give; unreadable images (`dataset.on_error`) or no usable
+            one; a cache that would pass `cache.max_gb`, is damaged, or is held by another process; a full disk;
+            non-finite tokens.
+    """
+    mode = cfg.model.output_mode
+    if mode not in STORED:
+        raise UserError(f"model.output_mode={mode} is unknown, expected one of {', '.join(STORED)}")
+    if cfg.cache.dtype not in DTYPES:
+        raise UserError(f"cache.dtype={cfg.cache.dtype} is unknown, expected one of {', '.join(DTYPES)}")
+    if rank()[0]:
+        say = _silent
+    dataset = build_dataset(cfg, split)
+    facts = backbone_facts(cfg.model)
+    layers = resolve_layers(cfg.model.layers, facts.depth)
+    if mode in ("cls", "cls_mean") and not facts.has_class_token:
+        raise UserError(
+            f"model.output_mode={mode} needs a class token and {facts.name} has none, use mean_spatial, all or patches"
+        )
+    index = open_index(
+        cfg, dataset, split, patch_size=facts.patch_size, image_size=facts.image_size, whole=mode != "patches", say=say
+    )
+    position, labels = index.placed(mode, facts.has_class_token)
+    started = time.perf_counter()
+    store, n_bytes, n_images = _open_store(cfg, dataset, split, index, facts, layers, STORED[mode], say)
+    seconds = time.perf_counter() - started
+    tokens = StackedTokens.from_store(store, layers, mode, cfg.cache.ram_gb)
+    meta = {
+        "fingerprint": store.digest,
+        "directory": str(store.directory),
+        "index": index.manifest["digest"],
+        "dataset": type(dataset).__name__,
+        "split": split,
+        "protocol": cfg.protocol.name,
+        "output_mode": mode,
+        "classes": list(dataset.classes),
+        "report": dataset.report(),
+        "dropped": dict(Counter(reason for _, reason in index.manifest["dropped"])),
+        "dropped_images": index.manifest["dropped"],
+        "skipped": index.manifest["skipped"],
+        "facts": facts.as_dict(),
+        "norm": bool(cfg.model.norm),
+        "bytes": store.layer_bytes * len(layers),
+        "bytes_written": n_bytes,
+        "seconds": seconds,
+        "images_per_second": n_images / seconds,
+    }
+    return PatchSample(tokens, position, labels, dict(dataset.info()), index.keys, index.grids.long(), meta)
+
+
+# ---------------------------------------------------------------------------------------------------- the token pass
+
+
+def _describe(cfg: Any, dataset: Any, split: str, index: Index, facts: BackboneFacts, stored: str) -> TokenStore:
+    """The store of a split, named by all that decides its bytes, but for the layers."""
+    known = {
+        "format": FORMAT,
+        "backbone": facts.as_dict(),
+        "norm": bool(cfg.model.norm),
+        "compute_dtype": cfg.model.dtype,
+        "geometry": cfg.protocol.geometry,
+        "tokens": stored,
+        "dtype": cfg.cache.dtype,
+        "images": len(index.keys),
+        "content": _digest_tensor(index.tensors["content"]),
+    }
+    if stored == "patches":
+        n_tokens = index.tensors["position"].shape[1]
+        known["positions"] = _digest_tensor(index.tensors["position"])
+    elif stored == "all":
+        n_tokens = int(index.grids[0].prod()) + facts.has_class_token
+    else:
+        n_tokens = 1 + facts.has_class_token
+    known = plain(known)
+    name = safe_name(f"{facts.name}-{type(dataset).__name__}-{split}-{digest(known)}")
+    return TokenStore(Path(cfg.cache.dir) / "tokens" / name, known, len(index.keys), n_tokens, facts.dim, cfg.cache)
+
+
+def _digest_tensor(x: Tensor) -> str:
+    return f"{list(x.shape)} {hashlib.blake2b(x.contiguous().numpy(), digest_size=16).hexdigest()}"
+
+
+def _open_store(
+    cfg: Any, dataset: Any, split: str, index: Index, facts: BackboneFacts, layers: list, stored: str, say: Callable
+) -> tuple[TokenStore, int, int]:
+    """A store with all layers, the bytes this process wrote and the images it ran the backbone on to make it so."""
+    store = _describe(cfg, dataset, split, index, facts, stored)
+    if store.read() and not store.missing(layers):
+        return store, 0, 0
+    (mine, world), timeout = rank(), cfg.cache.lock_timeout
+    locks = [store.directory / (f"lock-{other}" if other else "lock") for other in range(world)]
+    if mine:  # rank 0 of this launch holds the directory, or has completed it already
+        opened = lambda: (
+            (store.read() and (holder(locks[0]).get("job") == job() or not store.missing(layers, False))) or None
+        )
+        wait(opened, locks[:1], timeout, f"rank 0, which opens {store.directory}")
+    with lock(locks[mine], timeout, say) as beat:
+        if not store.read():
+            store.create()
+        todo = {number: lack for number, lack in store.missing(layers).items() if number % world == mine}
+        n_bytes = sum(store.file_bytes(number) * len(lack) for number, lack in todo.items())
+        n_images = sum(stop - start for start, stop in map(store.span, todo))
+        _check_room(cfg, split, store, layers, n_bytes)
+        if todo:
+            whole = (
+                _describe(cfg, dataset, split, index, facts, "all") if stored == "pooled" and index.one_grid else None
+            )
+            derived = whole is not None and whole.read() and not whole.missing(layers)
+            say(
+                f"{split}: {'pooling' if derived else 'extracting'} {n_images} of {store.n_images} images × "
+                f"{len(layers)} layers × {store.n_tokens} tokens × {store.dim} {cfg.cache.dtype}: "
+                f"{n_bytes / 1e9:.3f} GB to {store.directory}"
+            )
+            if derived:
+                n_images = 0
+                chunks = _stored_chunks(whole, store, todo, facts)
+            else:
+                chunks = _forward_chunks(cfg, dataset, index, facts, store, todo)
+            _write_shards(chunks, store, todo, facts, index.keys, split, beat)
+        complete = lambda: (beat() or not store.missing(layers, False)) or None
+        wait(
+            complete,
+            [path for path in locks if path != locks[mine]],
+            timeout,
+            "the other ranks, which write their shards",
+        )
+    return store, n_bytes, n_images
+
+
+def _check_room(cfg: Any, split: str, store: TokenStore, layers: list, n_bytes: int) -> None:
+    """Refuse what is too large for the budget or the disk, before any work."""
+    total = sum(map(store.file_bytes, range(store.n_shards))) * len(layers)
+    if total > cfg.cache.max_gb * 1e9:
+        raise UserError(
+            f"split {split} takes {total / 1e9:.4g} GB ({store.n_images} images × {len(layers)} layers × "
+            f"{store.n_tokens} tokens × {store.dim} × {store.itemsize} bytes) and cache.max_gb is {cfg.cache.max_gb}; "
+            "raise it, or take fewer model.layers, protocol.selection.patches or images, or a smaller cache.dtype"
+        )
+    free = shutil.disk_usage(store.directory).free
+    if n_bytes > free:
+        raise UserError(
+            f"split {split} needs {n_bytes / 1e9:.4g} GB and {cfg.cache.dir} has {free / 1e9:.4g} GB free; "
+            "free some space or set cache.dir"
+        )
+
+
+class _Chunk(NamedTuple):
+    """Tokens of some layers on their way to a shard.
+
+    number: the shard; layers: those it lacks; last: nothing more comes for it; images: how many this chunk finishes.
+    rows: [k] int64 rows of the shard, image · T + token.
+    source: [k, 2] int64 window in the chunk and patch, where patches are picked.
+    windows: [b, 3, H, W] float32 normalised pixels; replaced by tokens, one entry per layer.
+    """
+
+    number: int
+    layers: list[int | str]
+    last: bool
+    images: int
+    rows: Tensor
+    source: Tensor | None
+    windows: Tensor | None
+    tokens: list[Tokens] | None
+
+
+def _forward_chunks(
+    cfg: Any, dataset: Any, index: Index, facts: BackboneFacts, store: TokenStore, todo: Mapping[int, list]
+) -> Iterator[_Chunk]:
+    """Decode, cut and batch ahead in a thread, run the backbone here."""
+    device = _device(cfg.device)
+    backbone = load_backbone(cfg.model, device)
+    grids = index.grids.tolist()
+    orders = {
+        n: sorted(range(*store.span(n)), key=lambda m: (grids[m], m)) for n in todo
+    }  # windows of equal shape adjoin
+    numbers = index.tensors["number"][[m for order in orders.values() for m in order]].tolist()
+    items = _Windows(dataset, plain(cfg.protocol.geometry), facts)
+    loader = iter(load_items(items, numbers, cfg.cache.workers))  # its processes start here, before any thread does
+    position = index.tensors.get("position")
+    batches = _batches(loader, orders, todo, index, position, store, cfg.cache.batch_size, pin=device.type == "cuda")
+    for chunk in read_ahead(batches):
+        with torch.inference_mode():
+            tokens = backbone(chunk.windows.to(device, non_blocking=True), chunk.layers)
+        yield chunk._replace(windows=None, tokens=tokens)
+
+
+class _Windows(Dataset):
+    """Item i of a data set as normalised windows [n, 3, H, W] float32 with its content digest, or what is wrong."""
+
+    def __init__(self, dataset: Any, geometry: dict[str, Any], facts: BackboneFacts) -> None:
+        self.dataset, self.geometry, self.facts = dataset, geometry, facts
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, bytes] | str:
+        facts = self.facts
+        try:
+            scene = self.dataset[i]
+            geometry = plan_geometry(
+                tuple(scene.image.shape[-2:]),
+                geometry=self.geometry,
+                patch_size=facts.patch_size,
+                image_size=facts.image_size,
+            )
+            windows = cut_windows(
+                scene.image,
+                geometry,
+                mean=facts.mean,
+                std=facts.std,
+                interpolation=facts.interpolation,
+                antialias=self.geometry["antialias"],
+            )
+        except UserError as error:
+            return str(error)
+        return windows, content_id(scene.image)
+
+
+def _batches(
+    loader: Iterator,
+    orders: Mapping[int, list[int]],
+    todo: Mapping[int, list],
+    index: Index,
+    position: Tensor | None,
+    store: TokenStore,
+    batch_size: int,
+    pin: bool,
+) -> Iterator[_Chunk]:
+    """Windows of equal shape, at most `batch_size`, never across shards: batches are the same after a resume."""
+    content = index.tensors["content"]
+    for number, order in orders.items():
+        start = store.span(number)[0]
+        pending: list[tuple[int, int, Tensor]] = []  # (image in shard, window, pixels)
+        left = len(order)
+        for at, m in enumerate(order):
+            item = next(loader)
+            if isinstance(item, str):
+                raise UserError(f"{item}; it was readable when the index was made, mend it")
+            windows, found = item
+            if found != content[m].numpy().tobytes():
+                raise UserError(f"{index.keys[m]}: the image changed while it was being read, repeat the command")
+            pending += [(m - start, number_of, pixels) for number_of, pixels in enumerate(windows)]
+            ends = at + 1 == len(order) or index.grids[order[at + 1]].tolist() != index.grids[m].tolist()
+            while len(pending) >= batch_size or (ends and pending):
+                taken, pending = pending[:batch_size], pending[batch_size:]
+                of_image = torch.tensor([image for image, _, _ in taken])
+                finished = len(set(of_image.tolist()) - {image for image, _, _ in pending})
+                left -= finished
+                rows = of_image[:, None] * store.n_tokens + torch.arange(store.n_tokens)  # [b, T]
+                source = None
+                if position is not None:
+                    where = position[start + of_image].long()  # [b, T, 3]
+                    hit = where[..., 0] == torch.tensor([window for _, window, _ in taken])[:, None]
+                    window = hit.nonzero()[:, 0]
+                    patch = where[..., 1] * int(index.grids[m][1]) + where[..., 2]
+                    rows, source = rows[hit], torch.stack([window, patch[hit]], dim=1)
+                batch = torch.stack([pixels for _, _, pixels in taken])
+                batch = batch.pin_memory() if pin else batch
+                last = left == 0 and not pending
+                yield _Chunk(number, todo[number], last, finished, rows.flatten(), source, batch, None)
+
+
+def _stored_chunks(
+    whole: TokenStore, store: TokenStore, todo: Mapping[int, list], facts: BackboneFacts
+) -> Iterator[_Chunk]:
+    """The tokens of whole images read back from their store, one image shard of `store` in pieces that fit memory."""
+    prefix = int(facts.has_class_token)
+    for number, layers in todo.items():
+        tokens = StackedTokens.from_store(whole, layers, "all", 0)
+        start, stop = store.span(number)
+        for first in range(start, stop, whole.shard_images):
+            images = torch.arange(first, min(first + whole.shard_images, stop))
+            x = tokens.gather(images)  # [l, n, P + N, D]
+            rows = ((images - start)[:, None] * store.n_tokens + torch.arange(store.n_tokens)).flatten()
+            read = [Tokens(y[:, :prefix], y[:, prefix:], (0, 0)) for y in x]
+            yield _Chunk(number, layers, int(images[-1]) + 1 == stop, len(images), rows, None, None, read)
+
+
+def _kept(
+    tokens: Tokens, chunk: _Chunk, stored: str, facts: BackboneFacts, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What is kept of one layer of a chunk, [k, D]: as computed, and in the dtype of the store; no registers.
+
+    The spatial mean is taken in float32 over patch tokens already rounded to `dtype`, so that it is the same number
+    whether it is made here or later from stored patch tokens.
+    """
+    if stored == "patches":
+        x = tokens.patch[chunk.source[:, 0], chunk.source[:, 1]]
+        return x, x.to(dtype)
+    cls = tokens.prefix[:, :1] if facts.has_class_token else tokens.prefix[:, :0]
+    if stored == "all":
+        x = torch.cat([cls, tokens.patch], dim=1).flatten(0, 1)
+        return x, x.to(dtype)
+    exact = torch.cat([cls.float(), tokens.patch.float().mean(1, keepdim=True)], dim=1)
+    rounded = torch.cat([cls.to(dtype), tokens.patch.to(dtype).float().mean(1, keepdim=True).to(dtype)], dim=1)
+    return exact.flatten(0, 1), rounded.flatten(0, 1)
+
+
+def _write_shards(
+    chunks: Iterable[_Chunk],
+    store: TokenStore,
+    todo: Mapping[int, list],
+    facts: BackboneFacts,
+    keys: list[str],
+    split: str,
+    beat: Callable[[], None],
+) -> None:
+    """Collect chunks into shards on their device; a thread writes each shard while the next one is computed."""
+    stored, width = store.facts["tokens"], store.dim
+    n_images = sum(stop - start for start, stop in map(store.span, todo))
+    pending: list[Future] = []
+    values = faults = None
+    with (
+        ThreadPoolExecutor(1) as finisher,
+        ThreadPoolExecutor(WRITERS) as pool,
+        tqdm(
+            total=n_images, desc=f"{split}: tokens", unit="img", mininterval=0.5, disable=rank()[0] > 0, leave=False
+        ) as bar,
+        torch.inference_mode(),
+    ):
+        for chunk in chunks:
+            device = chunk.tokens[0].patch.device
+            if values is None:
+                start, stop = store.span(chunk.number)
+                n_rows = (stop - start) * store.n_tokens
+                values = torch.zeros(len(chunk.layers), n_rows, width, dtype=store.dtype, device=device)
+                faults = torch.zeros(
+                    len(chunk.layers), n_rows, dtype=torch.uint8, device=device
+                )  # 1 overflow, 2 not finite
+            rows = chunk.rows.to(device, non_blocking=True)
+            if chunk.source is not None:
+                chunk = chunk._replace(source=chunk.source.to(device, non_blocking=True))
+            for row, tokens in enumerate(chunk.tokens):
+                exact, rounded = _kept(tokens, chunk, stored, facts, store.dtype)
+                values[row].index_copy_(0, rows, rounded)
+                fault = (~rounded.isfinite().all(-1)).byte() + (~exact.isfinite().all(-1)).byte()
+                faults[row].index_copy_(0, rows, fault)
+            if chunk.last:
+                if len(pending) > 1:
+                    pending.pop(0).result()  # at most two shards wait for the disk
+                done = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+                pending.append(
+                    finisher.submit(_finish, store, chunk.number, chunk.layers, values, faults, keys, done, pool)
+                )
+                values = faults = None
+            bar.update(chunk.images)
+            beat()
+        for future in pending:
+            future.result()
+            beat()
+
+
+def _finish(
+    store: TokenStore,
+    number: int,
+    layers: list,
+    values: Tensor,
+    faults: Tensor,
+    keys: list[str],
+    done: Any,
+    pool: ThreadPoolExecutor,
+) -> None:
+    """Bring a shard [l, n · T, D] from its device to the disk, if all of it is finite."""
+    if done is not None:  # copy beside the computation, not after all of it
+        with torch.cuda.stream(torch.cuda.Stream(values.device)):
+            done.wait()
+            values, faults = values.cpu(), faults.cpu()
+    if faults.any():
+        row, at = faults.nonzero()[0].tolist()
+        what = f"layer {layers[row]} of image {keys[store.span(number)[0] + at // store.n_tokens]}"
+        if faults[row, at] == 1:
+            raise UserError(
+                f"{what} has activations beyond the range of cache.dtype=float16, set cache.dtype=bfloat16 or float32"
+            )
+        raise UserError(f"{what} has activations that are not finite, check the weights or set model.dtype=float32")
+    store.write(number, layers, values.unflatten(1, (-1, store.n_tokens)), pool)
+
+
+def _device(name: str) -> torch.device:
+    """The device of this process; each rank on a machine takes a GPU of its own."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(f"device={name} and this machine has no CUDA device, set device=cpu or auto")
+    if name in ("auto", "cuda"):
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    return torch.device(name)

@@ -1,0 +1,415 @@
+"""Cache directories on disk: atomic files, locks, shards of tokens, memory maps. What they hold is not known here.
+
+A file is written aside as `<name>.part`, then renamed. A shard of tokens is one safetensors file per layer and a JSON
+record with their checksums, written last: a shard without its record does not count. A lock is an open file under
+`flock`, so the system lets go of it when its process dies, however it dies; its time stamp is the holder's sign of
+life. POSIX systems only.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import re
+import socket
+import struct
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from errors import UserError
+
+DTYPES = {"float16": (torch.float16, "F16"), "bfloat16": (torch.bfloat16, "BF16"), "float32": (torch.float32, "F32")}
+SHARD_BYTES = 16 << 20  # of one layer: shards of wide images hold fewer than cache.shard_images, so that RAM stays flat
+OPEN_MAPS = 256  # memory-mapped files held open at a time
+T = TypeVar("T")
+
+
+class StackedTokens:
+    """Tokens of one split, [L, M, T, D], read by image: from memory, or memory-mapped from the cache if too large."""
+
+    def __init__(self, layers: Sequence[int | str], shape: tuple[int, int, int, int]) -> None:
+        self.layers = list(layers)
+        self.shape = tuple(shape)  # (L, M, T, D)
+        self.nbytes = 0
+        self._whole: Tensor | None = None
+        self._store: TokenStore | None = None
+        self._part = slice(None)
+        self._preload = False
+
+    @classmethod
+    def from_tensor(cls, x: Tensor, layers: Sequence[int | str]) -> StackedTokens:
+        """Wrap tokens [L, M, T, D] that are in memory already."""
+        self = cls(layers, tuple(x.shape))
+        self._whole, self.nbytes = x, x.numel() * x.element_size()
+        return self
+
+    @classmethod
+    def from_store(cls, store: TokenStore, layers: Sequence[int | str], mode: str, ram_gb: float) -> StackedTokens:
+        """Read a complete store as one output mode; held in memory from the first read on if it fits `ram_gb`."""
+        kept, dim = store.n_tokens, store.dim
+        if mode in ("cls", "mean_spatial"):
+            kept = 1
+        elif (
+            mode == "cls_mean"
+        ):  # concat(class token, spatial mean): two stored tokens side by side are one of width 2D
+            kept, dim = 1, 2 * dim
+        self = cls(layers, (len(layers), store.n_images, kept, dim))
+        self._part = {"cls": slice(0, 1), "mean_spatial": slice(-1, None)}.get(mode, slice(None))
+        self._store, self.nbytes = store, int(np.prod(self.shape)) * store.itemsize
+        self._preload = self.nbytes <= ram_gb * 1e9
+        return self
+
+    def gather(self, images: Tensor | Sequence[int], layers: Sequence[int] | None = None) -> Tensor:
+        """Tokens of some images at some layers (indices into `layers`; all if None): [L, B, T, D] float32."""
+        images = torch.as_tensor(images, dtype=torch.long)
+        chosen = range(self.shape[0]) if layers is None else list(layers)
+        if self._preload:
+            self._whole = self._read_all()
+        out = torch.empty(len(chosen), len(images), *self.shape[2:])
+        if self._whole is not None:
+            for row, layer in enumerate(chosen):
+                out[row] = self._whole[layer].index_select(0, images)
+            return out
+        shard = images // self._store.shard_images
+        for number in shard.unique().tolist():
+            rows = (shard == number).nonzero().flatten()
+            within = images[rows] - number * self._store.shard_images
+            for row, layer in enumerate(chosen):
+                out[row].index_copy_(0, rows, self._shard(layer, number).index_select(0, within).float())
+        return out
+
+    def _shard(self, layer: int, number: int) -> Tensor:
+        stored = self._store.open(self.layers[layer], number)[:, self._part]  # [n, T', D'] as on disk
+        return stored.reshape(len(stored), *self.shape[2:])
+
+    def _read_all(self) -> Tensor:
+        self._preload = False
+        whole = torch.empty(self.shape, dtype=self._store.dtype)
+        for number in range(self._store.n_shards):
+            start, stop = self._store.span(number)
+            for layer in range(self.shape[0]):
+                whole[layer, start:stop] = self._shard(layer, number)
+        self._store.close()
+        return whole
+
+
+class TokenStore:
+    """A directory of tokens: `layer_05/00012.safetensors` by layer and shard, `shards/00012.json` once complete."""
+
+    def __init__(
+        self, directory: Path, facts: dict[str, Any], n_images: int, n_tokens: int, dim: int, cache: Any
+    ) -> None:
+        self.directory, self.facts, self.digest, self.cache = directory, facts, digest(facts), cache
+        self.n_images, self.n_tokens, self.dim = n_images, n_tokens, dim
+        self.dtype, self.code = DTYPES[facts["dtype"]]
+        self.itemsize = self.dtype.itemsize
+        self.layer_bytes = n_images * n_tokens * dim * self.itemsize  # of the numbers, without file headers
+        self.shard_images = 0
+        self._maps: OrderedDict[Path, Tensor] = OrderedDict()
+
+    def read(self) -> bool:
+        """Take over the layout of the directory; False if nothing is there yet."""
+        manifest = read_manifest(self.directory / "manifest.json", self.facts, False)
+        if manifest is not None:
+            self.shard_images = manifest["shard_images"]
+        return manifest is not None
+
+    def create(self) -> None:
+        """Fix the layout of a new directory: shards of `cache.shard_images`, smaller for wide images."""
+        widest = SHARD_BYTES // (self.n_tokens * self.dim * self.itemsize)
+        self.shard_images = max(1, min(int(self.cache.shard_images), widest))
+        manifest = {
+            "digest": self.digest,
+            "facts": self.facts,
+            "images": self.n_images,
+            "tokens_per_image": self.n_tokens,
+        }
+        manifest |= {"dim": self.dim, "shard_images": self.shard_images, "shards": self.n_shards}
+        publish(self.directory / "manifest.json", [json.dumps(manifest, indent=1).encode()])
+
+    @property
+    def n_shards(self) -> int:
+        """Number of shards."""
+        return -(-self.n_images // self.shard_images)
+
+    def span(self, number: int) -> tuple[int, int]:
+        """First image of a shard and the one after its last."""
+        return number * self.shard_images, min((number + 1) * self.shard_images, self.n_images)
+
+    def file(self, layer: int | str, number: int) -> Path:
+        """The tokens of one layer of a shard."""
+        name = layer if isinstance(layer, str) else f"{layer:02d}"
+        return self.directory / f"layer_{name}" / f"{number:05d}.safetensors"
+
+    def record(self, number: int) -> Path:
+        """The JSON record that makes a shard count."""
+        return self.directory / "shards" / f"{number:05d}.json"
+
+    def head(self, number: int) -> bytes:
+        """The bytes before the numbers of a safetensors file with one tensor, `tokens` [n, T, D]."""
+        start, stop = self.span(number)
+        size = (stop - start) * self.n_tokens * self.dim * self.itemsize
+        entry = {"dtype": self.code, "shape": [stop - start, self.n_tokens, self.dim], "data_offsets": [0, size]}
+        text = json.dumps({"tokens": entry}, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text
+
+    def file_bytes(self, number: int) -> int:
+        """Size in bytes of a shard's file of one layer."""
+        start, stop = self.span(number)
+        return len(self.head(number)) + (stop - start) * self.n_tokens * self.dim * self.itemsize
+
+    def entries(self, number: int) -> dict[str, Any]:
+        """Size and checksum of the files of a shard, by layer; {} if it was never completed."""
+        try:
+            return json.loads(self.record(number).read_text())["layers"]
+        except FileNotFoundError:
+            return {}
+        except (ValueError, KeyError, TypeError):
+            if self.cache.repair:
+                return {}
+            raise UserError(
+                f"{self.record(number)} is damaged, delete it or set cache.repair=true to extract it again"
+            ) from None
+
+    def missing(self, layers: Sequence[int | str], verify: bool | None = None) -> dict[int, list[int | str]]:
+        """Shards that lack layers, with those layers; sizes and headers are always checked, checksums if `verify`.
+
+        Raises:
+            UserError: a damaged file, unless `cache.repair`, which counts it as missing.
+        """
+        verify = self.cache.verify if verify is None else verify
+        lacking: dict[int, list[int | str]] = {}
+        for number in range(self.n_shards):
+            entries, head = self.entries(number), self.head(number)
+            for layer in layers:
+                file, entry = self.file(layer, number), entries.get(str(layer))
+                fault = (
+                    "absent"
+                    if entry is None or not file.exists()
+                    else _fault(file, head, self.file_bytes(number), entry, verify)
+                )
+                if fault and fault != "absent" and not self.cache.repair:
+                    raise UserError(
+                        f"{file} is damaged ({fault}), delete it or set cache.repair=true to extract it again"
+                    )
+                if fault:
+                    lacking.setdefault(number, []).append(layer)
+        return lacking
+
+    def open(self, layer: int | str, number: int) -> Tensor:
+        """The tokens [n, T, D] of one file, memory-mapped; the least recently used maps are let go."""
+        file = self.file(layer, number)
+        if file not in self._maps:
+            start, stop = self.span(number)
+            with open(file, "rb") as handle:
+                view = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)  # private: torch wants writable memory
+            flat = torch.frombuffer(view, dtype=self.dtype, offset=len(self.head(number)))
+            self._maps[file] = flat.view(stop - start, self.n_tokens, self.dim)
+            if len(self._maps) > OPEN_MAPS:
+                self._maps.popitem(last=False)
+        self._maps.move_to_end(file)
+        return self._maps[file]
+
+    def close(self) -> None:
+        """Let every map go."""
+        self._maps.clear()
+
+    def write(self, number: int, layers: Sequence[int | str], values: Tensor, pool: ThreadPoolExecutor) -> None:
+        """Publish a shard: values [l, n, T, D] of some layers, files first, then the record that makes them count."""
+
+        def one(layer: int | str, value: Tensor) -> dict[str, Any]:
+            parts = [self.head(number), value.contiguous().view(torch.uint8).numpy()]
+            digest = hashlib.sha256(parts[0])
+            digest.update(parts[1])
+            publish(self.file(layer, number), parts)
+            return {"bytes": self.file_bytes(number), "sha256": digest.hexdigest()}
+
+        written = dict(zip(map(str, layers), pool.map(one, layers, values), strict=True))
+        start, stop = self.span(number)
+        record = {"images": [start, stop], "layers": dict(sorted((self.entries(number) | written).items()))}
+        publish(self.record(number), [json.dumps(record, indent=1).encode()])
+
+
+def _fault(file: Path, head: bytes, size: int, entry: Mapping[str, Any], verify: bool) -> str:
+    """What is wrong with a file of a store, in words; empty if nothing is."""
+    if file.stat().st_size != size:
+        return f"{file.stat().st_size} bytes instead of {size}"
+    with open(file, "rb") as handle:
+        if handle.read(len(head)) != head:
+            return "its header is not the one that was written"
+        if verify:
+            handle.seek(0)
+            if hashlib.file_digest(handle, "sha256").hexdigest() != entry["sha256"]:
+                return "its checksum differs"
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def publish(path: Path, parts: Sequence[bytes | np.ndarray]) -> None:
+    """Write a file aside, flush it to the disk and rename it: it is there whole or not at all.
+
+    Raises:
+        UserError: the disk is full; nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    try:
+        with open(aside, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"the disk is full, writing {path} failed; free some space or set cache.dir, then repeat the command: "
+                "it goes on where it stopped"
+            ) from error
+        raise
+
+
+def digest(facts: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits that stand for a JSON-able mapping."""
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """A configuration node, tuple or mapping as the plain Python value its JSON text would give back."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(item) for item in value]
+    return value
+
+
+def safe_name(name: str) -> str:
+    """A name any file system takes."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+
+
+def read_manifest(path: Path, facts: Mapping[str, Any], repair: bool) -> dict[str, Any] | None:
+    """A directory's manifest, None if there is none (or a damaged one and `repair`).
+
+    Raises:
+        UserError: damaged, or made from other facts than these.
+    """
+    try:
+        manifest = json.loads(path.read_text())
+        found = manifest["facts"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        if repair:
+            return None
+        raise UserError(f"{path} is damaged, delete {path.parent} or set cache.repair=true to make it again") from None
+    if found != facts:
+        other = sorted(key for key in {*found, *facts} if found.get(key) != facts.get(key))
+        raise UserError(
+            f"{path.parent} holds another configuration ({', '.join(other)} differ), delete it or set another cache.dir"
+        )
+    return manifest
+
+
+# ---------------------------------------------------------------------------------------------------- processes
+
+
+def rank() -> tuple[int, int]:
+    """This process's number and how many there are, as `torchrun` says; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def job() -> str:
+    """A name all ranks of one launch share and no other launch has."""
+    return ":".join(os.environ.get(key, "") for key in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"))
+
+
+def holder(path: Path) -> dict[str, Any]:
+    """Who holds a lock: pid, host, job; {} if nobody does."""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return {}
+    except BlockingIOError:
+        try:
+            return json.loads(path.read_text())
+        except ValueError:  # between taking the lock and signing it
+            return {"pid": "?", "host": "?", "job": None}
+    except FileNotFoundError:
+        return {}
+
+
+def wait(ready: Callable[[], T | None], alive: Sequence[Path], timeout: float, what: str) -> T:
+    """Ask `ready` until it gives something; give up when no `alive` lock file was touched for `timeout` s."""
+    since, pause = time.time(), 0.01
+    while (value := ready()) is None:
+        last = max([since, *(path.stat().st_mtime for path in alive if path.exists())])
+        if time.time() - last > timeout:
+            raise UserError(f"waited {timeout:g} s without a sign of life for {what}")
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
+    return value
+
+
+@contextmanager
+def lock(path: Path, timeout: float, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """Hold a lock file; yields the function that shows the holder is at work (cheap, call it often).
+
+    Raises:
+        UserError: another living process holds it and did nothing for `timeout` seconds.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        who: dict[str, Any] = {}
+
+        def taken() -> bool | None:
+            nonlocal who
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if not who:
+                    who = holder(path)
+                    say(f"waiting for process {who.get('pid')} on {who.get('host')}, which is filling {path.parent}")
+                return None
+
+        try:
+            wait(taken, [path], timeout, path.name)
+        except UserError:
+            raise UserError(
+                f"{path.parent} is held by process {who.get('pid')} on {who.get('host')}, which has done nothing for "
+                f"{timeout:g} s; wait for it or end it, or set a longer cache.lock_timeout"
+            ) from None
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "job": job()}))
+        file.flush()
+        last = time.monotonic()
+
+        def beat() -> None:
+            nonlocal last
+            if time.monotonic() - last > min(1.0, timeout / 4):
+                last = time.monotonic()
+                os.utime(path)
+
+        try:
+            yield beat
+        finally:
+            file.truncate(0)
+            fcntl.flock(file, fcntl.LOCK_UN)  # for the loader's child processes too, which share the open file
