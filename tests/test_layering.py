@@ -14,12 +14,13 @@ ALLOWED = {
     "controls": {"tasks", "probes", "activation", "metrics", "backbones"},
     "tasks": {"metrics", "probes", "losses"},
     "visualize": {"activation", "backbones", "probes", "patches", "results", "metrics"},
-    "activation": {"patches", "backbones"},
+    "activation": {"patches", "backbones", "index", "store"},
+    "index": {"patches", "store"},
     "datasets": {"datasets"},
     "binding_probes": {"probes"},
     "conftest": set(),
     "errors": set(),
-    **{leaf: set() for leaf in ("probes", "metrics", "patches", "results", "backbones", "losses")},
+    **{leaf: set() for leaf in ("probes", "metrics", "patches", "results", "backbones", "losses", "store")},
 }
 
 
