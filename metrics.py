@@ -1,0 +1,519 @@
+"""Scores and how sure one can be of them: pure functions on tensors, nothing of ours imported.
+
+Pairs of patches are unordered (i < j) and never cross images. Blocks of pairs, from easy to telling:
+
+    all                  every pair of valid patches; background is an identity like any other, as published
+    foreground           both patches on objects
+    same_class           both on objects of one class: the same object against another object of that class
+    same_class_matched   the same, compared only between pairs that lie equally far apart
+
+Uncertainty. Pairs of one image are not independent, so images are what is resampled. Every score is an Estimate: its
+exact value and the influence of every image on it (the derivative of the score by the weight of the image). A bootstrap
+draw is `value + influence @ counts`, the first-order form of computing the score again on the drawn images; what it
+leaves out is of order 1/M for M images (a test compares it with brute force). A thousand draws of all fits and blocks
+then take milliseconds, and means over seeds and paired differences are sums.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from errors import UserError
+
+KINDS = ("background", "class_unknown", "different_class", "same_class_different_object", "same_class_same_object")
+INVALID = 255
+BLOCKS = {"all": 0, "foreground": 1, "same_class": 3}  # the lowest kind of each block: blocks are nested
+DISTANCE_EDGES = (1.5, 2.5, 4.5, 8.5, 16.5)  # patches
+
+
+class PairStrata(NamedTuple):
+    """The pairs i < j of every image, P = T (T - 1) / 2 of them in the order of `upper_pairs`.
+
+    Attributes:
+        same: bool [M, P], both patches carry one identity.
+        kind: uint8 [M, P], index into KINDS, or INVALID where a patch is not valid.
+        self_kind: uint8 [M, T], the same for a patch with itself.
+        distance: float32 [M, P] in patches; inf across windows that cannot be compared. None without positions.
+    """
+
+    same: Tensor
+    kind: Tensor
+    self_kind: Tensor
+    distance: Tensor | None
+
+    def counts(self) -> dict[str, int]:
+        """Number of pairs of every kind."""
+        return {name: int((self.kind == code).sum()) for code, name in enumerate(KINDS)}
+
+
+def upper_pairs(n_tokens: int) -> tuple[Tensor, Tensor]:
+    """First and second patch of every pair i < j, two int64 tensors [P], row by row of the upper triangle."""
+    first, second = torch.triu_indices(n_tokens, n_tokens, 1)
+    return first, second
+
+
+def pair_strata(
+    identity: Tensor,
+    class_: Tensor | None = None,
+    valid: Tensor | None = None,
+    position: Tensor | None = None,
+    offsets: Tensor | None = None,
+) -> PairStrata:
+    """Sort the pairs of patches by what they can tell.
+
+    Two patches of one identity are the same object whatever their class votes say. Class 0 is "no class known": two
+    different objects that both lack a class are of kind class_unknown and stay out of the same-class blocks.
+
+    Args:
+        identity: integer [M, T], 0 is background.
+        class_: integer [M, T], 0 is background or unlabelled; None: no classes are known.
+        valid: bool [M, T]; an invalid patch takes all its pairs out. None: all are valid.
+        position: integer [M, T, 3] window, row, column; None: no distances.
+        offsets: [M, W, 2] row and column of the first patch of each window, in patches, if windows are to be compared;
+            without it patches of different windows have distance inf.
+
+    Raises:
+        UserError: no image has a pair of valid patches.
+    """
+    first, second = upper_pairs(identity.shape[1])
+    valid = torch.ones_like(identity, dtype=torch.bool) if valid is None else valid
+    class_ = torch.zeros_like(identity) if class_ is None else class_
+    same = identity[:, first] == identity[:, second]
+    a, b = class_[:, first], class_[:, second]
+    kind = torch.full(same.shape, 2, dtype=torch.uint8)
+    kind[(a == b) & (a > 0)] = 3
+    kind[(a == 0) & (b == 0)] = 1
+    kind[same] = 4
+    kind[(identity[:, first] == 0) | (identity[:, second] == 0)] = 0
+    kind[~(valid[:, first] & valid[:, second])] = INVALID
+    self_kind = torch.where(identity == 0, 0, 4).to(torch.uint8)
+    self_kind[~valid] = INVALID
+    if bool((kind == INVALID).all()):
+        raise UserError("no image has two valid patches, so no pair can be scored; look at mode=check_data")
+    if position is None:
+        return PairStrata(same, kind, self_kind, None)
+    window, place = position[..., 0], position[..., 1:].float()
+    if offsets is not None:
+        place = place + offsets.float().gather(1, window.long()[..., None].expand(-1, -1, 2))
+    distance = (place[:, first] - place[:, second]).norm(dim=-1)
+    if offsets is None:
+        distance[window[:, first] != window[:, second]] = torch.inf
+    return PairStrata(same, kind, self_kind, distance)
+
+
+class Estimate(NamedTuple):
+    """A score in [0, 1] of F fits and how every image bears on it.
+
+    Attributes:
+        value: float64 [F], exact; nan where the score is undefined (no positive or no negative pair).
+        influence: float64 [F, M], derivative of the score by the image's weight; every row sums to 0.
+    """
+
+    value: Tensor
+    influence: Tensor
+
+
+class Block(NamedTuple):
+    """The scores of one block of pairs.
+
+    Attributes:
+        metrics: Estimate per metric.
+        counts: n_pairs, n_positive, n_images (images with at least one pair).
+        distance: AUROC per distance bin: {"from", "to"} in patches (both None: windows that cannot be compared),
+            "n_pairs", "n_positive" and "auroc", an Estimate.
+    """
+
+    metrics: dict[str, Estimate]
+    counts: dict[str, int]
+    distance: list[dict[str, Any]]
+
+
+class PairScores:
+    """Scores of all pairs for F fits, collected batch by batch; 4 bytes per fit and pair.
+
+    Args:
+        strata: the pairs of all M images.
+        n_fits: F.
+        threshold: a pair is called "same object" strictly above it: 0 for logits, 0.5 for probabilities and 0/1 votes.
+    """
+
+    def __init__(self, strata: PairStrata, n_fits: int, threshold: float = 0.0) -> None:
+        n_images, n_pairs = strata.kind.shape
+        self.strata, self.threshold = strata, threshold
+        self.scores = torch.zeros(n_fits, n_images, n_pairs)
+        # Right answers below the diagonal and on it, per fit, image and block: all the published accuracies still need.
+        self.lower = torch.zeros(n_fits, n_images, len(BLOCKS))
+        self.diagonal = torch.zeros(n_fits, n_images, len(BLOCKS))
+        self.seen = torch.zeros(n_images, dtype=torch.bool)
+        self.first, self.second = upper_pairs(strata.self_kind.shape[1])
+
+    def add(self, images: Tensor | Sequence[int], logits: Tensor) -> None:
+        """Take in the scores of a batch of images.
+
+        Args:
+            images: B indices into the M images.
+            logits: [..., B, T, T], leading axes flatten to F; need not be symmetric (i < j is what is ranked).
+
+        Raises:
+            UserError: a score is not finite.
+        """
+        n_tokens = self.strata.self_kind.shape[1]
+        images = torch.as_tensor(images)
+        logits = logits.detach().reshape(-1, len(images), n_tokens * n_tokens)
+        first, second = self.first.to(logits.device), self.second.to(logits.device)
+        upper = logits[..., first * n_tokens + second].float().cpu()  # [F, B, P]
+        if not torch.isfinite(upper).all():
+            fit, image, _ = (int(i) for i in (~torch.isfinite(upper)).nonzero()[0])
+            image = int(images[image])
+            raise UserError(f"the scores of fit {fit} are not finite on image {image}; lower trainer.lr and fit again")
+        self.scores[:, images] = upper
+        kind, same = self.strata.kind[images], self.strata.same[images]
+        below = logits[..., second * n_tokens + first].cpu() > self.threshold
+        itself = logits[..., :: n_tokens + 1].cpu() > self.threshold
+        members, self_members = _members(kind), _members(self.strata.self_kind[images])
+        self.lower[:, images] = torch.einsum("fbp,kbp->fbk", (below == same).float(), members.float())
+        self.diagonal[:, images] = torch.einsum("fbt,kbt->fbk", itself.float(), self_members.float())
+        self.seen[images] = True
+
+    def evaluate(self) -> dict[str, Block]:
+        """Score every block: "all", "foreground", "same_class" and, where positions are known, "same_class_matched".
+
+        Metrics: accuracy (i < j), accuracy_upper_diagonal (i <= j) and accuracy_all (all ordered pairs), as published;
+        balanced_accuracy; auroc (Mann-Whitney, ties count one half); average_precision (sum of precision over steps of
+        recall); positive_rate; majority (the better of always-same and always-different). The matched block has auroc
+        only: the share of (positive, negative) couples at one distance that are in the right order, so that distance
+        alone is worth exactly 0.5 there.
+        """
+        if not bool(self.seen.all()):
+            raise ValueError(f"{int((~self.seen).sum())} images were never added")
+        n_images, n_pairs = self.strata.kind.shape
+        kind = self.strata.kind.numpy().ravel()
+        use = np.flatnonzero(kind != INVALID)
+        pairs = _Pairs(kind[use], self.strata.same.numpy().ravel()[use], use // n_pairs, *self._distance_codes(use))
+        fits = [_score_fit(scores.numpy().ravel()[use], pairs, n_images, self.threshold) for scores in self.scores]
+        return {name: self._block(name, [fit[name] for fit in fits]) for name in fits[0]}
+
+    def _distance_codes(self, use: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Per pair: its squared distance as an integer (exact on one grid), and its distance bin."""
+        if self.strata.distance is None:
+            return None, None
+        distance = self.strata.distance.numpy().ravel()[use].astype(np.float64)
+        apart = np.isinf(distance)
+        square = np.rint(np.where(apart, 0, distance) ** 2).astype(np.int64)
+        square[apart] = square.max(initial=0) + 1
+        square = square.astype(np.uint16) if square.max(initial=0) < 2**16 else square  # 16 bits sort by radix
+        return square, np.where(apart, len(DISTANCE_EDGES) + 1, np.digitize(distance, DISTANCE_EDGES)).astype(np.uint8)
+
+    def _block(self, name: str, fits: list[dict[str, Any]]) -> Block:
+        metrics = {key: _stack([fit["metrics"][key] for fit in fits]) for key in fits[0]["metrics"]}
+        if name in BLOCKS:
+            number = list(BLOCKS).index(name)
+            upper = torch.from_numpy(np.stack([fit["right"] for fit in fits]))  # [F, M]
+            lower, diagonal = self.lower[..., number].double(), self.diagonal[..., number].double()
+            n_upper, n_self = (_members(k)[number].sum(-1).double() for k in (self.strata.kind, self.strata.self_kind))
+            published = {
+                "accuracy": ratio_estimate(upper, n_upper),
+                "accuracy_upper_diagonal": ratio_estimate(upper + diagonal, n_upper + n_self),
+                "accuracy_all": ratio_estimate(upper + lower + diagonal, 2 * n_upper + n_self),
+            }
+            metrics = {**published, **metrics}
+        distance = [
+            {**row, "auroc": _stack([fit["distance"][i]["auroc"] for fit in fits])}
+            for i, row in enumerate(fits[0]["distance"])
+        ]
+        return Block(metrics, fits[0]["counts"], distance)
+
+
+def _members(kind: Tensor) -> Tensor:
+    """Which pairs belong to each block, bool [len(BLOCKS), ...]."""
+    return torch.stack([(kind >= lowest) & (kind != INVALID) for lowest in BLOCKS.values()])
+
+
+def _stack(estimates: Sequence[tuple[float, np.ndarray]]) -> Estimate:
+    value = torch.tensor([e[0] for e in estimates], dtype=torch.float64)
+    return Estimate(value, torch.from_numpy(np.stack([e[1] for e in estimates])))
+
+
+class _Pairs(NamedTuple):
+    """What is known of each pair [n], whatever its score: kind, target, image, squared distance, distance bin."""
+
+    kind: np.ndarray
+    same: np.ndarray
+    image: np.ndarray
+    square: np.ndarray | None
+    bins: np.ndarray | None
+
+    def take(self, index: np.ndarray) -> "_Pairs":
+        return _Pairs(*(None if x is None else x[index] for x in self))
+
+
+class _Ranks(NamedTuple):
+    """Pairs of one or several segments, sorted by score inside each: G groups of equal score."""
+
+    start: np.ndarray  # [G + 1] first pair of each group, then n
+    positive: np.ndarray  # [G + 1] positive pairs before each group
+    segment: np.ndarray  # [S + 1] first group of each segment, then G
+
+
+# A score, and what a positive and a negative pair of each group add to it.
+_Gains = tuple[float, np.ndarray, np.ndarray]
+
+
+def _score_fit(score: np.ndarray, pairs: _Pairs, n_images: int, threshold: float) -> dict[str, dict[str, Any]]:
+    """All blocks of one fit: sorted once, and what is sorted stays sorted in the smaller blocks."""
+    order = np.argsort(score)
+    score, pairs = score[order], pairs.take(order)
+    result = {}
+    for name, lowest in BLOCKS.items():
+        if lowest:
+            keep = np.flatnonzero(pairs.kind >= lowest)
+            score, pairs = score[keep], pairs.take(keep)
+        # By distance, all pairs would mostly tell figure from ground once more.
+        result[name] = _score_block(score, pairs, n_images, threshold, by_distance=lowest > 0)
+    if pairs.square is not None:
+        order = np.argsort(pairs.square, kind="stable")
+        score, pairs = score[order], pairs.take(order)
+        ranks = _ranks(score, pairs.same, pairs.square)
+        auroc = _per_image(_auroc(ranks), ranks, pairs.same, pairs.image, n_images)
+        counts = result["same_class"]["counts"]
+        result["same_class_matched"] = {"metrics": {"auroc": auroc}, "counts": counts, "distance": []}
+    return result
+
+
+def _score_block(
+    score: np.ndarray, pairs: _Pairs, n_images: int, threshold: float, by_distance: bool
+) -> dict[str, Any]:
+    """All metrics of one fit on one block of pairs sorted by score."""
+    same, image, signed_image = pairs.same, pairs.image, pairs.image * 2 + pairs.same
+    above = np.searchsorted(score, threshold, side="right")  # a score on the threshold is not above it
+    whole = np.bincount(signed_image, minlength=2 * n_images).reshape(-1, 2)  # [M, 2] negative, positive
+    called = np.bincount(signed_image[above:], minlength=2 * n_images).reshape(-1, 2)
+    hit, rejected = called[:, 1], whole[:, 0] - called[:, 0]
+    sensitivity, specificity = _ratio(hit, whole[:, 1]), _ratio(rejected, whole[:, 0])
+    rate = _ratio(whole[:, 1], whole.sum(1))
+    ranks = _ranks(score, same)
+    metrics = {
+        "balanced_accuracy": ((sensitivity[0] + specificity[0]) / 2, (sensitivity[1] + specificity[1]) / 2),
+        "auroc": _per_image(_auroc(ranks), ranks, same, image, n_images),
+        "average_precision": _per_image(_average_precision(ranks), ranks, same, image, n_images),
+        "positive_rate": rate,
+        "majority": rate if rate[0] >= 0.5 else (1 - rate[0], -rate[1]),
+    }
+    distance = []
+    if by_distance and pairs.bins is not None:
+        ends = np.bincount(pairs.bins, minlength=len(DISTANCE_EDGES) + 2).cumsum()
+        parts = np.split(np.argsort(pairs.bins, kind="stable"), ends[:-1])
+        for part, low, high in zip(parts, (0.0, *DISTANCE_EDGES, None), (*DISTANCE_EDGES, None, None), strict=True):
+            if len(part):
+                s, n_positive = same[part], int(same[part].sum())
+                auroc = _per_image(_auroc(ranks := _ranks(score[part], s)), ranks, s, image[part], n_images)
+                known = {"from": low, "to": high, "n_pairs": len(part), "n_positive": n_positive}
+                distance.append({**known, "auroc": auroc})
+    counts = {"n_pairs": len(score), "n_positive": int(same.sum()), "n_images": int((whole.sum(1) > 0).sum())}
+    return {"metrics": metrics, "counts": counts, "distance": distance, "right": hit + rejected}
+
+
+def _ranks(score: np.ndarray, same: np.ndarray, segment: np.ndarray | None = None) -> _Ranks:
+    n = len(score)
+    new = np.ones(n, bool)
+    np.not_equal(score[1:], score[:-1], out=new[1:])
+    turn = np.flatnonzero(segment[1:] != segment[:-1]) + 1 if segment is not None else np.zeros(0, np.int64)
+    new[turn] = True
+    start = np.append(np.flatnonzero(new), n)
+    positive = np.concatenate([[0], np.cumsum(same)])[start]
+    return _Ranks(start, positive, np.searchsorted(start, np.concatenate([[0], turn, [n]])))
+
+
+def _per_image(
+    gains: _Gains, ranks: _Ranks, same: np.ndarray, image: np.ndarray, n_images: int
+) -> tuple[float, np.ndarray]:
+    """A score and the influence of each image on it: the sum of what its pairs add."""
+    value, positive, negative = gains
+    size = np.diff(ranks.start)
+    return value, np.bincount(image, np.where(same, np.repeat(positive, size), np.repeat(negative, size)), n_images)
+
+
+def _auroc(ranks: _Ranks) -> _Gains:
+    """Share of (positive, negative) couples of one segment in the right order, ties half: the Mann-Whitney statistic.
+
+    A couple counts once, so segments weigh n_positive * n_negative.
+    """
+    negative = ranks.start - ranks.positive
+    group_p, group_n = np.diff(ranks.positive), np.diff(negative)
+    base_p, base_n = ranks.positive[ranks.segment], negative[ranks.segment]  # [S + 1] before each segment
+    total_p, total_n = np.diff(base_p), np.diff(base_n)
+    couples = float(total_p @ total_n)
+    if couples == 0:
+        return float("nan"), np.zeros(len(group_p)), np.zeros(len(group_p))
+    groups = np.diff(ranks.segment)
+
+    def spread(per_segment: np.ndarray) -> np.ndarray:
+        return per_segment if len(groups) == 1 else np.repeat(per_segment, groups)
+
+    won = negative[:-1] - spread(base_n[:-1]) + group_n / 2  # couples that a positive pair of the group wins
+    lost = spread(base_p[1:]) - ranks.positive[1:] + group_p / 2  # and a negative pair of it
+    value = float(group_p @ won) / couples
+    # What a pair's couples win on either side, less what as many couples win on average.
+    return value, (won - value * spread(total_n)) / couples, (lost - value * spread(total_p)) / couples
+
+
+def _average_precision(ranks: _Ranks) -> _Gains:
+    """Sum over groups, from the highest score, of precision times the step of recall."""
+    n, n_positive = ranks.start[-1], ranks.positive[-1]
+    step = np.diff(ranks.positive)
+    if n_positive in (0, n):
+        return float("nan"), np.zeros(len(step)), np.zeros(len(step))
+    above = n - ranks.start[:-1]  # pairs scored at least as high
+    precision = (n_positive - ranks.positive[:-1]) / above
+    value = float(step @ precision) / n_positive
+    # A pair also moves the precision of every group it passes: (1 - precision) / above up, or precision / above down.
+    passed, drop = np.cumsum(step / above), np.cumsum(step * precision / above)
+    return value, (precision - value + passed - drop) / n_positive, -drop / n_positive
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> tuple[float, np.ndarray]:
+    total = whole.sum()
+    if total == 0:
+        return float("nan"), np.zeros(len(part))
+    value = part.sum() / total
+    return float(value), (part - value * whole) / total
+
+
+def ratio_estimate(part: Tensor, whole: Tensor) -> Estimate:
+    """Estimate of sum(part) / sum(whole) over images, e.g. of right answers and answers.
+
+    Args:
+        part: [F, M].
+        whole: [M] or [F, M].
+    """
+    part, whole = part.double(), whole.double().expand_as(part)
+    total = whole.sum(-1)
+    value = part.sum(-1) / total  # nan when nothing was asked
+    return Estimate(value, torch.nan_to_num((part - value[:, None] * whole) / total[:, None], nan=0.0))
+
+
+def mean_over_seeds(estimate: Estimate, n_seeds: int) -> Estimate:
+    """Fits [S * L] (seed first) to [L]: the mean over seeds, inside every resample."""
+    return Estimate(*(x.unflatten(0, (n_seeds, -1)).mean(0) for x in estimate))
+
+
+def difference(a: Estimate, b: Estimate) -> Estimate:
+    """Of a minus b on the same images (paired: both see every resample). Fits broadcast."""
+    return Estimate(a.value - b.value, a.influence - b.influence)
+
+
+def resample(n_images: int, n_boot: int = 1000, seed: int = 0) -> Tensor:
+    """How often each image is drawn in each bootstrap sample, float64 [n_boot, M], rows sum to M."""
+    generator = np.random.default_rng(seed)
+    return torch.from_numpy(generator.multinomial(n_images, np.full(n_images, 1 / n_images), n_boot).astype(np.float64))
+
+
+def interval(
+    estimate: Estimate, counts: Tensor, level: float = 0.95, bounds: tuple[float, float] = (0.0, 1.0)
+) -> tuple[Tensor, Tensor]:
+    """Percentile bootstrap interval over images.
+
+    Args:
+        estimate: of F fits.
+        counts: of `resample`; give compared fits the same.
+        bounds: where the score can lie; (-1, 1) for a difference.
+
+    Returns:
+        low and high, float64 [F]; nan where the value is.
+    """
+    draws = estimate.value[:, None] + estimate.influence @ counts.T  # [F, n_boot]
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = torch.quantile(draws, ends, dim=1).clamp(*bounds)
+    return low, high
+
+
+def block_rows(blocks: Mapping[str, Block], counts: Tensor, n_seeds: int = 1) -> list[list[dict[str, Any]]]:
+    """Plain numbers for records and tables: per layer (mean over seeds), one dict per block.
+
+    Returns:
+        [L][block] → {"block", "n_pairs", …, metric, metric_low, metric_high …, "distance": [...]}.
+    """
+    rows: list[list[dict[str, Any]]] = []
+    for name, block in blocks.items():
+        columns = {key: _with_interval(e, counts, n_seeds) for key, e in block.metrics.items()}
+        bins = [(row, _with_interval(row["auroc"], counts, n_seeds)) for row in block.distance]
+        n_layers = len(next(iter(columns.values()))[0])
+        rows = rows or [[] for _ in range(n_layers)]
+        for layer in range(n_layers):
+            row: dict[str, Any] = {"block": name, **block.counts}
+            for key, ends in columns.items():
+                row |= dict(zip((key, f"{key}_low", f"{key}_high"), (e[layer] for e in ends), strict=True))
+            row["distance"] = [
+                {**known, **dict(zip(("auroc", "auroc_low", "auroc_high"), (e[layer] for e in ends), strict=True))}
+                for known, ends in bins
+            ]
+            rows[layer].append(row)
+    return rows
+
+
+def _with_interval(estimate: Estimate, counts: Tensor, n_seeds: int) -> tuple[list[float], list[float], list[float]]:
+    estimate = mean_over_seeds(estimate, n_seeds)
+    low, high = interval(estimate, counts)
+    return estimate.value.tolist(), low.tolist(), high.tolist()
+
+
+def confusion_matrix(target: Tensor, prediction: Tensor, n_classes: int, n_predictions: int | None = None) -> Tensor:
+    """Counts [n_classes, n_predictions], rows true, columns predicted, over all elements whose target is a class.
+
+    Targets outside 0 … n_classes - 1 (255 or -1: ignored) are left out. Sum over batches for one global matrix.
+
+    Raises:
+        ValueError: a prediction outside 0 … n_predictions - 1 (it would be lost silently).
+    """
+    n_predictions = n_classes if n_predictions is None else n_predictions
+    keep = (target >= 0) & (target < n_classes)
+    t, p = target[keep].long(), prediction[keep].long()
+    if len(p) and (int(p.min()) < 0 or int(p.max()) >= n_predictions):
+        raise ValueError(f"predictions lie in {int(p.min())} … {int(p.max())}, expected 0 … {n_predictions - 1}")
+    return torch.bincount(t * n_predictions + p, minlength=n_classes * n_predictions).view(n_classes, n_predictions)
+
+
+def iou(confusion: Tensor) -> Tensor:
+    """Intersection over union of every class with every prediction, float64 like the matrix; 0 / 0 is 0."""
+    c = confusion.double()
+    union = c.sum(1, keepdim=True) + c.sum(0, keepdim=True) - c
+    return c / union.clamp_min(1)
+
+
+def miou(confusion: Tensor, absent: str = "skip") -> float:
+    """Mean IoU of one global square confusion matrix.
+
+    Args:
+        absent: a class in neither targets nor predictions is left out of the mean ("skip") or counts 0 ("zero", as
+            published for NeCo and Hummingbird).
+    """
+    scores = iou(confusion).diagonal()
+    present = (confusion.sum(0) + confusion.sum(1)) > 0
+    return float(scores[present].mean() if absent == "skip" else scores.mean())
+
+
+def hungarian_matching(confusion: Tensor) -> Tensor:
+    """One prediction per class so that the summed IoU is largest; class of every prediction [n_predictions], else 0."""
+    rows, columns = linear_sum_assignment(-iou(confusion).numpy())
+    assigned = torch.zeros(confusion.shape[1], dtype=torch.int64)
+    assigned[torch.from_numpy(columns)] = torch.from_numpy(rows)
+    return assigned
+
+
+def many_to_one_matching(confusion: Tensor, by: str = "iou") -> Tensor:
+    """Class of every prediction [n_predictions]: that of highest IoU (by="iou") or precision (by="precision").
+
+    Ties go to the lowest class, an unused prediction to class 0.
+    """
+    score = iou(confusion) if by == "iou" else confusion.double() / confusion.sum(0).clamp_min(1)
+    return torch.from_numpy(score.numpy().argmax(0))
+
+
+def merge_predictions(confusion: Tensor, assigned: Tensor) -> Tensor:
+    """The confusion matrix [n_classes, n_classes] after every prediction was renamed to its class."""
+    merged = torch.zeros(confusion.shape[0], confusion.shape[0], dtype=confusion.dtype)
+    return merged.index_add_(1, assigned, confusion)
