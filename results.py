@@ -34,7 +34,7 @@ from errors import UserError
 ROOT = Path(__file__).parent
 # Settings that change where or how a run is carried out, never its numbers.
 _NOT_IN_HASH = ("debug", "resume", "output_dir", "wandb", "threads")
-_RECORD_KEY = ("kind", "name", "split", "layer", "seed", "question", "block", "epoch")
+_RECORD_KEY = ("kind", "name", "split", "layer", "seed", "question", "readout", "block", "epoch")
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
@@ -353,6 +353,13 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join(cells).rstrip()
 
     return "\n".join([line(header), line(["-" * w for w in widths]), *(line(row) for row in rows)])
+
+
+def named_groups() -> set[str]:
+    """Config groups the command line sets something in: `dataset=…` and `dataset.root=…` both name "dataset"."""
+    if not HydraConfig.initialized():
+        return set()
+    return {re.split(r"[.=]", override.lstrip("+~"))[0] for override in HydraConfig.get().overrides.task}
 
 
 def explain_config_error(error: Exception) -> str:

@@ -12,12 +12,12 @@ weights from its own generator, all share the order of the batches, the loss is 
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -25,11 +25,13 @@ from tqdm import tqdm
 
 import results
 from activation import PatchSample, open_sample
-from controls import Control, build_controls
+from controls import Control, build_controls, oracle_scores
 from errors import UserError
-from probes import Probe
+from metrics import Estimate
+from probes import Probe, load_probe
+from report import Scored, records, report
 from results import Run, checkpoint_path, write_atomically
-from tasks import TASKS, Task
+from tasks import TASKS, Scores, Task
 
 SPLITS = ("train", "val", "test")
 
@@ -47,10 +49,10 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     task = TASKS[cfg.task](cfg)
     samples = {split: open_sample(cfg, split, say=run.say) for split in SPLITS}
     task.check(samples)
-    summary: list[dict[str, Any]] = []
+    summary: list[Scored] = []
     for control in (Control("probe", cfg.probe, samples), *build_controls(cfg, samples, say=run.say)):
         probes = fit_stack(control, task, cfg, run, device) if control.probe is not None else []
-        summary += score(control, probes, task, cfg, run, device, split="test")
+        summary.append(score(control, probes, task, cfg, run, device, split="test"))
     return report(summary, task, cfg, run)
 
 
@@ -63,19 +65,18 @@ def run_eval(cfg: DictConfig, run: Run) -> dict[str, Any]:
         UserError: no such run or checkpoint, or the activations at hand are not those the probe was fitted on.
     """
     device = set_up(cfg)
-    directory = Path(cfg.eval.run) if cfg.eval.run else results.newest_run(cfg.output_dir, ("train", "train_class", "train_identity"))
+    directory = Path(cfg.eval.run or results.newest_run(cfg.output_dir, ("train", "train_class", "train_identity")))
     fitted = results.read_config(directory)
     named = results.named_groups()
-    for group in ("model", "protocol"):
+    for group in ("model", "protocol", "probe"):
         if group in named and cfg[group] != fitted[group]:
             raise UserError(
-                f"the checkpoint in {directory} was fitted with another {group} ({results.describe(fitted[group])}, got "
-                f"{results.describe(cfg[group])}); leave {group}= out, or fit a probe with it first"
+                f"the checkpoint in {directory} was fitted with another {group} than the one named on the command line; "
+                f"leave {group} out, or fit a probe with it first"
             )
     if "dataset" in named:
         fitted.dataset = cfg.dataset
-    for key in ("cache", "device", "trainer"):
-        fitted[key] = cfg[key] if key != "trainer" else fitted[key]
+    fitted.cache, fitted.device = cfg.cache, cfg.device
     sample = open_sample(fitted, cfg.eval.split, say=run.say)
     task = TASKS[fitted.task](fitted)
     probes = load_probes(directory, "probe", cfg.eval.checkpoint)
@@ -89,8 +90,8 @@ def run_eval(cfg: DictConfig, run: Run) -> dict[str, Any]:
     task.check({cfg.eval.split: sample})
     control = Control("probe", fitted.probe, {cfg.eval.split: sample})
     run.say(f"scoring {directory} ({cfg.eval.checkpoint}) on {cfg.eval.split}")
-    summary = score(control, [p.to(device) for p in probes], task, fitted, run, device, split=cfg.eval.split)
-    return report(summary, task, fitted, run)
+    scored = score(control, [p.to(device) for p in probes], task, fitted, run, device, split=cfg.eval.split)
+    return report([scored], task, fitted, run)
 
 
 def set_up(cfg: DictConfig) -> torch.device:
@@ -105,6 +106,18 @@ def set_up(cfg: DictConfig) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device={name} was asked for but no CUDA device is visible; use device=cpu or device=auto")
     return torch.device(name)
+
+
+def load_probes(directory: Path, name: str, which: str) -> list[Probe]:
+    """The probes of a run, cut by layers as they were fitted.
+
+    Raises:
+        UserError: the run has none.
+    """
+    files = sorted(checkpoint_path(directory, name, which).parent.glob(f"{which}.*.safetensors"))
+    if not files:
+        raise UserError(f"{directory} holds no {which} checkpoint of {name}; name a finished training run and best or last")
+    return [load_probe(file) for file in files]
 
 
 class Progress(NamedTuple):
@@ -305,7 +318,7 @@ def save_state(
     try:
         write_atomically(path, data)
     except OSError as error:
-        raise UserError(f"cannot write the checkpoint {path}: {error.strerror}; free some space and repeat the command") from error
+        raise UserError(f"cannot write {path}: {error.strerror}; free some space and repeat the command") from error
 
 
 def load_state(path: Path, probe: Probe, optimizer: torch.optim.Optimizer, best: dict[str, Tensor]) -> Progress:
@@ -313,14 +326,65 @@ def load_state(path: Path, probe: Probe, optimizer: torch.optim.Optimizer, best:
     try:
         with safe_open(path, "pt") as file:
             epoch = json.loads(file.metadata()["epoch"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
     except Exception as error:
         raise UserError(f"the checkpoint {path} cannot be read ({error}); delete it and repeat the command") from error
     with torch.no_grad():
         for n, p in probe.named_parameters():
             p.copy_(tensors[f"last/{n}"])
             best[n] = tensors[f"best/{n}"].to(p.device)
-            moments = {k.split("/")[1]: v for k, v in tensors.items() if k.startswith("optimizer/") and k.split("/", 2)[2] == n}
+            parts = ((k.split("/", 2), v) for k, v in tensors.items())
+            moments = {key[1]: v for key, v in parts if key[0] == "optimizer" and key[2] == n}
             if moments:
                 optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments.items()}
     return Progress(epoch, tensors["progress/best"], tensors["progress/best_epoch"])
+
+
+def score(
+    control: Control, probes: Sequence[Probe], task: Task, cfg: DictConfig, run: Run, device: torch.device, *, split: str,
+) -> Scored:
+    """Evaluate a control on a split and write a record per layer, seed and block, then the means over seeds."""
+    sample = control.samples[split]
+    parts = [evaluate(probe, task, sample, int(cfg.trainer.batch_size), device) for probe in probes]
+    layers = [layer for probe in probes for layer in probe.layers]
+    if control.probe is None:
+        parts, layers = [evaluate_oracle(task, sample, int(cfg.trainer.batch_size))], [control.name]
+    scored = Scored(control.name, layers, [concatenate(blocks, len(task.seeds)) for blocks in zip(*parts, strict=True)])
+    for record in records(scored, task, cfg, split):
+        run.write(record)
+    return scored
+
+
+@torch.no_grad()
+def evaluate(probe: Probe, task: Task, sample: PatchSample, batch_size: int, device: torch.device) -> list[Scores]:
+    """Per-image scores of a stack on a sample, turned into blocks in one place (`tasks.Scorer`)."""
+    probe.eval()
+    index = [list(sample.tokens.layers).index(layer) for layer in probe.layers]
+    scorer = task.scorer(sample, len(index))
+    for batch in tqdm(list(task.batches(sample, batch_size, None)), desc="evaluate", disable=None, leave=False):
+        scorer.add(batch.to(device), probe(batch.tokens(sample, index, device)))
+    return scorer.finish()
+
+
+def evaluate_oracle(task: Task, sample: PatchSample, batch_size: int) -> list[Scores]:
+    """The same blocks for the class oracle, whose score needs labels only."""
+    scorer = task.scorer(sample, 1)
+    for batch in task.batches(sample, batch_size, None):
+        scorer.add_pairs(batch, task.columns[0][1], oracle_scores(batch.labels["class"], len(task.stack)))
+    return scorer.finish()
+
+
+def concatenate(blocks: Sequence[Scores], n_seeds: int) -> Scores:
+    """Join the layers of the cuts of one stack: fits [seeds × layers] of each cut to fits of all layers, seed first."""
+    if len(blocks) == 1:
+        return blocks[0]
+
+    def join(estimates: Sequence[Estimate]) -> Estimate:
+        parts = [[field.unflatten(0, (n_seeds, -1)) for field in e] for e in estimates]
+        return Estimate(*(torch.cat(fields, 1).flatten(0, 1) for fields in zip(*parts, strict=True)))
+
+    metrics = {key: join([b.metrics[key] for b in blocks]) for key in blocks[0].metrics}
+    distance = [
+        {**row, "auroc": join([b.distance[i]["auroc"] for b in blocks])} for i, row in enumerate(blocks[0].distance)
+    ]
+    return blocks[0]._replace(metrics=metrics, distance=distance)

@@ -1,0 +1,149 @@
+"""The baselines every score is shown beside: a score that stands alone means nothing.
+
+    position      the task's own probe on where a patch lies, nothing else
+    pixels        the task's own probe on the raw pixels of each patch
+    random        the task's own probe on the same architecture with random weights
+    class_oracle  no probe: two patches are "the same object" when their true classes agree
+    cosine        cosine similarity of the tokens, only a threshold is fitted
+    dot_product   dot product of the tokens, only a threshold is fitted
+
+The majority rate is part of every metric block. A control is fitted, selected and scored by the very code that handles
+the probe, on the same images and patches.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from activation import PatchSample, StackedTokens, open_sample
+from errors import UserError
+
+
+class Control(NamedTuple):
+    """Something to be fitted and scored: a probe settings block and the samples it reads.
+
+    `probe` None means that the score comes from the labels alone.
+    """
+
+    name: str
+    probe: Mapping[str, Any] | None
+    samples: dict[str, PatchSample]
+
+
+def position(cfg: DictConfig, samples: dict[str, PatchSample]) -> Control | None:
+    """The probe on sine-cosine codes of window, row and column; None for a probe that needs a backbone's blocks."""
+    if cfg.probe.mode == "attention":
+        return None
+    coded = {}
+    for split, sample in samples.items():
+        tokens = StackedTokens.from_tensor(position_code(sample.position)[None], ["position"])
+        coded[split] = sample._replace(tokens=tokens)
+    return Control("position", cfg.probe, coded)
+
+
+def position_code(positions: Tensor, n_frequencies: int = 16) -> Tensor:
+    """Sine-cosine code of integer patch positions.
+
+    Args:
+        positions: [M, T, 3] window, row, column.
+        n_frequencies: wave lengths from 2 to 200 patches, geometrically spaced (our choice).
+
+    Returns:
+        [M, T, 6 * n_frequencies] float32.
+    """
+    waves = 2 * torch.pi / torch.logspace(0.30103, 2.30103, n_frequencies)  # 2 … 200 patches
+    angle = positions[..., None].float() * waves  # [M, T, 3, n]
+    return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)
+
+
+def pixels(cfg: DictConfig, samples: dict[str, PatchSample]) -> Control | None:
+    """The probe on the normalised pixels of each patch; None for a probe that needs a backbone's blocks."""
+    if cfg.probe.mode == "attention":
+        return None
+    return Control("pixels", cfg.probe, _with_model(cfg, samples, source="pixels", layers=["embed"], norm=False))
+
+
+def random(cfg: DictConfig, samples: dict[str, PatchSample]) -> Control | None:
+    """The probe on the same architecture with random weights; None when the backbone itself is random."""
+    if not cfg.model.pretrained and not cfg.model.weights:
+        return None
+    return Control("random", cfg.probe, _with_model(cfg, samples, pretrained=False, weights=None, digest=None))
+
+
+def class_oracle(cfg: DictConfig, samples: dict[str, PatchSample]) -> Control:
+    """Same object if and only if same true class: what class alone can tell."""
+    return Control("class_oracle", None, samples)
+
+
+def oracle_scores(class_: Tensor, n_stack: int) -> Tensor:
+    """Pair scores of the class oracle.
+
+    Args:
+        class_: [B, T] true classes, 0 where none is known.
+
+    Returns:
+        [S, 1, B, T, T] float32: 1 where the classes agree, -1 where they do not (right for thresholds 0 and 0.5 alike).
+    """
+    same = class_[:, :, None] == class_[:, None, :]
+    return (2.0 * same.float() - 1.0).expand(n_stack, 1, -1, -1, -1)
+
+
+def cosine(cfg: DictConfig, samples: dict[str, PatchSample]) -> Control | None:
+    """Cosine similarity of two tokens."""
+    return _similarity("cosine", cfg, samples)
+
+
+def dot_product(cfg: DictConfig, samples: dict[str, PatchSample]) -> Control | None:
+    """Dot product of two tokens."""
+    return _similarity("dot_product", cfg, samples)
+
+
+CONTROLS: dict[str, Callable[[DictConfig, dict[str, PatchSample]], Control | None]] = {
+    "position": position,
+    "pixels": pixels,
+    "random": random,
+    "class_oracle": class_oracle,
+    "cosine": cosine,
+    "dot_product": dot_product,
+}
+
+
+def build_controls(cfg: DictConfig, samples: dict[str, PatchSample], say: Callable[[str], None]) -> list[Control]:
+    """The controls the configuration asks for: `controls=all`, `none` or a list of names.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    asked = cfg.controls
+    names = list(CONTROLS) if asked == "all" else [] if asked in ("none", None) else list(OmegaConf.to_object(asked))
+    unknown = sorted(set(names) - set(CONTROLS))
+    if unknown:
+        raise UserError(f"unknown control '{unknown[0]}'; valid: all, none or a list of {', '.join(CONTROLS)}")
+    built = []
+    for name in names:
+        control = CONTROLS[name](cfg, samples)
+        if control is not None:
+            built.append(control)
+        elif asked != "all":
+            say(f"note: control {name} does not apply to this run and is left out")
+    return built
+
+
+def _similarity(mode: str, cfg: DictConfig, samples: dict[str, PatchSample]) -> Control | None:
+    if cfg.task != "pairwise" or cfg.probe.mode == mode:
+        return None
+    return Control(mode, OmegaConf.merge(cfg.probe, {"mode": mode}), samples)
+
+
+def _with_model(cfg: DictConfig, samples: dict[str, PatchSample], **changes: Any) -> dict[str, PatchSample]:
+    """The same images and patches through another model; position and labels are checked to be the same."""
+    other = cfg.copy()
+    OmegaConf.update(other, "model", OmegaConf.merge(cfg.model, changes), merge=False)
+    opened = {split: open_sample(other, split, say=lambda text: None) for split in samples}
+    for split, sample in samples.items():
+        if not torch.equal(opened[split].position, sample.position):
+            raise UserError(f"a control drew other patches than the probe on {split}; empty the cache folder {cfg.cache.dir}")
+    return opened
