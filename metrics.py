@@ -209,23 +209,31 @@ class PairScores:
         return square, np.where(apart, len(DISTANCE_EDGES) + 1, np.digitize(distance, DISTANCE_EDGES)).astype(np.uint8)
 
     def _block(self, name: str, fits: list[dict[str, Any]]) -> Block:
-        metrics = {key: _stack([fit["metrics"][key] for fit in fits]) for key in fits[0]["metrics"]}
+        metrics = {key: _stack([fit[key] for fit in fits]) for key in ("auroc", "average_precision") if key in fits[0]}
+        whole, called = (torch.from_numpy(np.stack([fit[key] for fit in fits])).double() for key in ("whole", "called"))
+        n, positive = whole.sum(-1), whole[..., 1]  # [F, M]; the last axis is negative, positive
         if name in BLOCKS:
             number = list(BLOCKS).index(name)
-            upper = torch.from_numpy(np.stack([fit["right"] for fit in fits]))  # [F, M]
-            lower, diagonal = self.lower[..., number].double(), self.diagonal[..., number].double()
-            n_upper, n_self = (_members(k)[number].sum(-1).double() for k in (self.strata.kind, self.strata.self_kind))
-            published = {
-                "accuracy": ratio_estimate(upper, n_upper),
-                "accuracy_upper_diagonal": ratio_estimate(upper + diagonal, n_upper + n_self),
-                "accuracy_all": ratio_estimate(upper + lower + diagonal, 2 * n_upper + n_self),
+            rejected = whole[..., 0] - called[..., 0]
+            upper, lower, diagonal = rejected + called[..., 1], self.lower[..., number], self.diagonal[..., number]
+            n_self = _members(self.strata.self_kind)[number].sum(-1).double()
+            either = ratio_estimate(called[..., 1], positive), ratio_estimate(rejected, whole[..., 0])
+            rate = ratio_estimate(positive, n)
+            sign = torch.where(rate.value >= 0.5, 1.0, -1.0).double()
+            metrics |= {
+                "accuracy": ratio_estimate(upper, n),
+                "accuracy_upper_diagonal": ratio_estimate(upper + diagonal, n + n_self),
+                "accuracy_all": ratio_estimate(upper + lower + diagonal, 2 * n + n_self),
+                "balanced_accuracy": Estimate(*((a + b) / 2 for a, b in zip(*either, strict=True))),
+                "positive_rate": rate,
+                "majority": Estimate(0.5 + sign * (rate.value - 0.5), sign[:, None] * rate.influence),
             }
-            metrics = {**published, **metrics}
         distance = [
             {**row, "auroc": _stack([fit["distance"][i]["auroc"] for fit in fits])}
             for i, row in enumerate(fits[0]["distance"])
         ]
-        return Block(metrics, fits[0]["counts"], distance)
+        counts = {"n_pairs": n[0].sum(), "n_positive": positive[0].sum(), "n_images": (n[0] > 0).sum()}
+        return Block(metrics, {key: int(count) for key, count in counts.items()}, distance)
 
 
 def _members(kind: Tensor) -> Tensor:
@@ -247,7 +255,7 @@ class _Pairs(NamedTuple):
     square: np.ndarray | None
     bins: np.ndarray | None
 
-    def take(self, index: np.ndarray) -> "_Pairs":
+    def take(self, index: np.ndarray | slice) -> "_Pairs":
         return _Pairs(*(None if x is None else x[index] for x in self))
 
 
@@ -267,57 +275,47 @@ def _score_fit(score: np.ndarray, pairs: _Pairs, n_images: int, threshold: float
     """All blocks of one fit: sorted once, and what is sorted stays sorted in the smaller blocks."""
     order = np.argsort(score)
     score, pairs = score[order], pairs.take(order)
-    result = {}
+    result: dict[str, dict[str, Any]] = {}
     for name, lowest in BLOCKS.items():
-        if lowest:
-            keep = np.flatnonzero(pairs.kind >= lowest)
-            score, pairs = score[keep], pairs.take(keep)
-        # By distance, all pairs would mostly tell figure from ground once more.
-        result[name] = _score_block(score, pairs, n_images, threshold, by_distance=lowest > 0)
+        keep = np.flatnonzero(pairs.kind >= lowest) if lowest else slice(None)
+        score, pairs = score[keep], pairs.take(keep)
+        above = np.searchsorted(score, threshold, side="right")  # a score on the threshold is not above it
+        cell = pairs.image * 2 + pairs.same
+        ranks = _ranks(score, pairs.same)
+        result[name] = {
+            "auroc": _per_image(_auroc(ranks), ranks, pairs, n_images),
+            "average_precision": _per_image(_average_precision(ranks), ranks, pairs, n_images),
+            "whole": np.bincount(cell, minlength=2 * n_images).reshape(-1, 2),  # [M, 2] negative, positive
+            "called": np.bincount(cell[above:], minlength=2 * n_images).reshape(-1, 2),
+            # By distance, all pairs would mostly tell figure from ground once more.
+            "distance": _by_distance(score, pairs, n_images) if lowest and pairs.bins is not None else [],
+        }
     if pairs.square is not None:
         order = np.argsort(pairs.square, kind="stable")
         score, pairs = score[order], pairs.take(order)
         ranks = _ranks(score, pairs.same, pairs.square)
-        auroc = _per_image(_auroc(ranks), ranks, pairs.same, pairs.image, n_images)
-        counts = result["same_class"]["counts"]
-        result["same_class_matched"] = {"metrics": {"auroc": auroc}, "counts": counts, "distance": []}
+        counts = {key: result["same_class"][key] for key in ("whole", "called")}
+        auroc = _per_image(_auroc(ranks), ranks, pairs, n_images)
+        result["same_class_matched"] = {"auroc": auroc, **counts, "distance": []}
     return result
 
 
-def _score_block(
-    score: np.ndarray, pairs: _Pairs, n_images: int, threshold: float, by_distance: bool
-) -> dict[str, Any]:
-    """All metrics of one fit on one block of pairs sorted by score."""
-    same, image, signed_image = pairs.same, pairs.image, pairs.image * 2 + pairs.same
-    above = np.searchsorted(score, threshold, side="right")  # a score on the threshold is not above it
-    whole = np.bincount(signed_image, minlength=2 * n_images).reshape(-1, 2)  # [M, 2] negative, positive
-    called = np.bincount(signed_image[above:], minlength=2 * n_images).reshape(-1, 2)
-    hit, rejected = called[:, 1], whole[:, 0] - called[:, 0]
-    sensitivity, specificity = _ratio(hit, whole[:, 1]), _ratio(rejected, whole[:, 0])
-    rate = _ratio(whole[:, 1], whole.sum(1))
-    ranks = _ranks(score, same)
-    metrics = {
-        "balanced_accuracy": ((sensitivity[0] + specificity[0]) / 2, (sensitivity[1] + specificity[1]) / 2),
-        "auroc": _per_image(_auroc(ranks), ranks, same, image, n_images),
-        "average_precision": _per_image(_average_precision(ranks), ranks, same, image, n_images),
-        "positive_rate": rate,
-        "majority": rate if rate[0] >= 0.5 else (1 - rate[0], -rate[1]),
-    }
-    distance = []
-    if by_distance and pairs.bins is not None:
-        ends = np.bincount(pairs.bins, minlength=len(DISTANCE_EDGES) + 2).cumsum()
-        parts = np.split(np.argsort(pairs.bins, kind="stable"), ends[:-1])
-        for part, low, high in zip(parts, (0.0, *DISTANCE_EDGES, None), (*DISTANCE_EDGES, None, None), strict=True):
-            if len(part):
-                s, n_positive = same[part], int(same[part].sum())
-                auroc = _per_image(_auroc(ranks := _ranks(score[part], s)), ranks, s, image[part], n_images)
-                known = {"from": low, "to": high, "n_pairs": len(part), "n_positive": n_positive}
-                distance.append({**known, "auroc": auroc})
-    counts = {"n_pairs": len(score), "n_positive": int(same.sum()), "n_images": int((whole.sum(1) > 0).sum())}
-    return {"metrics": metrics, "counts": counts, "distance": distance, "right": hit + rejected}
+def _by_distance(score: np.ndarray, pairs: _Pairs, n_images: int) -> list[dict[str, Any]]:
+    """AUROC in every distance bin that holds a pair."""
+    rows = []
+    ends = np.bincount(pairs.bins, minlength=len(DISTANCE_EDGES) + 2).cumsum()
+    parts = np.split(np.argsort(pairs.bins, kind="stable"), ends[:-1])
+    for part, low, high in zip(parts, (0.0, *DISTANCE_EDGES, None), (*DISTANCE_EDGES, None, None), strict=True):
+        if len(part):
+            inside = pairs.take(part)
+            ranks = _ranks(score[part], inside.same)
+            known = {"from": low, "to": high, "n_pairs": len(part), "n_positive": int(inside.same.sum())}
+            rows.append({**known, "auroc": _per_image(_auroc(ranks), ranks, inside, n_images)})
+    return rows
 
 
 def _ranks(score: np.ndarray, same: np.ndarray, segment: np.ndarray | None = None) -> _Ranks:
+    """Groups of equal score in sorted pairs; a segment is a run of equal codes."""
     n = len(score)
     new = np.ones(n, bool)
     np.not_equal(score[1:], score[:-1], out=new[1:])
@@ -328,13 +326,12 @@ def _ranks(score: np.ndarray, same: np.ndarray, segment: np.ndarray | None = Non
     return _Ranks(start, positive, np.searchsorted(start, np.concatenate([[0], turn, [n]])))
 
 
-def _per_image(
-    gains: _Gains, ranks: _Ranks, same: np.ndarray, image: np.ndarray, n_images: int
-) -> tuple[float, np.ndarray]:
+def _per_image(gains: _Gains, ranks: _Ranks, pairs: _Pairs, n_images: int) -> tuple[float, np.ndarray]:
     """A score and the influence of each image on it: the sum of what its pairs add."""
     value, positive, negative = gains
     size = np.diff(ranks.start)
-    return value, np.bincount(image, np.where(same, np.repeat(positive, size), np.repeat(negative, size)), n_images)
+    added = np.where(pairs.same, np.repeat(positive, size), np.repeat(negative, size))
+    return value, np.bincount(pairs.image, added, n_images)
 
 
 def _auroc(ranks: _Ranks) -> _Gains:
@@ -342,23 +339,23 @@ def _auroc(ranks: _Ranks) -> _Gains:
 
     A couple counts once, so segments weigh n_positive * n_negative.
     """
-    negative = ranks.start - ranks.positive
-    group_p, group_n = np.diff(ranks.positive), np.diff(negative)
-    base_p, base_n = ranks.positive[ranks.segment], negative[ranks.segment]  # [S + 1] before each segment
+    positive, negative = ranks.positive, ranks.start - ranks.positive  # [G + 1] before each group
+    base_p, base_n = positive[ranks.segment], negative[ranks.segment]  # [S + 1] before each segment
     total_p, total_n = np.diff(base_p), np.diff(base_n)
     couples = float(total_p @ total_n)
     if couples == 0:
-        return float("nan"), np.zeros(len(group_p)), np.zeros(len(group_p))
+        return float("nan"), np.zeros(len(positive) - 1), np.zeros(len(positive) - 1)
     groups = np.diff(ranks.segment)
 
     def spread(per_segment: np.ndarray) -> np.ndarray:
         return per_segment if len(groups) == 1 else np.repeat(per_segment, groups)
 
-    won = negative[:-1] - spread(base_n[:-1]) + group_n / 2  # couples that a positive pair of the group wins
-    lost = spread(base_p[1:]) - ranks.positive[1:] + group_p / 2  # and a negative pair of it
-    value = float(group_p @ won) / couples
+    # Couples won by a positive pair of the group, and by a negative pair of it; ties half.
+    won = (negative[:-1] + negative[1:]) / 2 - spread(base_n[:-1])
+    kept = spread(base_p[1:]) - (positive[:-1] + positive[1:]) / 2
+    value = float(np.diff(positive) @ won) / couples
     # What a pair's couples win on either side, less what as many couples win on average.
-    return value, (won - value * spread(total_n)) / couples, (lost - value * spread(total_p)) / couples
+    return value, (won - value * spread(total_n)) / couples, (kept - value * spread(total_p)) / couples
 
 
 def _average_precision(ranks: _Ranks) -> _Gains:
@@ -373,14 +370,6 @@ def _average_precision(ranks: _Ranks) -> _Gains:
     # A pair also moves the precision of every group it passes: (1 - precision) / above up, or precision / above down.
     passed, drop = np.cumsum(step / above), np.cumsum(step * precision / above)
     return value, (precision - value + passed - drop) / n_positive, -drop / n_positive
-
-
-def _ratio(part: np.ndarray, whole: np.ndarray) -> tuple[float, np.ndarray]:
-    total = whole.sum()
-    if total == 0:
-        return float("nan"), np.zeros(len(part))
-    value = part.sum() / total
-    return float(value), (part - value * whole) / total
 
 
 def ratio_estimate(part: Tensor, whole: Tensor) -> Estimate:

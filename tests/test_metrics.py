@@ -199,6 +199,16 @@ def test_without_classes_the_same_class_blocks_have_no_score():
     assert torch.isnan(low).all() and torch.isnan(high).all()
 
 
+def test_an_image_without_objects_has_foreground_scores_of_nothing():
+    logits, identity, class_, valid, position = random_case(fits=2)
+    blocks = scored(logits, torch.zeros_like(identity), class_=class_ * 0, valid=valid, position=position)
+    assert (blocks["all"].metrics["accuracy"].value > 0).all()
+    assert blocks["foreground"].counts == {"n_pairs": 0, "n_positive": 0, "n_images": 0}
+    for name in ("foreground", "same_class", "same_class_matched"):
+        for estimate in blocks[name].metrics.values():
+            assert torch.isnan(estimate.value).all() and not estimate.influence.any()
+
+
 def test_distances_across_windows():
     position = torch.tensor([[[0, 0, 0], [0, 0, 3], [1, 0, 0]]])
     identity = torch.tensor([[1, 1, 1]])
@@ -456,7 +466,7 @@ def test_matching_and_miou_equal_the_published_values():
             assert merged.diagonal().tolist() == expected["tp"]
             assert (merged.sum(0) - merged.diagonal()).tolist() == expected["fp"]
             assert (merged.sum(1) - merged.diagonal()).tolist() == expected["fn"]
-            torch.testing.assert_close(iou(merged).diagonal(), torch.tensor(expected["iou"]).double(), atol=1e-8, rtol=0)
+            assert iou(merged).diagonal().tolist() == pytest.approx(expected["iou"], abs=1e-8)
 
 
 def test_miou_of_absent_classes_and_lost_predictions():
