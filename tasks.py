@@ -18,9 +18,9 @@ from torch import Tensor
 
 from activation import PatchSample
 from errors import UserError
-from losses import class_loss, identity_loss, pair_bce
+from losses import agreement, class_loss, identity_loss, pair_bce
 from metrics import Estimate, PairScores, mean_estimate, pair_strata
-from probes import PROBES, Probe, Projections, agreement, build_probe
+from probes import PROBES, Probe, Projections, build_probe
 
 
 class StackEntry(NamedTuple):

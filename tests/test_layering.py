@@ -17,10 +17,11 @@ ALLOWED = {
     "activation": {"patches", "backbones", "index", "store"},
     "index": {"patches", "store"},
     "datasets": {"datasets"},
-    "binding_probes": {"probes"},
+    "probes": {"forms"},
+    "binding_probes": {"probes", "forms"},
     "conftest": set(),
     "errors": set(),
-    **{leaf: set() for leaf in ("probes", "metrics", "patches", "results", "backbones", "losses", "store")},
+    **{leaf: set() for leaf in ("forms", "metrics", "patches", "results", "backbones", "losses", "store")},
 }
 
 

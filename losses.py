@@ -1,0 +1,179 @@
+"""What tasks compute from logits of stacked fits: one loss per fit, [S, L], to be summed and differentiated at once.
+
+    pair_bce        is it the same object: binary cross-entropy over the pairs of tokens of each image
+    class_loss      cross-entropy over tokens
+    identity_loss   mask queries matched to objects: dice and binary cross-entropy (arXiv 2510.24709)
+    agreement       pair scores of a pointwise probe
+
+Shapes: S seeds, L layers, B images, T tokens, K outputs, Q mask queries.
+"""
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn import functional as F
+
+PAIR_SETS = ("upper", "upper_diagonal", "all")
+
+
+def pair_mask(n_tokens: int, pairs: str, device: torch.device | None = None) -> Tensor:
+    """Which ordered pairs (i, j) count, bool [T, T]: "upper" i < j, "upper_diagonal" i <= j, "all" every one."""
+    if pairs not in PAIR_SETS:
+        raise ValueError(f"unknown pair set '{pairs}'; valid: {', '.join(PAIR_SETS)}")
+    every = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=device)
+    return {"upper": every.triu(1), "upper_diagonal": every.triu(0), "all": every}[pairs]
+
+
+class _WeightedBCE(torch.autograd.Function):
+    """sum_n w_n (softplus(s_n) - y_n s_n): one pass each way, with w and w*y shared by all fits."""
+
+    @staticmethod
+    def forward(ctx, scores: Tensor, weight: Tensor, weight_same: Tensor) -> Tensor:
+        ctx.save_for_backward(scores, weight, weight_same)
+        return (F.softplus(scores) * weight - scores * weight_same).sum((-3, -2, -1))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        scores, weight, weight_same = ctx.saved_tensors
+        out = torch.sigmoid(scores).mul_(weight).sub_(weight_same)
+        return out.mul_(grad[..., None, None, None]), None, None
+
+
+def pair_bce(logits: Tensor, same: Tensor, *, pairs: str, valid: Tensor | None = None) -> Tensor:
+    """Mean binary cross-entropy over all counted pairs of the batch.
+
+    Args:
+        logits: [S, L, B, T, T].
+        same: bool [B, T, T], whether two tokens belong together.
+        pairs: "upper", "upper_diagonal" or "all" (published: all, self-pairs and both orders counted).
+        valid: bool [B, T], tokens that count; None = every one.
+
+    Returns:
+        [S, L] in nats; 0 where no pair counts.
+    """
+    weight = pair_mask(same.shape[-1], pairs, logits.device).expand(same.shape)
+    if valid is not None:
+        weight = weight & valid.unsqueeze(-1) & valid.unsqueeze(-2)
+    weight = weight.to(logits.dtype)
+    weight = weight / weight.sum().clamp_min(1)
+    return _WeightedBCE.apply(logits, weight, weight * same)
+
+
+def class_loss(logits: Tensor, label: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy over the valid tokens of the batch: logits [S, L, B, T, K], label int64 [B, T] -> [S, L]."""
+    chosen = logits.gather(-1, label.expand(logits.shape[:-1]).unsqueeze(-1)).squeeze(-1)
+    loss = logits.logsumexp(-1) - chosen
+    weight = torch.ones_like(label, dtype=logits.dtype) if valid is None else valid.to(logits.dtype)
+    return (loss * weight).sum((-2, -1)) / weight.sum().clamp_min(1)
+
+
+def object_masks(identity: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """One binary target per object that owns a valid token.
+
+    Args:
+        identity: int64 [B, T]; 0 = background, no target.
+        valid: bool [B, T].
+
+    Returns:
+        float32 [B, K, T] in rising order of identity, padded with empty targets to the largest count; int64 [B] counts.
+    """
+    kept = identity if valid is None else torch.where(valid, identity, 0)
+    ids, where = kept.unique(return_inverse=True)
+    present = F.one_hot(where, len(ids)).to(torch.bool).mT  # [B, ids, T]
+    present &= (ids > 0)[:, None]
+    owned = present.any(-1)  # [B, ids]
+    counts = owned.sum(-1)
+    order = torch.argsort((~owned).to(torch.int8), dim=-1, stable=True)[:, : int(counts.max())]
+    return present.gather(1, order.unsqueeze(-1).expand(-1, -1, kept.shape[1])).float(), counts
+
+
+def matching_costs(logits: Tensor, masks: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Cost of giving query q the object k, in two parts: mean binary cross-entropy and dice.
+
+    Args:
+        logits: [S, L, B, T, Q].
+        masks: float32 [B, K, T] (`object_masks`).
+        valid: bool [B, T]; others enter neither part.
+
+    Returns:
+        two [S, L, B, Q, K]: (1/T) sum_t bce(logit_tq, y_kt) and 1 - (2 sum p y + 1) / (sum p + sum y + 1).
+    """
+    weight = torch.ones_like(masks[:, 0]) if valid is None else valid.to(logits.dtype)  # [B, T]
+    n_tokens = weight.sum(-1)[:, None, None].clamp_min(1)
+    targets = masks.mT  # [B, T, K], zero on invalid tokens
+    empty = (F.softplus(logits) * weight.unsqueeze(-1)).sum(-2).unsqueeze(-1)  # [S, L, B, Q, 1]
+    bce = (empty - logits.mT @ targets) / n_tokens
+    p = torch.sigmoid(logits) * weight.unsqueeze(-1)
+    dice = 1 - (2 * p.mT @ targets + 1) / (p.sum(-2).unsqueeze(-1) + masks.sum(-1).unsqueeze(-2) + 1)
+    return bce, dice
+
+
+def match(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cheapest one-to-one assignment of queries to objects in every image of every fit.
+
+    Args:
+        cost: [N, B, Q, K]; not differentiated. Entries that are not finite are treated as very dear.
+        counts: int64 [B] objects of each image; columns from there on are padding.
+
+    Returns:
+        three int64 vectors: index into the N*B problems, query, object. With more objects than queries the dearest
+        objects stay unmatched.
+    """
+    costs = cost.detach().double().nan_to_num(1e30, 1e30, -1e30).cpu().numpy()
+    problem, query, target = [], [], []
+    for n in range(costs.shape[0]):
+        for image, count in enumerate(counts.tolist()):
+            if count:
+                q, k = linear_sum_assignment(costs[n, image, :, :count])
+                problem.append(torch.full((len(q),), n * len(counts) + image))
+                query.append(torch.from_numpy(q))
+                target.append(torch.from_numpy(k))
+    if not problem:
+        return (torch.zeros(0, dtype=torch.int64),) * 3
+    return tuple(torch.cat(part).to(cost.device) for part in (problem, query, target))
+
+
+def identity_loss(
+    logits: Tensor, identity: Tensor, *, valid: Tensor | None = None, mask_weight: float = 5.0, dice_weight: float = 5.0
+) -> Tensor:
+    """Mask-query loss: matched queries pay dice and binary cross-entropy, unmatched ones nothing.
+
+    As published the sum over images is divided by the number of objects in the batch, those beyond the number of
+    queries included. A batch without any object costs 0 (the published code divides by zero there).
+
+    Args:
+        logits: [S, L, B, T, Q].
+        identity: int64 [B, T]; 0 = background.
+        valid: bool [B, T].
+        mask_weight, dice_weight: factors of the two parts, in the matching and in the loss.
+
+    Returns:
+        [S, L].
+    """
+    n_seeds, n_layers, n_images = logits.shape[:3]
+    masks, counts = object_masks(identity, valid)
+    if masks.shape[1] == 0:
+        return logits.flatten(2).sum(-1) * 0  # keeps the graph: a gradient of zero
+    bce, dice = matching_costs(logits, masks, valid)
+    cost = (mask_weight * bce + dice_weight * dice).flatten(0, 1)  # [S L, B, Q, K]
+    problem, query, target = match(cost, counts)
+    paid = cost.flatten(0, 1)[problem, query, target]
+    total = torch.zeros(n_seeds * n_layers, dtype=cost.dtype, device=cost.device)
+    total = total.index_add(0, problem // n_images, paid)
+    return (total / counts.sum()).view(n_seeds, n_layers)
+
+
+def agreement(logits: Tensor, how: str) -> Tensor:
+    """Pair scores of a pointwise probe: logits [..., T, K] -> [..., T, T].
+
+    Args:
+        how: "argmax" = 1.0 where both tokens choose the same output, else 0.0 (the published code); "inner" = inner
+            product of the two softmax distributions, in [0, 1] (the paper's wording).
+    """
+    if how == "argmax":
+        choice = logits.argmax(-1)
+        return (choice.unsqueeze(-1) == choice.unsqueeze(-2)).float()
+    if how == "inner":
+        share = logits.softmax(-1)
+        return share @ share.mT
+    raise ValueError(f"unknown agreement '{how}'; valid: argmax, inner")

@@ -1,0 +1,489 @@
+"""Every probe as one stacked module: parameters lead with the axes [S seeds, L layers], a batch is [L, B, T, D].
+
+    PROBES (below the classes)
+      pairwise, do two patches belong together       -> logits [S, L, B, T, T]
+        linear                 w.x + w.y + 2b
+        diag_quadratic         x' diag(w) y + b
+        quadratic              x' M y + b,  M = (W + W') / (2 sqrt D)
+        quadratic_fixed_rank   the same with M = (W1' W2 + W2' W1) / (2 sqrt D)
+        mlp                    the quadratic form of a shared hidden layer
+        attention              frozen query and key projections of the next block: only an offset is learnt
+        attention_low_rank     trained query and key projections of r channels
+        cosine, dot_product    training-free but for an offset
+      pointwise, what one patch shows                -> logits [S, L, B, T, K]
+        class_linear           one logit per class
+        identity_linear        one logit per mask query
+
+Bare classes are the published forms (arXiv 2510.24709); `linear_term`, `standardize`, `learn_scale` and `symmetric` are
+ours. Adding a probe: a class and one line in PROBES; its laws are then tested. Shapes: S seeds, L layers, B images,
+T tokens, U tokens of a second set, D width, K outputs, r rank, h hidden.
+"""
+
+import hashlib
+import inspect
+import itertools
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from errors import UserError
+from forms import SymmetricForm, pair_scores, project, resolve_matmul_dtype, sum_scores
+
+Layer = int | str
+
+
+class FitAxes(NamedTuple):
+    """The two leading axes of a stack: one fit per (seed, layer)."""
+
+    seeds: Sequence[int]
+    layers: Sequence[Layer]  # "embed" or a block index; only a name here
+
+
+class Projections(NamedTuple):
+    """Query and key projections of one attention block, all heads side by side: weights [D, D], biases [D]."""
+
+    query: Tensor
+    query_bias: Tensor
+    key: Tensor
+    key_bias: Tensor
+
+
+def fit_generator(seed: int, layer: Layer) -> torch.Generator:
+    """The generator that draws the weights of one fit: it depends on nothing but (seed, layer), stacked or alone."""
+    digest = hashlib.sha256(f"{seed}/{layer}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+class Probe(nn.Module):
+    """Base of every stacked probe.
+
+    Args:
+        fits: seeds and layers; every parameter has shape [S, L, ...].
+        dim: width D of a token.
+        standardize: subtract a mean and divide by a deviation per layer and channel, given by `set_statistics`.
+        matmul_dtype: auto | float32 | bfloat16, see `resolve_matmul_dtype`.
+    """
+
+    kind: ClassVar[str]  # "pairwise" or "pointwise"
+    recipe: dict[str, Any]  # what build_probe was told: written into checkpoints
+    facts: dict[str, Any]  # what a loaded checkpoint said beside its parameters
+
+    def __init__(self, fits: FitAxes, dim: int, *, standardize: bool = False, matmul_dtype: str = "auto") -> None:
+        super().__init__()
+        self.seeds, self.layers, self.dim = list(fits.seeds), list(fits.layers), int(dim)
+        self.needs_statistics, self.matmul_dtype = bool(standardize), matmul_dtype
+        resolve_matmul_dtype(matmul_dtype, torch.device("cpu"), dim)  # a wrong name fails here, not in the first batch
+        self.facts = {}
+        self._generators = [[fit_generator(s, layer) for layer in self.layers] for s in self.seeds]
+        if standardize:
+            self.register_buffer("token_shift", torch.zeros(len(self.layers), dim))
+            self.register_buffer("token_scale", torch.ones(len(self.layers), dim))
+
+    @property
+    def trained(self) -> bool:
+        """Whether there is anything to fit."""
+        return any(p.requires_grad for p in self.parameters())
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of trained parameters of the whole stack."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def draw(self, *shape: int, bound: float | None = None, std: float | None = None) -> nn.Parameter:
+        """A parameter [S, L, *shape]: uniform in +-bound, normal of deviation std, or zero; every fit draws for itself.
+
+        Calls draw from the generators in turn, so their order is part of what a seed means.
+        """
+        value = torch.zeros(len(self.seeds), len(self.layers), *shape)
+        for s, layer in itertools.product(range(len(self.seeds)), range(len(self.layers))):
+            if bound is not None:
+                value[s, layer].uniform_(-bound, bound, generator=self._generators[s][layer])
+            elif std is not None:
+                value[s, layer].normal_(0.0, std, generator=self._generators[s][layer])
+        return nn.Parameter(value)
+
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Store the channel statistics [L, D] of the training tokens (standardize=True only)."""
+        if not self.needs_statistics:
+            raise ValueError("this probe was built with standardize=False")
+        self.token_scale.copy_(1 / std)
+        self.token_shift.copy_(-mean / std)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Tokens [L, B, T, D] as the products read them: standardised in float32, then cast."""
+        if self.needs_statistics:
+            x = torch.addcmul(self.token_shift[:, None, None], x.float(), self.token_scale[:, None, None])
+        return x.to(resolve_matmul_dtype(self.matmul_dtype, x.device, self.dim)).contiguous()
+
+    def save(self, path: Path, **facts: Any) -> None:
+        """Write parameters, buffers, recipe and any JSON-able facts into one safetensors file, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        try:
+            save_file(tensors, aside, {"recipe": json.dumps(self.recipe), "facts": json.dumps(facts)})
+            os.replace(aside, path)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            raise UserError(f"cannot write {path}: {error.strerror}; free some space and repeat the command") from error
+
+
+# ---------------------------------------------------------------------------------------------------------- pairwise
+
+
+class Pairwise(Probe):
+    """Base of the probes of two tokens: `scores` plus a bias per fit."""
+
+    kind = "pairwise"
+    symmetric = True  # score(i, j) == score(j, i); an instance may differ (attention)
+    bias: nn.Parameter  # [S, L]
+
+    def scores(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """Prepared tokens x [L, B, T, D] against y [L, B, U, D] (None: x itself) -> float32 [S, L, B, T, U]."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Tokens x [L, B, T, D] against y [L, B, U, D] (default: x itself) -> logits float32 [S, L, B, T, U]."""
+        scores = self.scores(self.prepare(x), None if y is None else self.prepare(y))
+        return scores + self.bias[..., None, None, None]
+
+
+class Linear(Pairwise):
+    """w.x + w.y + 2b (the bias enters twice, as published): how object-like each patch is, not yet sameness."""
+
+    def __init__(self, fits: FitAxes, dim: int, **options: Any) -> None:
+        super().__init__(fits, dim, **options)
+        self.weight = self.draw(dim, bound=dim**-0.5)
+        self.bias = self.draw(bound=dim**-0.5)
+
+    def scores(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """See `Pairwise`; carries one of the two biases."""
+        return sum_scores(x, y, self.weight) + self.bias[..., None, None, None]
+
+
+class DiagQuadratic(Pairwise):
+    """sum_k w_k x_k y_k + b: sameness along the given axes of the feature space."""
+
+    def __init__(self, fits: FitAxes, dim: int, **options: Any) -> None:
+        super().__init__(fits, dim, **options)
+        self.weight = self.draw(dim, bound=dim**-0.5)
+        self.bias = self.draw(bound=dim**-0.5)
+
+    def scores(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """See `Pairwise`."""
+        z = x * self.weight.to(x.dtype)[:, :, None, None]  # [S, L, B, T, D]
+        return pair_scores(z, x if y is None else y)
+
+
+class Quadratic(Pairwise):
+    """x' M y + b with M = (W + W') / (2 sqrt D).
+
+    Args:
+        linear_term: add w.x + w.y, so that the form contains the linear probe (ours; w starts at zero).
+
+    The published bias is a D-vector of which only the first entry is read: here it is that entry.
+    """
+
+    def __init__(self, fits: FitAxes, dim: int, *, linear_term: bool = False, **options: Any) -> None:
+        super().__init__(fits, dim, **options)
+        self.weight = self.draw(dim, dim, bound=dim**-0.5)
+        self.bias = self.draw(bound=dim**-0.5)
+        self.linear = self.draw(dim) if linear_term else None
+
+    def form(self) -> Tensor:
+        """The symmetric matrices M [S, L, D, D], for analysis (`forms.factorise`)."""
+        return (self.weight + self.weight.mT) * (0.5 * self.dim**-0.5)
+
+    def scores(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """See `Pairwise`."""
+        scores = SymmetricForm.apply(x, self.weight) if y is None else pair_scores(project(x, self.form()), y)
+        return scores if self.linear is None else scores + sum_scores(x, y, self.linear)
+
+
+class QuadraticFixedRank(Pairwise):
+    """x' M y + b with M = (W1' W2 + W2' W1) / (2 sqrt D), of rank at most 2r.
+
+    Args:
+        rank: r, number of rows of W1 and W2 (published default 100).
+        linear_term: add w.x + w.y (ours; w starts at zero).
+    """
+
+    def __init__(self, fits: FitAxes, dim: int, *, rank: int = 100, linear_term: bool = False, **options: Any) -> None:
+        super().__init__(fits, dim, **options)
+        self.left = self.draw(rank, dim, bound=dim**-0.5)
+        self.right = self.draw(rank, dim, bound=dim**-0.5)
+        self.bias = self.draw(bound=dim**-0.5)
+        self.linear = self.draw(dim) if linear_term else None
+
+    def form(self) -> Tensor:
+        """The symmetric matrices M [S, L, D, D], for analysis (`forms.factorise`)."""
+        half = self.left.mT @ self.right
+        return (half + half.mT) * (0.5 * self.dim**-0.5)
+
+    def scores(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """See `Pairwise`."""
+        both = torch.cat([self.left, self.right], dim=2)  # [S, L, 2r, D]
+        z = project(x, both)
+        other = z if y is None else project(y, both)
+        swapped = other.roll(other.shape[-1] // 2, dims=-1)
+        scores = pair_scores(z, swapped) * (0.5 * self.dim**-0.5)
+        return scores if self.linear is None else scores + sum_scores(x, y, self.linear)
+
+
+class MLP(Pairwise):
+    """Quadratic form of a shared hidden layer: g = GELU(A x + a), then g_x' R g_y + v.(g_x + g_y) + b, R symmetric.
+
+    No source fixes an MLP probe of pairs; this one is ours. It is symmetric by construction and never forms a
+    [T, T, h] tensor, and sums of products of hidden units approximate any continuous symmetric function of two tokens.
+
+    Args:
+        hidden: number h of hidden units.
+    """
+
+    def __init__(self, fits: FitAxes, dim: int, *, hidden: int = 64, **options: Any) -> None:
+        super().__init__(fits, dim, **options)
+        self.encoder = self.draw(hidden, dim, bound=dim**-0.5)
+        self.encoder_bias = self.draw(hidden, bound=dim**-0.5)
+        self.weight = self.draw(hidden, hidden, bound=hidden**-0.5)
+        self.linear = self.draw(hidden, bound=hidden**-0.5)
+        self.bias = self.draw(bound=hidden**-0.5)
+
+    def scores(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """See `Pairwise`."""
+        g, other = (
+            nn.functional.gelu(project(t, self.encoder).float() + self.encoder_bias[:, :, None, None])
+            for t in (x, x if y is None else y)
+        )  # [S, L, B, T, h]
+        form = (self.weight + self.weight.mT) * (0.5 * self.weight.shape[-1] ** -0.5)
+        rows, columns = (t @ self.linear[:, :, None, :, None] for t in (g, other))  # [S, L, B, T, 1]
+        return pair_scores(g @ form[:, :, None], other) + rows + columns.mT
+
+
+class Similarity(Pairwise):
+    """Base of the training-free similarities: a fixed score, a learnt offset and, if asked, a learnt factor.
+
+    Args:
+        learn_scale: also learn one factor per fit, starting at 1 (ours; the published forms learn the offset alone).
+
+    The offset starts at zero; how it starts is not published.
+    """
+
+    def __init__(self, fits: FitAxes, dim: int, *, learn_scale: bool = False, **options: Any) -> None:
+        super().__init__(fits, dim, **options)
+        self.bias = self.draw()
+        self.scale = nn.Parameter(torch.ones_like(self.bias)) if learn_scale else None
+
+    def similarity(self, x: Tensor, y: Tensor) -> Tensor:
+        """Fixed score of prepared tokens x [L, B, T, D], y [L, B, U, D] -> [L, B, T, U]."""
+        raise NotImplementedError
+
+    def scores(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """See `Pairwise`."""
+        scores = self.similarity(x, x if y is None else y)[None].float()
+        return scores if self.scale is None else scores * self.scale[..., None, None, None]
+
+
+class Cosine(Similarity):
+    """x.y / max(|x| |y|, 1e-8) + b."""
+
+    def similarity(self, x: Tensor, y: Tensor) -> Tensor:
+        """Cosine of every pair, 0 where a token is zero."""
+        norms = x.float().norm(dim=-1).unsqueeze(-1) * y.float().norm(dim=-1).unsqueeze(-2)
+        return (x @ y.mT).float() / norms.clamp_min(1e-8)
+
+
+class DotProduct(Similarity):
+    """x.y + b."""
+
+    def similarity(self, x: Tensor, y: Tensor) -> Tensor:
+        """Dot product of every pair."""
+        return x @ y.mT
+
+
+class Attention(Similarity):
+    """(Wq x + bq).(Wk y + bk) / sqrt(D) + b with the frozen projections of the block that reads this layer.
+
+    As published, all heads are summed under one scale and the block's input LayerNorm is left out; the score is not
+    symmetric and the last layer has none. Tokens are never standardised: the projections expect them as they are.
+
+    Args:
+        projections: {layer: Projections} of the next block, for every layer of the stack.
+        symmetric: score with the mean of both directions (ours).
+    """
+
+    def __init__(
+        self,
+        fits: FitAxes,
+        dim: int,
+        *,
+        projections: Mapping[Layer, Projections],
+        symmetric: bool = False,
+        learn_scale: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(fits, dim, learn_scale=learn_scale, **{**options, "standardize": False})
+        self.symmetric = symmetric
+        missing = [layer for layer in self.layers if layer not in projections]
+        if missing:
+            raise UserError(
+                f"probe.mode=attention needs the attention block after each layer, got none after {missing}; "
+                "leave these layers out of model.layers or take another probe"
+            )
+        for name in Projections._fields:
+            stacked = torch.stack([getattr(projections[layer], name).float() for layer in self.layers])
+            self.register_buffer(name, stacked)
+
+    def similarity(self, x: Tensor, y: Tensor) -> Tensor:
+        """Attention score before the softmax, all heads summed."""
+
+        def directed(x: Tensor, y: Tensor) -> Tensor:
+            queries = project(x, self.query[None])[0] + self.query_bias[:, None, None].to(x.dtype)
+            keys = project(y, self.key[None])[0] + self.key_bias[:, None, None].to(x.dtype)
+            return (queries @ keys.mT).float() * self.dim**-0.5
+
+        return 0.5 * (directed(x, y) + directed(y, x).mT) if self.symmetric else directed(x, y)
+
+
+class AttentionLowRank(Pairwise):
+    """(Q x + p).(K y + q) / sqrt(r) + b with trained Q, K of r rows: one attention head as a probe.
+
+    Args:
+        rank: r; the scale is that of an attention head of r channels.
+        symmetric: score with the mean of both directions.
+    """
+
+    def __init__(self, fits: FitAxes, dim: int, *, rank: int = 64, symmetric: bool = False, **options: Any) -> None:
+        super().__init__(fits, dim, **options)
+        self.symmetric = symmetric
+        self.query = self.draw(rank, dim, bound=dim**-0.5)
+        self.query_bias = self.draw(rank, bound=dim**-0.5)
+        self.key = self.draw(rank, dim, bound=dim**-0.5)
+        self.key_bias = self.draw(rank, bound=dim**-0.5)
+        self.bias = self.draw()
+
+    def scores(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """See `Pairwise`."""
+        both = torch.cat([self.query, self.key], dim=2)  # [S, L, 2r, D]
+        offset = torch.cat([self.query_bias, self.key_bias], dim=2)[:, :, None, None].to(x.dtype)
+        z = project(x, both) + offset
+        other = z if y is None else project(y, both) + offset
+        (query, key), (other_query, other_key) = z.chunk(2, -1), other.chunk(2, -1)
+        scores = pair_scores(query, other_key)
+        if self.symmetric:
+            scores = 0.5 * (scores + pair_scores(key, other_query))
+        return scores * query.shape[-1] ** -0.5
+
+
+# --------------------------------------------------------------------------------------------------------- pointwise
+
+
+class _TokenLinear(Probe):
+    """A x + a for every token."""
+
+    kind = "pointwise"
+
+    def __init__(self, fits: FitAxes, dim: int, n_out: int, **options: Any) -> None:
+        super().__init__(fits, dim, **options)
+        self.weight = self.draw(n_out, dim, bound=dim**-0.5)
+        self.bias = self.draw(n_out, bound=dim**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens [L, B, T, D] -> logits [S, L, B, T, K]."""
+        return project(self.prepare(x), self.weight).float() + self.bias[:, :, None, None]
+
+
+class ClassLinear(_TokenLinear):
+    """One logit per class, n_classes of them (index 0 = background)."""
+
+    def __init__(self, fits: FitAxes, dim: int, *, n_classes: int, **options: Any) -> None:
+        super().__init__(fits, dim, n_classes, **options)
+
+
+class IdentityLinear(_TokenLinear):
+    """One logit per mask query: column q over the tokens of an image is the mask of query q (published: 100)."""
+
+    def __init__(self, fits: FitAxes, dim: int, *, n_queries: int = 100, **options: Any) -> None:
+        super().__init__(fits, dim, n_queries, **options)
+
+
+PROBES: dict[str, type[Probe]] = {
+    "linear": Linear,
+    "diag_quadratic": DiagQuadratic,
+    "quadratic": Quadratic,
+    "quadratic_fixed_rank": QuadraticFixedRank,
+    "mlp": MLP,
+    "attention": Attention,
+    "attention_low_rank": AttentionLowRank,
+    "cosine": Cosine,
+    "dot_product": DotProduct,
+    "class_linear": ClassLinear,
+    "identity_linear": IdentityLinear,
+}
+BASE_OPTIONS = ("standardize", "matmul_dtype")
+
+
+def build_probe(
+    probe_cfg: Mapping[str, Any],
+    *,
+    seeds: Sequence[int],
+    layers: Sequence[Layer],
+    dim: int,
+    table: Mapping[str, Callable[..., Probe]] = PROBES,
+    **given: Any,
+) -> Probe:
+    """The probe a config names: `mode`, and whichever of its knobs that probe takes.
+
+    Args:
+        probe_cfg: {"mode": name in the table, knob: value, ...}; knobs of other probes are passed over.
+        seeds, layers, dim: axes of the stack and width of a token.
+        given: what the task knows and no config says (n_classes, projections, ...); passed over if not taken.
+
+    Raises:
+        UserError: unknown probe, or one that needs something the task does not give.
+    """
+    mode = probe_cfg["mode"]
+    if mode not in table:
+        raise UserError(f"unknown probe.mode '{mode}'; valid here: {', '.join(table)}")
+    cls = table[mode]
+    taken = [p for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    known = {**{k: v for k, v in probe_cfg.items() if k != "mode"}, **given}
+    knobs = {k: known[k] for k in (*(p.name for p in taken), *BASE_OPTIONS) if k in known}
+    missing = [p.name for p in taken if p.default is p.empty and knobs.get(p.name) is None]
+    if missing:
+        raise UserError(f"probe.mode={mode} needs {', '.join(missing)}, which this task has not; take another probe")
+    probe = cls(FitAxes(seeds, layers), dim, **knobs)
+    plain = {k: v for k, v in knobs.items() if k != "projections"}  # those are buffers, kept with the parameters
+    probe.recipe = {"mode": mode, "seeds": list(seeds), "layers": list(layers), "dim": dim, "knobs": plain}
+    return probe
+
+
+def load_probe(path: Path, table: Mapping[str, Callable[..., Probe]] = PROBES) -> Probe:
+    """The probe a checkpoint holds (`Probe.save`), on the CPU; what was saved beside it is in `.facts`.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds something else.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            texts = file.metadata()
+            recipe, facts = json.loads(texts["recipe"]), json.loads(texts["facts"])
+            state = {key: file.get_tensor(key) for key in file.keys()}
+        given = {}
+        if recipe["mode"] == "attention":
+            columns = zip(*(state[name] for name in Projections._fields), strict=True)
+            given["projections"] = dict(zip(recipe["layers"], itertools.starmap(Projections, columns), strict=True))
+        axes = {key: recipe[key] for key in ("seeds", "layers", "dim")}
+        probe = build_probe({"mode": recipe["mode"], **recipe["knobs"]}, **axes, table=table, **given)
+        probe.load_state_dict(state)
+    except Exception as error:
+        raise UserError(f"the checkpoint {path} cannot be read ({error}); name another or repeat the fit") from error
+    probe.facts = facts
+    return probe
