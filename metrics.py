@@ -14,7 +14,7 @@ leaves out is of order 1/M for M images (a test compares it with brute force). A
 then take milliseconds, and means over seeds and paired differences are sums.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -179,8 +179,8 @@ class PairScores:
         self.diagonal[:, images] = torch.einsum("fbt,kbt->fbk", itself.float(), self_members.float())
         self.seen[images] = True
 
-    def evaluate(self) -> dict[str, Block]:
-        """Score every block: "all", "foreground", "same_class" and, where positions are known, "same_class_matched".
+    def evaluate(self, names: Collection[str] = ("all", "foreground", "same_class", "same_class_matched")) -> dict[str, Block]:
+        """Score blocks of pairs, by default every one; "same_class_matched" needs positions.
 
         Metrics: accuracy (i < j), accuracy_upper_diagonal (i <= j) and accuracy_all (all ordered pairs), as published;
         balanced_accuracy; auroc (Mann-Whitney, ties count one half); average_precision (sum of precision over steps of
@@ -192,9 +192,10 @@ class PairScores:
             raise ValueError(f"{int((~self.seen).sum())} images were never added")
         n_images, n_pairs = self.strata.kind.shape
         kind = self.strata.kind.numpy().ravel()
-        use = np.flatnonzero(kind != INVALID)
+        lowest = min(BLOCKS.get(name, BLOCKS["same_class"]) for name in names)
+        use = np.flatnonzero((kind >= lowest) & (kind != INVALID))
         pairs = _Pairs(kind[use], self.strata.same.numpy().ravel()[use], use // n_pairs, *self._distance_codes(use))
-        fits = [_score_fit(scores.numpy().ravel()[use], pairs, n_images, self.threshold) for scores in self.scores]
+        fits = [_score_fit(s.numpy().ravel()[use], pairs, n_images, self.threshold, names) for s in self.scores]
         return {name: self._block(name, [fit[name] for fit in fits]) for name in fits[0]}
 
     def _distance_codes(self, use: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -271,32 +272,36 @@ class _Ranks(NamedTuple):
 _Gains = tuple[float, np.ndarray, np.ndarray]
 
 
-def _score_fit(score: np.ndarray, pairs: _Pairs, n_images: int, threshold: float) -> dict[str, dict[str, Any]]:
-    """All blocks of one fit: sorted once, and what is sorted stays sorted in the smaller blocks."""
+def _score_fit(
+    score: np.ndarray, pairs: _Pairs, n_images: int, threshold: float, names: Collection[str]
+) -> dict[str, dict[str, Any]]:
+    """The named blocks of one fit: sorted once, and what is sorted stays sorted in the smaller blocks."""
     order = np.argsort(score)
     score, pairs = score[order], pairs.take(order)
     result: dict[str, dict[str, Any]] = {}
-    for name, lowest in BLOCKS.items():
-        keep = np.flatnonzero(pairs.kind >= lowest) if lowest else slice(None)
-        score, pairs = score[keep], pairs.take(keep)
+    for name, lowest in {**BLOCKS, "same_class_matched": BLOCKS["same_class"]}.items():
+        matched = name == "same_class_matched"
+        if name not in names or (matched and pairs.square is None):
+            continue
+        keep = np.flatnonzero(pairs.kind >= lowest)
+        if len(keep) < len(score):
+            score, pairs = score[keep], pairs.take(keep)
         above = np.searchsorted(score, threshold, side="right")  # a score on the threshold is not above it
         cell = pairs.image * 2 + pairs.same
-        ranks = _ranks(score, pairs.same)
-        result[name] = {
-            "auroc": _per_image(_auroc(ranks), ranks, pairs, n_images),
-            "average_precision": _per_image(_average_precision(ranks), ranks, pairs, n_images),
+        block: dict[str, Any] = {
             "whole": np.bincount(cell, minlength=2 * n_images).reshape(-1, 2),  # [M, 2] negative, positive
             "called": np.bincount(cell[above:], minlength=2 * n_images).reshape(-1, 2),
-            # By distance, all pairs would mostly tell figure from ground once more.
-            "distance": _by_distance(score, pairs, n_images) if lowest and pairs.bins is not None else [],
         }
-    if pairs.square is not None:
-        order = np.argsort(pairs.square, kind="stable")
-        score, pairs = score[order], pairs.take(order)
-        ranks = _ranks(score, pairs.same, pairs.square)
-        counts = {key: result["same_class"][key] for key in ("whole", "called")}
-        auroc = _per_image(_auroc(ranks), ranks, pairs, n_images)
-        result["same_class_matched"] = {"auroc": auroc, **counts, "distance": []}
+        if matched:
+            order = np.argsort(pairs.square, kind="stable")
+            score, pairs = score[order], pairs.take(order)
+        ranks = _ranks(score, pairs.same, pairs.square if matched else None)
+        block["auroc"] = _per_image(_auroc(ranks), ranks, pairs, n_images)
+        if not matched:
+            block["average_precision"] = _per_image(_average_precision(ranks), ranks, pairs, n_images)
+        # By distance, all pairs would mostly tell figure from ground once more.
+        by_distance = name in ("foreground", "same_class") and pairs.bins is not None
+        result[name] = {**block, "distance": _by_distance(score, pairs, n_images) if by_distance else []}
     return result
 
 
@@ -385,6 +390,11 @@ def ratio_estimate(part: Tensor, whole: Tensor) -> Estimate:
     return Estimate(value, torch.nan_to_num((part - value[:, None] * whole) / total[:, None], nan=0.0))
 
 
+def mean_estimate(scores: Tensor) -> Estimate:
+    """Estimate of the mean over images of a score per image, [F, M]."""
+    return ratio_estimate(scores, torch.ones(scores.shape[-1]))
+
+
 def mean_over_seeds(estimate: Estimate, n_seeds: int) -> Estimate:
     """Fits [S * L] (seed first) to [L]: the mean over seeds, inside every resample."""
     return Estimate(*(x.unflatten(0, (n_seeds, -1)).mean(0) for x in estimate))
@@ -418,36 +428,6 @@ def interval(
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = torch.quantile(draws, ends, dim=1).clamp(*bounds)
     return low, high
-
-
-def block_rows(blocks: Mapping[str, Block], counts: Tensor, n_seeds: int = 1) -> list[list[dict[str, Any]]]:
-    """Plain numbers for records and tables: per layer (mean over seeds), one dict per block.
-
-    Returns:
-        [L][block] → {"block", "n_pairs", …, metric, metric_low, metric_high …, "distance": [...]}.
-    """
-    rows: list[list[dict[str, Any]]] = []
-    for name, block in blocks.items():
-        columns = {key: _with_interval(e, counts, n_seeds) for key, e in block.metrics.items()}
-        bins = [(row, _with_interval(row["auroc"], counts, n_seeds)) for row in block.distance]
-        n_layers = len(next(iter(columns.values()))[0])
-        rows = rows or [[] for _ in range(n_layers)]
-        for layer in range(n_layers):
-            row: dict[str, Any] = {"block": name, **block.counts}
-            for key, ends in columns.items():
-                row |= dict(zip((key, f"{key}_low", f"{key}_high"), (e[layer] for e in ends), strict=True))
-            row["distance"] = [
-                {**known, **dict(zip(("auroc", "auroc_low", "auroc_high"), (e[layer] for e in ends), strict=True))}
-                for known, ends in bins
-            ]
-            rows[layer].append(row)
-    return rows
-
-
-def _with_interval(estimate: Estimate, counts: Tensor, n_seeds: int) -> tuple[list[float], list[float], list[float]]:
-    estimate = mean_over_seeds(estimate, n_seeds)
-    low, high = interval(estimate, counts)
-    return estimate.value.tolist(), low.tolist(), high.tolist()
 
 
 def confusion_matrix(target: Tensor, prediction: Tensor, n_classes: int, n_predictions: int | None = None) -> Tensor:

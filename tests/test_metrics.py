@@ -12,13 +12,13 @@ from metrics import (
     KINDS,
     Estimate,
     PairScores,
-    block_rows,
     confusion_matrix,
     difference,
     hungarian_matching,
     interval,
     iou,
     many_to_one_matching,
+    mean_estimate,
     mean_over_seeds,
     merge_predictions,
     miou,
@@ -427,23 +427,26 @@ def test_resamples_are_seeded_and_draw_as_many_images_as_there_are():
     assert counts.shape == (30, 17) and bool((counts.sum(1) == 17).all())
 
 
-def test_rows_hold_plain_numbers():
-    logits, identity, class_, valid, position = random_case(fits=6)
-    blocks = scored(logits.view(2, 3, *logits.shape[1:]), identity, class_=class_, valid=valid, position=position)
-    rows = block_rows(blocks, resample(6, 50), n_seeds=2)
-    assert len(rows) == 3
-    assert [row["block"] for row in rows[0]] == ["all", "foreground", "same_class", "same_class_matched"]
-    row = rows[1][1]
-    assert json.loads(json.dumps(row)).keys() == row.keys()
-    auroc = blocks["foreground"].metrics["auroc"].value
-    assert row["auroc"] == pytest.approx(float(auroc[1] + auroc[4]) / 2)
-    assert row["auroc_low"] <= row["auroc"] <= row["auroc_high"]
-    assert row["distance"][0]["from"] == 0.0 and row["distance"][0]["auroc_low"] <= row["distance"][0]["auroc"]
+def test_chosen_blocks_score_as_among_all():
+    logits, identity, class_, valid, position = random_case(9)
+    scores = PairScores(pair_strata(identity, class_, valid, position), 3)
+    scores.add(torch.arange(6), logits)
+    every = scores.evaluate()
+    assert list(every) == ["all", "foreground", "same_class", "same_class_matched"]
+    for names in (["all"], ["same_class_matched"], ["foreground", "same_class"]):
+        chosen = scores.evaluate(names)
+        assert list(chosen) == names
+        for name in names:
+            assert chosen[name].counts == every[name].counts
+            for key, estimate in every[name].metrics.items():
+                assert torch.equal(chosen[name].metrics[key].value, estimate.value)
+                torch.testing.assert_close(chosen[name].metrics[key].influence, estimate.influence)
 
 
 def test_ratio_estimate_of_nothing_is_undefined():
     estimate = ratio_estimate(torch.zeros(2, 3), torch.zeros(3))
     assert torch.isnan(estimate.value).all() and not estimate.influence.any()
+    assert mean_estimate(torch.tensor([[0.0, 1.0, 1.0]])).value.tolist() == pytest.approx([2 / 3])
 
 
 # Labels of patches and pixels
