@@ -36,6 +36,7 @@ GENERATOR_VERSION = 1  # part of the fingerprint: raise it with every change tha
 STREAMS = {"pretrain": 0, "train": 1, "val": 2, "test": 3}
 PRETRAIN_SCENES = 2**31  # the stream has no natural end; this is only what `len` says
 MARGIN = 9 / 96  # centres keep this share of the short side away from the border
+MOVING, SPEED, TURN = 0.5, (4.0, 8.0), 0.4  # of a clip: who moves; pixels (at 96 px) and largest radians per frame
 REACH = 1.1  # the furthest painted point of any class, in radii (the discs of the banana)
 
 
@@ -175,6 +176,27 @@ class Scenes:
             images[b], identity[b], category[b] = self._scene(int(index))
         return torch.from_numpy(images), torch.from_numpy(identity), torch.from_numpy(category)
 
+    def render_clip(self, indices: Sequence[int]) -> Tensor:
+        """Three moments of each scene: before, now (the picture of `render_batch`) and after. [B, 3, 3, H, W] uint8.
+
+        The camera and the background stand still; every object rests or, with probability MOVING, goes along a straight
+        line and turns, at constant speed. No label is involved: this is what a video camera would see.
+        """
+        clips = np.empty((len(indices), 3, 3, self.height, self.width), np.uint8)
+        for b, index in enumerate(indices):
+            stream = [self.seed, STREAMS[self.split], int(index)]
+            rng = np.random.default_rng(stream)
+            plan = self._plan(rng)
+            ground = self._canvas.background(plan, rng)
+            step = self._motion(np.random.default_rng([*stream, 2]), len(plan.x))
+            for frame, t in enumerate((-1, 0, 1)):
+                moment = plan._replace(x=plan.x + t * step[0], y=plan.y + t * step[1], angle=plan.angle + t * step[2])
+                image = ground.copy()
+                blank = np.zeros((2, self.height, self.width), np.uint8)
+                self._canvas.paint_objects(image, blank[0], blank[1], moment)
+                clips[b, frame] = np.rint(image * 255)
+        return torch.from_numpy(clips)
+
     def fingerprint(self) -> dict:
         """Everything that decides the content of this split, JSON-able."""
         return {
@@ -216,6 +238,15 @@ class Scenes:
         category = np.zeros(image.shape[1:], np.uint8)
         self._canvas.paint_objects(image, identity, category, plan)
         return image, identity, category
+
+    def _motion(self, rng: np.random.Generator, n: int) -> np.ndarray:
+        """Step of each object between two moments: x, y in pixels, angle in radians. [3, n]; zero for those that rest."""
+        most = self.objects[1]
+        moves, direction, speed, spin = rng.random((4, most))[:, :n]
+        length = (SPEED[0] + (SPEED[1] - SPEED[0]) * speed) * min(self.height, self.width) / 96
+        direction = 2 * math.pi * direction
+        step = np.stack([length * np.cos(direction), length * np.sin(direction), TURN * (2 * spin - 1)])
+        return step * (moves < MOVING)
 
     def _plan(self, rng: np.random.Generator) -> Plan:
         """Classes, colours and poses of the objects; every draw has a fixed size, so none shifts another."""
