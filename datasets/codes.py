@@ -24,6 +24,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from functools import cache, cached_property
@@ -31,8 +32,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from datasets.scene import UnreadableScene
 from errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -122,9 +125,7 @@ def count_by_size(a: tuple[int, ...]) -> tuple[int, ...]:
         cells = math.prod(size - i for size, i in zip(a, left_out, strict=True))
         factor = (-1) ** sum(left_out) * math.prod(math.comb(size, i) for size, i in zip(a, left_out, strict=True))
         factors[cells] = factors.get(cells, 0) + factor
-    return tuple(
-        sum(factor * math.comb(cells, k) for cells, factor in factors.items()) for k in range(math.prod(a) + 1)
-    )
+    return tuple(sum(factor * math.comb(cells, k) for cells, factor in factors.items()) for k in range(math.prod(a) + 1))
 
 
 def count_subsets(a: Sequence[int], k: int) -> int:
@@ -244,8 +245,7 @@ def balanced(sizes: Sequence[int], k: int) -> Prior:
 def independent_draws(sizes: Sequence[int], k: int) -> Prior:
     """The law of the set of k independent, uniform objects: weight m! S(k, m), the surjections of k draws on m."""
     weight = {
-        m: sum((-1) ** i * math.comb(m, i) * (m - i) ** k for i in range(m + 1))
-        for m in range(1, min(k, math.prod(sizes)) + 1)
+        m: sum((-1) ** i * math.comb(m, i) * (m - i) ** k for i in range(m + 1)) for m in range(1, min(k, math.prod(sizes)) + 1)
     }
     return Prior(f"independent_draws_{k}", sizes, weight)
 
@@ -471,9 +471,7 @@ def smallest(words: np.ndarray, size: np.ndarray) -> np.ndarray:
 Draw = Callable[[np.ndarray, int], np.ndarray]
 
 
-def sample_until(
-    n: int, draw: Draw, admits: Callable[[np.ndarray], np.ndarray], most: int, why: str
-) -> tuple[np.ndarray, int]:
+def sample_until(n: int, draw: Draw, admits: Callable[[np.ndarray], np.ndarray], most: int, why: str) -> tuple[np.ndarray, int]:
     """Draw for n images and redraw the refused ones until all are admitted.
 
     draw(indices [m], round) gives codes [m, K]; admits(codes) bool [m]; `most` bounds the draws of all images together.
@@ -485,9 +483,7 @@ def sample_until(
     codes, pending, drawn = None, np.arange(n), 0
     for attempt in itertools.count():
         if drawn + len(pending) > most:
-            raise UserError(
-                f"sampling: {n - len(pending)} of {n} scenes found in {drawn} draws, giving up at {most}; {why}"
-            )
+            raise UserError(f"sampling: {n - len(pending)} of {n} scenes found in {drawn} draws, giving up at {most}; {why}")
         drawn += len(pending)
         fresh = draw(pending, attempt)
         codes = np.zeros((n, fresh.shape[1]), np.uint8) if codes is None else codes
@@ -577,6 +573,21 @@ class CodeScenes:
         labels = {"object_code": self.object_code, "feature_code": self.feature_code, "H_Y_given_F": self.entropy}
         facts = split_report({self.split: labels})["splits"][self.split]
         return {"prior": self.prior_name, "group_sizes": list(self.groups.sizes), **facts}
+
+
+def read_rgb(path: str | os.PathLike, key: str) -> Tensor:
+    """An image file as [3, H, W] uint8 RGB.
+
+    Raises:
+        UnreadableScene: missing, truncated or no image.
+    """
+    try:
+        with Image.open(path) as picture:
+            return torch.from_numpy(np.asarray(picture.convert("RGB")).transpose(2, 0, 1).copy())
+    except FileNotFoundError:
+        raise UnreadableScene(key, f"image {path} is missing") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UnreadableScene(key, f"image {path} cannot be read: {error}") from None
 
 
 def check_choice(knob: str, value: object, choices: Sequence[str]) -> None:

@@ -80,9 +80,7 @@ def test_entropy_of_a_feature_code(name):
     assert [prior.number(a) for a in counts.tolist()] == [int(case["count"]) for case in block["cases"]]
     entropy = prior.entropy(counts)
     assert np.allclose(entropy, [case["H_bits"] for case in block["cases"]], rtol=0, atol=1e-9)
-    assert np.allclose(
-        entropy.astype(np.float32), [case["H_float32_reference"] for case in block["cases"]], rtol=0, atol=1e-5
-    )
+    assert np.allclose(entropy.astype(np.float32), [case["H_float32_reference"] for case in block["cases"]], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", golden("entropy")["population"], ids=lambda c: str(c["group_sizes"]))

@@ -1,0 +1,239 @@
+"""Writing a data set of codes to disk, and reading it back.
+
+    python main.py mode=export_data dataset=balancedcolorshape export.dir=data/exported
+    python main.py mode=train_binding dataset=exported dataset.root=data/exported/balancedcolorshape
+
+One directory per split, `dataset_<split>_seed<seed>`:
+
+    images/sample_000000.png    the image at its native resolution (the published export stores it resized)
+    image_metadata.jsonl        a line per image: index, key, Y, F, H_Y_given_F, extras such as boxes and num_objects
+    codes.safetensors           object_code [M, K], feature_code [M, n] uint8, H_Y_given_F [M] float32 bits
+    metadata.json               groups, law of Y, constants, facts, what it was made from; "complete" once all is there
+
+Images are written aside and renamed; a second call writes only what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hydra.utils import instantiate
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from datasets.codes import CodeScenes, Groups, check_choice, read_rgb, split_name, split_report
+from datasets.scene import Scene, UnreadableScene
+from errors import UserError
+
+FORMAT = 1
+
+
+def run(cfg: Any, run: Any) -> dict[str, Any]:
+    """Entry of `mode=export_data`: export the splits, print what a reader must know before comparing them."""
+    labels = {}
+    for split in cfg.export.splits:
+        dataset = instantiate(cfg.dataset, split=split)
+        directory = export(dataset, cfg.export.dir, workers=cfg.export.workers)
+        labels[split] = _labels(dataset)
+        run.say(f"{split}: {len(dataset)} images in {directory}")
+    report = split_report(labels)
+    for warning in report["warnings"]:
+        run.say(f"warning: {warning}")
+    for split, facts in report["splits"].items():
+        run.write({"kind": "export", "split": split, **facts})
+    return {"report": report}
+
+
+def export(dataset: Any, directory: str | os.PathLike, *, workers: int = 0) -> Path:
+    """Write one split of a data set of codes; returns its directory `<directory>/<data set>/dataset_<split>_...`.
+
+    workers: processes that draw and compress images; 0 does it here. The result does not depend on it.
+
+    Raises:
+        UserError: the data set has no codes, the directory holds another data set, an image is unreadable (unless the
+            data set skips those), the disk refuses.
+    """
+    if not isinstance(dataset, CodeScenes):
+        raise UserError(
+            f"mode=export_data writes data sets of object and feature codes, got {type(dataset).__name__}; choose one such "
+            "as dataset=colorshape"
+        )
+    fingerprint = json.loads(json.dumps(dataset.fingerprint()))
+    seed = f"_seed{fingerprint['seed']}" if "seed" in fingerprint else ""
+    target = Path(directory) / str(fingerprint["dataset"]) / f"dataset_{dataset.split}{seed}"
+    try:
+        (target / "images").mkdir(parents=True, exist_ok=True)
+        return _export(dataset, target, fingerprint, workers)
+    except OSError as error:
+        raise UserError(f"cannot export to {target}: {error.strerror}; set export.dir=…") from error
+
+
+def _export(dataset: CodeScenes, target: Path, fingerprint: dict, workers: int) -> Path:
+    header = {"format": FORMAT, "complete": False, "fingerprint": fingerprint}
+    if (target / "metadata.json").exists():
+        if _read_json(target / "metadata.json").get("fingerprint") != fingerprint:
+            raise UserError(f"{target} holds a data set made with other settings; choose another export.dir or delete it")
+    else:
+        _write(target / "metadata.json", json.dumps(header))
+    writer = _Writer(dataset, target / "images")
+    loader = DataLoader(writer, batch_size=None, num_workers=int(workers))
+    rows, unreadable = [], []
+    for index, key, reason in tqdm(loader, desc=f"export {dataset.split}", disable=None):
+        if reason is None:
+            rows.append((index, key))
+        elif dataset.on_error == "skip":
+            unreadable.append([key, reason])
+        else:
+            raise UnreadableScene(key, reason)
+    kept = np.array([index for index, _ in rows], np.int64)
+    if not len(kept):
+        raise UserError(f"{target}: no image of the data set can be read, first: {': '.join(unreadable[0])}")
+    labels = {name: values[kept] for name, values in _labels(dataset).items()}
+    lines = (json.dumps(_row(dataset, labels, row, index, key)) for row, (index, key) in enumerate(rows))
+    _write(target / "image_metadata.jsonl", "".join(f"{line}\n" for line in lines))
+    _write(target / "codes.safetensors", save(labels))
+    facts = {
+        "groups": dataset.groups.names,
+        "prior": dataset.prior_name,
+        "info": dataset.info(),
+        "report": dataset.report(),
+        "keys": [key for _, key in rows],
+        "files": [_file(index) for index, _ in rows],
+        "unreadable": unreadable,
+    }
+    _write(target / "metadata.json", json.dumps(header | facts | {"complete": True}, indent=1))
+    return target
+
+
+class Exported(CodeScenes):
+    """A split written by `export`.
+
+    Args:
+        split: "train", "val" or "test".
+        root: the directory that holds `dataset_<split>_seed<seed>`.
+        on_error: "raise" or "skip", for the caller: unreadable images raise `UnreadableScene` either way.
+
+    Raises:
+        UserError: no such split, several, or one whose export did not end.
+    """
+
+    def __init__(self, split: str, *, root: str, on_error: str = "raise") -> None:
+        self.split, self.on_error = split_name(split), on_error
+        check_choice("on_error", on_error, ("raise", "skip"))
+        found = sorted(Path(root).glob(f"dataset_{self.split}*/metadata.json"))
+        if len(found) != 1:
+            what = f"{len(found)} of them" if found else "none"
+            raise UserError(
+                f"dataset.root={root}: expected one exported split dataset_{self.split}_…/metadata.json, got {what}; write one "
+                "with mode=export_data"
+            )
+        self.directory = found[0].parent
+        self.meta = _read_json(found[0])
+        if self.meta.get("format") != FORMAT or not self.meta.get("complete"):
+            raise UserError(f"{self.directory}: the export is not complete; repeat its command, images already there are kept")
+        try:
+            codes = load_file(self.directory / "codes.safetensors")
+            groups = Groups(self.meta["groups"])
+            self.set_codes(groups, codes["object_code"], self.meta["prior"], codes["H_Y_given_F"])
+            whole = np.array_equal(self.feature_code, codes["feature_code"]) and len(self) == len(self.meta["files"])
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise UserError(f"{self.directory}/codes.safetensors is damaged ({error}); export again") from None
+        if not whole:
+            raise UserError(f"{self.directory}: codes.safetensors and metadata.json do not fit together; export again")
+
+    def __getitem__(self, index: int) -> Scene:
+        """Scene `index` as it was exported: image [3, H, W] uint8, the three labels, the same key."""
+        index = self.position(index)
+        key = self.meta["keys"][index]
+        image = read_rgb(self.directory / "images" / self.meta["files"][index], key)
+        return Scene(image, self.labels(index), key)
+
+    def info(self) -> dict[str, float]:
+        """The constants of the data set that was exported, bits."""
+        return self.meta["info"]
+
+    def report(self) -> dict[str, Any]:
+        """The facts of the data set that was exported."""
+        return self.meta["report"] | {"source": str(self.directory)}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What was exported, and the images as they lie on disk now (size and time of every file)."""
+        stats = [(self.directory / "images" / name) for name in self.meta["files"]]
+        files = [[p.stat().st_size, p.stat().st_mtime_ns] if p.exists() else None for p in stats]
+        return {"dataset": "exported", "split": self.split, "of": self.meta["fingerprint"], "files": files}
+
+
+class _Writer:
+    """A map-style data set whose item `i` is the deed of writing image `i`: (index, key, reason it failed or None)."""
+
+    def __init__(self, dataset: CodeScenes, images: Path) -> None:
+        self.dataset, self.images = dataset, images
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, str, str | None]:
+        path = self.images / _file(index)
+        if path.exists():
+            return index, self.dataset.key(index), None
+        try:
+            scene = self.dataset[index]
+        except UnreadableScene as error:
+            return index, error.key, error.reason
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            Image.fromarray(scene.image.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return index, scene.key, None
+
+
+def _labels(dataset: CodeScenes) -> dict[str, np.ndarray]:
+    return {
+        "object_code": dataset.object_code,
+        "feature_code": dataset.feature_code,
+        "H_Y_given_F": dataset.entropy,
+    }
+
+
+def _row(dataset: CodeScenes, labels: Mapping[str, np.ndarray], row: int, index: int, key: str) -> dict[str, Any]:
+    return {
+        "index": index,
+        "key": key,
+        "file": f"images/{_file(index)}",
+        "Y": labels["object_code"][row].tolist(),
+        "F": labels["feature_code"][row].tolist(),
+        "H_Y_given_F": float(labels["H_Y_given_F"][row]),
+        **dataset.details(index),
+    }
+
+
+def _file(index: int) -> str:
+    return f"sample_{index:06d}.png"
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it and export again") from None
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    """Write aside, then rename: the file appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    write: Callable = temporary.write_bytes if isinstance(content, bytes) else temporary.write_text
+    try:
+        write(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
