@@ -1,0 +1,486 @@
+"""ADE20K, full release of 2021-01-17, read from its folder tree and JSON files: no index file, nothing unpickled.
+
+    <root>/[ADE20K_2021_17_01/]images/ADE/{training,validation}/<scene>/…/ADE_{train,val}_########
+        .jpg  _seg.png  _parts_{1,2,…}.png  .json  and a folder of that name (one PNG per object: not read)
+
+`_seg.png` holds, per pixel, the class (R div 10) * 256 + G (0 unlabelled; the JSON's `name_ndx`) and in B the object:
+floor(255 k / K + 1/2) for object k = 1 … K of the K whole objects (part level 0) of the image, 0 where there is none.
+The reader of the data set's authors numbers objects by the rank of B among the values present, which gives the first
+object of a completely labelled image the number of the background and cannot tell more than 255 objects apart;
+`decode_segmentation` keeps that numbering for comparison, `number_objects` is the one used here.
+
+Classes are the 150 of the scene-parsing benchmark plus 0, found by name as in "Does Object Binding Naturally Emerge in
+Large Pretrained Vision Transformers?" (arXiv 2510.24709): an image's own JSON names every class in its masks, so no
+image depends on another. `objectInfo150.csv` in the data folder replaces the list that comes with the project.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from datasets.scene import (
+    Scene,
+    UnreadableScene,
+    check_choice,
+    file_fingerprint,
+    open_picture,
+    read_image,
+    same_size,
+    split_planes,
+    spread,
+)
+from errors import UserError
+
+DECODER_VERSION = 1  # part of the fingerprint: raise it with every change that alters a label
+RELEASE = "ADE20K_2021_17_01"
+N_TRAINING, N_VALIDATION = 25574, 2000  # images of the complete release
+RAW_CLASSES = 26 * 256  # more than (R div 10) * 256 + G can be
+STEM = re.compile(r"ADE_(train|val|test)_(\d{8})")
+FOLDERS = {"train": "training", "val": "training", "test": "validation"}
+# Names the list spells differently, after normalising: the published special cases (classes 15, 90 and 142).
+ALIASES = {
+    "door": "door;double;door",
+    "double;door": "door;double;door",
+    "television;receiver;television;television;set;tv;tv;set;idiot;box;boob;tube;telly;goggle;box": (
+        "television;television;receiver;television;set;tv;tv;set;idiot;box;boob;tube;telly;goggle;box"
+    ),
+    "screen;crt;screen": "crt;screen",
+}
+
+
+class SplitRule(NamedTuple):
+    """How the training folder is cut: contiguously, at `train_ratio`; positions (0-based, by name) that are left out."""
+
+    train_ratio: float
+    removed_training: tuple[int, ...]
+    removed_validation: tuple[int, ...]
+
+
+_REMOVED = (7689, 8904, 8905, 20433, 20543, 21029, 22979, 23011, 23048, 24103, 24794)
+# 20455 / 5108 / 2000 and 20455 / 5108 / 1999 images. (The newer list also names 27278, which no training image has.)
+SPLIT_RULES = {
+    "object_binding_2025": SplitRule(0.8, _REMOVED, ()),
+    "object_binding_2026": SplitRule(0.8, _REMOVED, (20,)),
+}
+
+
+# --------------------------------------------------------------------------------------------------------- decoding
+
+
+def split_segmentation(picture: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+    """Raw class [H, W] int32 and object code B [H, W] uint8 of a `_seg.png` or `_parts_*.png` picture (RGB)."""
+    red, green, blue = split_planes(picture)
+    raw = (red // 10).astype(np.int32)  # in place from here: the time is in touching memory
+    raw <<= 8
+    raw += green
+    return raw, blue
+
+
+def decode_segmentation(picture: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+    """Class [H, W] int32 and instance [H, W] int64 as the authors' reader gives them: the rank of B among those present.
+
+    An object has number 0 where no pixel is unlabelled. Parts are decoded alike (as whole numbers: the authors'
+    reader gives floating-point values for parts).
+    """
+    raw, blue = split_segmentation(picture)
+    present = np.zeros(256, bool)
+    present[blue] = True
+    return raw, np.take(np.cumsum(present) - 1, blue)
+
+
+def number_objects(raw: np.ndarray, blue: np.ndarray, n_objects: int | None) -> tuple[np.ndarray, str]:
+    """Number of the object at each pixel, 0 where there is none, and the rule by which it was found.
+
+    Args:
+        raw: [H, W] int32 class, 0 unlabelled.
+        blue: [H, W] uint8 object code B.
+        n_objects: K, the whole objects the JSON lists; None if it does not say.
+
+    Returns:
+        identity: [H, W] int32.
+        rule: "paint_order" where every B is the code of a k of K objects: k = round(B K / 255), so that a hidden object
+            leaves a gap and shifts nothing; "class_and_code" for more than 255 objects, some of which share a B: the dense rank
+            of the pair (class, B), which keeps apart what can be; "rank" otherwise (no K, or a B that no k of K has):
+            the dense rank of B. B = 0 stays 0 in the first and last, unlabelled with B = 0 in the second.
+    """
+    if n_objects is not None and n_objects > 255:
+        return _dense_rank(raw * 256 + blue, RAW_CLASSES * 256), "class_and_code"
+    if n_objects:
+        number = np.arange(n_objects + 1, dtype=np.int32)  # k
+        table = np.full(256, -1, np.int32)
+        table[(510 * number + n_objects) // (2 * n_objects)] = number  # at floor(255 k / K + 1/2): distinct for K <= 255
+        identity = np.take(table, blue)
+        if identity.min(initial=0) == 0:
+            return identity, "paint_order"
+    return _dense_rank(blue, 256), "rank"
+
+
+def _dense_rank(code: np.ndarray, n_codes: int) -> np.ndarray:
+    """Rank of each code among those present, [H, W] int32; code 0 has rank 0, present or not."""
+    present = np.zeros(n_codes, bool)
+    present[code] = True
+    present[0] = True
+    return np.take((np.cumsum(present) - 1).astype(np.int32), code)
+
+
+# ---------------------------------------------------------------------------------------------------------- classes
+
+
+def read_class_list(path: Path) -> list[str]:
+    """The names of classes 1 … K from an objectInfo150.csv (columns Idx and Name; Idx counts from 1).
+
+    Raises:
+        UserError: the file is no such list.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+        names = [row["Name"].strip() for row in rows]
+        numbers = [int(row["Idx"]) for row in rows]
+    except OSError as error:
+        raise UserError(f"cannot read the class list {path}: {error.strerror}") from error
+    except (KeyError, ValueError, TypeError, AttributeError, csv.Error) as error:
+        raise UserError(f"class list {path}: got unreadable rows ({error!r}), expected columns Idx and Name") from error
+    if not names or numbers != list(range(1, len(names) + 1)) or len(set(names)) != len(names):
+        raise UserError(f"class list {path}: expected Idx 1, 2, 3, … and every Name once, got {len(names)} other rows")
+    return names
+
+
+def class_of_name(name: str, numbers: Mapping[str, int]) -> int:
+    """Class of a full-release name, 0 where the list has none: exact and case-sensitive after ", " and " " become ";".
+
+    Args:
+        name: as in the JSON files, synonyms joined by ", ".
+        numbers: class number of each name of the list.
+    """
+    normal = name.replace(", ", ";").replace(" ", ";")
+    return numbers.get(normal) or numbers.get(ALIASES.get(normal, ""), 0)
+
+
+def build_class_map(names: Mapping[int, str], numbers: Mapping[str, int]) -> Tensor:
+    """Class of each raw class, [RAW_CLASSES] int32, from {raw class: name}; raw classes without a name become 0.
+
+    A raw class is the value in the mask, counted from 1: one more than the position in the release's `objectnames`.
+    """
+    table = torch.zeros(RAW_CLASSES, dtype=torch.int32)
+    for raw, name in names.items():
+        table[raw] = class_of_name(name, numbers)
+    return table
+
+
+# ------------------------------------------------------------------------------------------------------- JSON files
+
+
+class Annotation(NamedTuple):
+    """What a scene's JSON file says: name of each raw class (the first, if several), whole objects, contradictions."""
+
+    names: dict[int, str]
+    n_objects: int | None
+    remarks: list[str]
+
+
+def read_annotation(path: Path, key: str) -> Annotation:
+    """Read a scene's JSON; its types are loose (one object stands without its list, numbers come as text).
+
+    Raises:
+        UnreadableScene: the file is missing or is no such JSON.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UnreadableScene(key, f"{path} is missing") from None
+    except OSError as error:
+        raise UnreadableScene(key, f"{path} cannot be read ({error.strerror})") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:  # some file names of the sources are Latin-1; no class name is
+        text = data.decode("latin-1")
+    try:
+        objects = json.loads(text, strict=False)["annotation"]["object"]
+    except json.JSONDecodeError as error:
+        raise UnreadableScene(key, f"{path} is truncated or damaged ({error})") from error
+    except (KeyError, TypeError):
+        raise UnreadableScene(key, f"{path} has no annotation.object") from None
+    objects = [objects] if isinstance(objects, dict) else objects or []
+    if not isinstance(objects, list) or not all(isinstance(entry, dict) for entry in objects):
+        raise UnreadableScene(key, f"{path}: annotation.object is no list of objects")
+    names: dict[int, str] = {}
+    remarks: list[str] = []
+    levels: list[int | None] = []
+    for place, entry in enumerate(objects):
+        raw, name, parts = _whole(entry.get("name_ndx")), entry.get("name"), entry.get("parts")
+        levels.append(_whole(parts.get("part_level")) if isinstance(parts, dict) else None)
+        if raw is None or not isinstance(name, str) or not 0 < raw < RAW_CLASSES:
+            remarks.append(f"{path.name}: object[{place}] has no usable name and name_ndx")
+        elif names.setdefault(raw, name) != name:
+            remarks.append(f"{path.name}: class {raw} is called both {names[raw]!r} and {name!r}")
+    return Annotation(names, None if None in levels else levels.count(0), remarks)
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number that may be written as text or as 3.0; None for anything else."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return int(number) if number.is_integer() else None
+
+
+# ------------------------------------------------------------------------------------------------------ folder tree
+
+
+def find_release(root: str | os.PathLike[str]) -> Path:
+    """The folder that holds `images/ADE`: the given one, or `ADE20K_2021_17_01` in it.
+
+    Raises:
+        UserError: it is none, or another release of ADE20K.
+    """
+    given = Path(root).expanduser()
+    if not given.is_dir():
+        raise UserError(f"dataset.root: got {given}, which is no folder; expected the folder {RELEASE} (datasets/README.md)")
+    for folder in (given, given / RELEASE):
+        if (folder / "images" / "ADE").is_dir():
+            return folder
+    for folder in (given, given / "ADEChallengeData2016"):
+        if (folder / "annotations").is_dir() and (folder / "images").is_dir():
+            raise UserError(
+                f"dataset.root: got {folder}, the scene-parsing release ADEChallengeData2016, whose masks tell no objects "
+                f"apart; expected the full release {RELEASE} (scripts/download_ade20k.sh says where it comes from)"
+            )
+    for folder in (given, given / "ADE20K_2016_07_26"):
+        if (folder / "images" / "training").is_dir():
+            raise UserError(
+                f"dataset.root: got {folder}, which looks like the full release of 2016 (no JSON files); expected the "
+                f"full release {RELEASE} (scripts/download_ade20k.sh says where it comes from)"
+            )
+    raise UserError(
+        f"dataset.root: got {given}, which has no images/ADE; expected the folder {RELEASE} or the folder it lies in"
+    )
+
+
+def list_stems(folder: Path, release: Path) -> dict[str, str]:
+    """{stem: its path below the release, without ending} of all scenes under a folder, sorted by stem.
+
+    A scene counts from any of its files, so that a missing one is found out. The folders of single objects, by far
+    the most files of the release, are not entered.
+
+    Raises:
+        UserError: one stem in two places.
+    """
+    found: dict[str, str] = {}
+    waiting = [os.fspath(folder)]
+    while waiting:
+        place = waiting.pop()
+        below = os.path.relpath(place, release).replace(os.sep, "/")
+        try:
+            with os.scandir(place) as listing:
+                entries = list(listing)
+        except OSError as error:
+            raise UserError(f"cannot list {place}: {error.strerror}") from error
+        for entry in entries:
+            match = STEM.match(entry.name)
+            if match is None:
+                if entry.is_dir():
+                    waiting.append(entry.path)
+            elif entry.name[match.end() :] in (".jpg", "_seg.png", ".json"):
+                stem, path = match.group(), f"{below}/{match.group()}"
+                if found.setdefault(stem, path) != path:
+                    raise UserError(f"{stem} lies in two places, {found[stem]} and {path}; remove one")
+    return dict(sorted(found.items()))
+
+
+class Ade20k:
+    """Scenes of the full ADE20K release with object, class and raw-class maps.
+
+    Args:
+        split: "train" and "val", cut from the training folder, or "test", the validation folder.
+        root: the folder ADE20K_2021_17_01, or the folder it lies in.
+        split_rule: a name of SPLIT_RULES: the published cut and the images left out.
+        train_ratio, removed_training, removed_validation: replace that part of the rule (positions in the sorted list
+            of the complete folder, from 0).
+        limit: use at most this many images of the split, evenly spread over it (neighbours show similar places).
+        on_error: what the caller does with an unreadable scene, "raise" or "skip".
+
+    Positions are those of the complete release. In a partial tree the place in the list says nothing, so there an
+    image's position is its number minus one, which is the same in the complete release: an image is in the same split
+    wherever it is found.
+
+    Attributes:
+        classes: 151 names (the list's, synonyms joined by ";"), 0 "background" being unlabelled and all other classes.
+
+    Raises:
+        UserError: no such folder, another release, a split without an image, a knob out of range.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        *,
+        root: str | os.PathLike[str],
+        split_rule: str = "object_binding_2025",
+        train_ratio: float | None = None,
+        removed_training: Sequence[int] | None = None,
+        removed_validation: Sequence[int] | None = None,
+        limit: int | None = None,
+        on_error: str = "raise",
+    ) -> None:
+        check_choice("split", split, FOLDERS)
+        check_choice("on_error", on_error, ("raise", "skip"))
+        check_choice("split_rule", split_rule, SPLIT_RULES)
+        given = {
+            "train_ratio": train_ratio,
+            "removed_training": removed_training,
+            "removed_validation": removed_validation,
+        }
+        rule = SPLIT_RULES[split_rule]._replace(**{name: value for name, value in given.items() if value is not None})
+        if not 0 <= rule.train_ratio <= 1:
+            raise UserError(f"dataset.train_ratio: got {rule.train_ratio}, expected a share from 0 to 1")
+        self.split, self.on_error, self.split_rule = split, on_error, split_rule
+        self.release = find_release(root)
+        lists = [folder / "objectInfo150.csv" for folder in (Path(root).expanduser(), self.release)]
+        self.class_list = next((path for path in lists if path.exists()), Path(__file__).parent / "objectInfo150.csv")
+        names = read_class_list(self.class_list)
+        self.classes = ["background", *names]
+        self._numbers = {name: number for number, name in enumerate(names, start=1)}
+
+        name = FOLDERS[split]
+        folder = self.release / "images" / "ADE" / name
+        if not folder.is_dir():
+            raise UserError(f"{folder} is missing: split {split} is read from it")
+        stems = list_stems(folder, self.release)
+        complete = {"training": N_TRAINING, "validation": N_VALIDATION}[name]
+        self.complete, self.n_files = len(stems) == complete, len(stems)
+        position = {stem: place if self.complete else int(stem.rpartition("_")[2]) - 1 for place, stem in enumerate(stems)}
+        removed = set(rule.removed_validation if split == "test" else rule.removed_training)
+        boundary = int(rule.train_ratio * N_TRAINING)
+        inside = [s for s in stems if split == "test" or (position[s] < boundary) == (split == "train")]
+        self.removed = [stem for stem in inside if position[stem] in removed]
+        kept = [stem for stem in inside if position[stem] not in removed]
+        if not kept:
+            raise UserError(
+                f"dataset split {split}: none of the {len(stems)} images found under {folder} belongs to it (the tree is "
+                f"{'complete' if self.complete else f'partial, {complete} images are the whole'}); the first "
+                f"{boundary} of {N_TRAINING} training images are train, the others val: place more images or change "
+                "dataset.train_ratio"
+            )
+        self.keys = spread(kept, limit)
+        self._paths = [stems[stem] for stem in self.keys]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def _file(self, i: int, ending: str) -> Path:
+        return self.release / (self._paths[i] + ending)
+
+    def _picture(self, i: int, ending: str) -> Image.Image:
+        """A mask of scene i, refused unless it is 8-bit RGB."""
+        path = self._file(i, ending)
+        picture = open_picture(path, self.keys[i])
+        if picture.mode != "RGB":
+            raise UnreadableScene(self.keys[i], f"{path} is of mode {picture.mode}, expected 8-bit RGB")
+        return picture
+
+    def __getitem__(self, i: int) -> Scene:
+        """Scene i: "identity", "class", "raw_class" [H, W] int32 and "class_of_raw" [RAW_CLASSES] int32.
+
+        Raises:
+            UnreadableScene: a file of it is missing or damaged, or mask and image are of different size.
+        """
+        key = self.keys[i]
+        annotation = read_annotation(self._file(i, ".json"), key)
+        image = read_image(self._file(i, ".jpg"), key)
+        raw, blue = split_segmentation(self._picture(i, "_seg.png"))
+        same_size(image, raw, self._file(i, "_seg.png"), key)
+        identity, _ = number_objects(raw, blue, annotation.n_objects)
+        table, flat = build_class_map(annotation.names, self._numbers), torch.from_numpy(raw)
+        labels = {
+            "identity": torch.from_numpy(identity),
+            "class": table.index_select(0, flat.flatten()).view_as(flat),
+            "raw_class": flat,
+            "class_of_raw": table,
+        }
+        return Scene(image, labels, key)
+
+    def parts(self, i: int) -> list[Tensor]:
+        """Raw class of the part at each pixel, one [H, W] int32 map per level of parts the scene has (0: none).
+
+        Raises:
+            UnreadableScene: a parts file is damaged.
+        """
+        maps, level = [], 1
+        while self._file(i, f"_parts_{level}.png").exists():
+            maps.append(torch.from_numpy(split_segmentation(self._picture(i, f"_parts_{level}.png"))[0]))
+            level += 1
+        return maps
+
+    def inspect(self, i: int) -> dict[str, Any]:
+        """What a scene's files say beyond the Scene, for checking a copy of the data.
+
+        Returns:
+            "names": {raw class: name}; "remarks": faults that keep no scene from being used, one sentence each.
+
+        Raises:
+            UnreadableScene: as the scene itself.
+        """
+        annotation = read_annotation(self._file(i, ".json"), self.keys[i])
+        remarks = list(annotation.remarks)
+        raw, blue = split_segmentation(self._picture(i, "_seg.png"))
+        _, rule = number_objects(raw, blue, annotation.n_objects)
+        if rule == "class_and_code":
+            remarks.append(f"{annotation.n_objects} objects share 255 codes: told apart by (class, code)")
+        elif rule == "rank" and blue.any():
+            remarks.append(f"object codes do not fit {annotation.n_objects} objects: numbered by rank")
+        present = np.zeros(RAW_CLASSES, bool)
+        present[raw] = True
+        nameless = [int(value) for value in present.nonzero()[0] if value and int(value) not in annotation.names]
+        if nameless:
+            remarks.append(f"classes {nameless} of the mask have no name in the JSON: class 0")
+        try:
+            parts = self.parts(i)
+        except UnreadableScene as error:
+            remarks.append(error.reason)
+        else:
+            if any(part.shape != raw.shape for part in parts):
+                remarks.append("a parts map is of another size than the mask")
+        return {"names": annotation.names, "remarks": remarks}
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, Any]:
+        names = (path + ending for path in self._paths for ending in (".jpg", "_seg.png", ".json"))
+        list_digest = hashlib.blake2b("\n".join(self.classes).encode(), digest_size=16).hexdigest()
+        return {"decoder": DECODER_VERSION, "class_list": list_digest, **file_fingerprint(self.release, names)}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Digests of the list of files (name, size, time) and of the class list."""
+        return dict(self._fingerprint)
+
+    def info(self) -> dict[str, float]:
+        """No constants."""
+        return {}
+
+    def report(self) -> dict[str, Any]:
+        """Release found, how complete it is, and the images the split rule leaves out."""
+        shipped = self.class_list.parent == Path(__file__).parent
+        return {
+            "release": RELEASE,
+            "folder": str(self.release / "images" / "ADE" / FOLDERS[self.split]),
+            "complete": self.complete,
+            "images_in_folder": self.n_files,
+            "split_rule": self.split_rule,
+            "removed": list(self.removed),
+            "images": len(self),
+            "class_list": "objectInfo150.csv of the project" if shipped else str(self.class_list),
+        }
