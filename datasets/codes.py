@@ -28,14 +28,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from datasets.scene import UnreadableScene
 from errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -575,25 +574,13 @@ class CodeScenes:
         return {"prior": self.prior_name, "group_sizes": list(self.groups.sizes), **facts}
 
 
-def read_rgb(path: str | os.PathLike, key: str) -> Tensor:
-    """An image file as [3, H, W] uint8 RGB.
+def data_folder(value: str | os.PathLike | None, variables: Sequence[str], default: str) -> Path:
+    """Where files lie: the knob, else the first of the environment variables that is set, else `default`.
 
-    Raises:
-        UnreadableScene: missing, truncated or no image.
+    A default is taken below BINDING_PROJECT_ROOT, else below the working directory.
     """
-    try:
-        with Image.open(path) as picture:
-            return torch.from_numpy(np.asarray(picture.convert("RGB")).transpose(2, 0, 1).copy())
-    except FileNotFoundError:
-        raise UnreadableScene(key, f"image {path} is missing") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UnreadableScene(key, f"image {path} cannot be read: {error}") from None
-
-
-def check_choice(knob: str, value: object, choices: Sequence[str]) -> None:
-    """Refuse a value that is not one of the choices."""
-    if value not in choices:
-        raise UserError(f"dataset.{knob}: got {value!r}, expected one of {', '.join(choices)}")
+    given = value or next((os.environ[name] for name in variables if os.environ.get(name)), None)
+    return Path(given) if given else Path(os.environ.get("BINDING_PROJECT_ROOT") or ".") / default
 
 
 def check_whole(knob: str, value: object, least: int, most: int | None = None) -> int:

