@@ -71,6 +71,7 @@ class Folder:
         root: the folder that holds images/ and identity/.
         val_fraction, test_fraction: share of the images in these splits where images/ has no split folders.
         split_seed: another number cuts otherwise.
+        ignore: value of pixels, in identity and class maps, that take part in nothing (often 255); they become -1.
         limit: use at most this many images of the split, evenly spread over the sorted names.
         on_error: what the caller does with an unreadable scene, "raise" or "skip".
 
@@ -88,6 +89,7 @@ class Folder:
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
         split_seed: int = 0,
+        ignore: int | None = None,
         limit: int | None = None,
         on_error: str = "raise",
     ) -> None:
@@ -98,7 +100,9 @@ class Folder:
                 f"dataset.val_fraction and test_fraction: got {val_fraction} and {test_fraction}, expected shares of at "
                 "least 0 that sum to at most 1"
             )
-        self.split, self.on_error = split, on_error
+        if ignore is not None and not (0 < ignore < 65536 and ignore == int(ignore)):
+            raise UserError(f"dataset.ignore: got {ignore}, expected a pixel value from 1 to 65535, or null")
+        self.split, self.on_error, self.ignore = split, on_error, ignore
         self.root = Path(root).expanduser()
         if not self.root.is_dir():
             raise UserError(f"dataset.root: got {self.root}, which is no folder; expected one with images/ and identity/")
@@ -154,7 +158,7 @@ class Folder:
         return [f"images/{self.keys[i]}{self._endings[i]}", *(f"{kind}/{self.keys[i]}.png" for kind in kinds)]
 
     def __getitem__(self, i: int) -> Scene:
-        """Scene i: "identity" as in the file and "class", [H, W] int32.
+        """Scene i: "identity" as in the file and "class", [H, W] int32; -1 where ignored.
 
         Raises:
             UnreadableScene: a file is missing or damaged, sizes differ, a class has no name.
@@ -164,9 +168,11 @@ class Folder:
         maps = [read_label_map(path, key) for path in paths[1:]]
         for path, label_map in zip(paths[1:], maps, strict=True):
             same_size(image, label_map, path, key)
+            if self.ignore is not None:
+                label_map[label_map == self.ignore] = -1
         identity = maps[0]
         if not self.has_classes:
-            return Scene(image, {"identity": identity, "class": (identity > 0).int()}, key)
+            return Scene(image, {"identity": identity, "class": identity.sign()}, key)
         highest = int(maps[1].max())
         if highest >= len(self.classes):
             raise UnreadableScene(
@@ -178,7 +184,8 @@ class Folder:
     def _fingerprint(self) -> dict[str, Any]:
         names = (name for i in range(len(self)) for name in self._names(i))
         classes = hashlib.blake2b("\n".join(self.classes).encode(), digest_size=16).hexdigest()
-        return {"reader": READER_VERSION, "classes": classes, **file_fingerprint(self.root, names)}
+        facts = {"reader": READER_VERSION, "classes": classes, "ignore": self.ignore}
+        return {**facts, **file_fingerprint(self.root, names)}
 
     def fingerprint(self) -> dict[str, Any]:
         """Digests of the list of files (name, size, time) and of the class names."""

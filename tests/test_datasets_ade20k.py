@@ -3,6 +3,8 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -368,6 +370,35 @@ def test_mask_of_another_size_or_kind_is_named(tmp_path: Path) -> None:
     Image.new("L", (64, 48)).save(written.file("_seg.png"))
     with pytest.raises(UnreadableScene, match="mode L, expected 8-bit RGB"):
         data[0]
+
+
+# ---------------------------------------------------------------------------------------------------------- unpacking
+
+
+def unpack(*arguments: str | Path) -> subprocess.CompletedProcess:
+    script = Path(ade20k.__file__).parent.parent / "scripts" / "download_ade20k.sh"
+    environment = {**os.environ, "PYTHON": sys.executable}
+    return subprocess.run(["bash", str(script), *map(str, arguments)], capture_output=True, text=True, env=environment)
+
+
+def test_script_unpacks_and_checks(tmp_path: Path) -> None:
+    write_ade20k_tree(tmp_path / "made", 2, 1, 1)
+    archive = shutil.make_archive(str(tmp_path / "ade"), "zip", tmp_path / "made")
+    done = unpack(archive, tmp_path / "data")
+    assert done.returncode == 0, done.stderr
+    assert "3 of 25574 training" in done.stdout and "1 of 2000 validation" in done.stdout
+    assert len(Ade20k("train", root=tmp_path / "data")) == 2
+    assert "request" in unpack().stdout and unpack().returncode == 2
+
+
+def test_script_refuses_other_files(tmp_path: Path) -> None:
+    assert "no file" in unpack(tmp_path / "nothing.zip", tmp_path / "data").stderr
+    (tmp_path / "a.zip").write_bytes(b"PK broken")
+    assert "is damaged or no zip" in unpack(tmp_path / "a.zip", tmp_path / "data").stderr
+    (tmp_path / "other" / "x").mkdir(parents=True)
+    archive = shutil.make_archive(str(tmp_path / "other"), "zip", tmp_path / "other")
+    done = unpack(archive, tmp_path / "data")
+    assert done.returncode == 1 and "images/ADE" in done.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------- safety

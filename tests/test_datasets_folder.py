@@ -87,6 +87,20 @@ def test_class_maps_and_names(tmp_path: Path) -> None:
         all_train(tmp_path)
 
 
+def test_ignored_pixels_become_minus_one(tmp_path: Path) -> None:
+    identity, classes = map_of([0, 1, 2, 255]), map_of([0, 1, 255, 255])
+    write(tmp_path, "a", identity)
+    labels = all_train(tmp_path, ignore=255)[0].labels
+    assert labels["identity"].unique().tolist() == [-1, 0, 1, 2] and labels["class"].unique().tolist() == [-1, 0, 1]
+    write(tmp_path, "a", identity, classes=classes)
+    (tmp_path / "classes.txt").write_text("cat")
+    data = all_train(tmp_path, ignore=255)
+    assert (data[0].labels["class"].numpy() == np.where(classes == 255, -1, classes)).all()
+    assert data.fingerprint() != all_train(tmp_path).fingerprint()
+    with pytest.raises(UserError, match="ignore"):
+        all_train(tmp_path, ignore=0)
+
+
 def test_split_folders_are_the_splits(tmp_path: Path) -> None:
     for key in ("train/b", "train/deep/a", "val/c"):
         write(tmp_path, key, map_of([0, 1]))
