@@ -14,20 +14,21 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from backbones import BackboneFacts, Tokens, backbone_facts, load_backbone, resolve_layers
-from patches import cut_windows, plan_geometry
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from backbones import BackboneFacts, Tokens, backbone_facts, load_backbone, resolve_dtype, resolve_layers
 from errors import UserError
 from index import Index, build_dataset, content_id, load_items, open_index, read_ahead
+from patches import cut_windows, plan_geometry
 from store import DTYPES, StackedTokens, TokenStore, digest, holder, job, lock, plain, rank, safe_name, wait
 
 __all__ = ["PatchSample", "StackedTokens", "Tokens", "build_dataset", "open_sample", "run"]
@@ -66,7 +67,7 @@ def run(cfg: Any, run: Any) -> dict[str, Any]:
     lines = [f"{'split':6}{'images':>8}{'layers':>8}{'GB':>9}{'new GB':>9}{'seconds':>9}{'images/s':>10}  left out"]
     records = []
     for split in SPLITS:
-        sample = open_sample(cfg, split, say=run.say if first else _silent)
+        sample = open_sample(cfg, split, say=run.say)
         meta, n_skipped = sample.meta, len(sample.meta["skipped"])
         cost = {name: meta[name] for name in ("bytes", "bytes_written", "seconds", "images_per_second")}
         record = {"kind": "extract", "split": split, "images": len(sample.keys), "layers": sample.tokens.layers, **cost}
@@ -151,7 +152,7 @@ def _describe(cfg: Any, dataset: Any, split: str, index: Index, facts: BackboneF
         "format": FORMAT,
         "backbone": facts.as_dict(),
         "norm": bool(cfg.model.norm),
-        "compute_dtype": cfg.model.dtype,
+        "compute_dtype": str(resolve_dtype(cfg.model.dtype, choose_device(cfg.device))).removeprefix("torch."),
         "geometry": cfg.protocol.geometry,
         "tokens": stored,
         "dtype": cfg.cache.dtype,
@@ -179,14 +180,15 @@ def _open_store(
 ) -> tuple[TokenStore, int, int]:
     """A store with all layers, the bytes this process wrote and the images it ran the backbone on to make it so."""
     store = _describe(cfg, dataset, split, index, facts, stored)
-    if store.read() and not store.missing(layers):
+    known = store.read()
+    lacking = store.missing(layers)
+    if known and not lacking:
         return store, 0, 0
+    _check_room(cfg, split, store, layers, lacking)
     (mine, world), timeout = rank(), cfg.cache.lock_timeout
     locks = [store.directory / (f"lock-{other}" if other else "lock") for other in range(world)]
     if mine:  # rank 0 of this launch holds the directory, or has completed it already
-        opened = lambda: (
-            (store.read() and (holder(locks[0]).get("job") == job() or not store.missing(layers, False))) or None
-        )
+        opened = lambda: (store.read() and (holder(locks[0]).get("job") == job() or not store.missing(layers, False))) or None
         wait(opened, locks[:1], timeout, f"rank 0, which opens {store.directory}")
     with lock(locks[mine], timeout, say) as beat:
         if not store.read():
@@ -194,12 +196,10 @@ def _open_store(
         todo = {number: lack for number, lack in store.missing(layers).items() if number % world == mine}
         n_bytes = sum(store.file_bytes(number) * len(lack) for number, lack in todo.items())
         n_images = sum(stop - start for start, stop in map(store.span, todo))
-        _check_room(cfg, split, store, layers, n_bytes)
         if todo:
-            whole = (
-                _describe(cfg, dataset, split, index, facts, "all") if stored == "pooled" and index.one_grid else None
-            )
-            derived = whole is not None and whole.read() and not whole.missing(layers)
+            poolable = stored == "pooled" and index.one_grid
+            whole = _describe(cfg, dataset, split, index, facts, "all" if poolable else stored)
+            derived = poolable and whole.read() and not whole.missing(layers)
             say(
                 f"{split}: {'pooling' if derived else 'extracting'} {n_images} of {store.n_images} images × "
                 f"{len(layers)} layers × {store.n_tokens} tokens × {store.dim} {cfg.cache.dtype}: "
@@ -209,20 +209,16 @@ def _open_store(
                 n_images = 0
                 chunks = _stored_chunks(whole, store, todo, facts)
             else:
-                chunks = _forward_chunks(cfg, dataset, index, facts, store, todo)
+                chunks = _forward_chunks(cfg, dataset, index, facts, store, todo, say)
             _write_shards(chunks, store, todo, facts, index.keys, split, beat)
         complete = lambda: (beat() or not store.missing(layers, False)) or None
-        wait(
-            complete,
-            [path for path in locks if path != locks[mine]],
-            timeout,
-            "the other ranks, which write their shards",
-        )
+        others = [path for path in locks if path != locks[mine]]
+        wait(complete, others, timeout, "the other ranks, which write their shards")
     return store, n_bytes, n_images
 
 
-def _check_room(cfg: Any, split: str, store: TokenStore, layers: list, n_bytes: int) -> None:
-    """Refuse what is too large for the budget or the disk, before any work."""
+def _check_room(cfg: Any, split: str, store: TokenStore, layers: list, lacking: Mapping[int, list]) -> None:
+    """Refuse what is too large for the budget or the disk, before anything is made."""
     total = sum(map(store.file_bytes, range(store.n_shards))) * len(layers)
     if total > cfg.cache.max_gb * 1e9:
         raise UserError(
@@ -230,7 +226,8 @@ def _check_room(cfg: Any, split: str, store: TokenStore, layers: list, n_bytes: 
             f"{store.n_tokens} tokens × {store.dim} × {store.itemsize} bytes) and cache.max_gb is {cfg.cache.max_gb}; "
             "raise it, or take fewer model.layers, protocol.selection.patches or images, or a smaller cache.dtype"
         )
-    free = shutil.disk_usage(store.directory).free
+    n_bytes = sum(store.file_bytes(number) * len(lack) for number, lack in lacking.items())
+    free = shutil.disk_usage(cfg.cache.dir).free
     if n_bytes > free:
         raise UserError(
             f"split {split} needs {n_bytes / 1e9:.4g} GB and {cfg.cache.dir} has {free / 1e9:.4g} GB free; "
@@ -258,15 +255,14 @@ class _Chunk(NamedTuple):
 
 
 def _forward_chunks(
-    cfg: Any, dataset: Any, index: Index, facts: BackboneFacts, store: TokenStore, todo: Mapping[int, list]
-) -> Iterator[_Chunk]:
+    cfg: Any, dataset: Any, index: Index, facts: BackboneFacts, store: TokenStore, todo: Mapping[int, list], say: Callable
+) -> Generator[_Chunk]:
     """Decode, cut and batch ahead in a thread, run the backbone here."""
-    device = _device(cfg.device)
-    backbone = load_backbone(cfg.model, device)
+    device = choose_device(cfg.device)
+    backbone = load_backbone(cfg.model, device, say)
     grids = index.grids.tolist()
-    orders = {
-        n: sorted(range(*store.span(n)), key=lambda m: (grids[m], m)) for n in todo
-    }  # windows of equal shape adjoin
+    # windows of equal shape adjoin, so that batches are full
+    orders = {number: sorted(range(*store.span(number)), key=lambda m: (grids[m], m)) for number in todo}
     numbers = index.tensors["number"][[m for order in orders.values() for m in order]].tolist()
     items = _Windows(dataset, plain(cfg.protocol.geometry), facts)
     loader = iter(load_items(items, numbers, cfg.cache.workers))  # its processes start here, before any thread does
@@ -306,7 +302,7 @@ class _Windows(Dataset):
                 antialias=self.geometry["antialias"],
             )
         except UserError as error:
-            return str(error)
+            return f"{getattr(error, 'key', f'item {i}')}: {getattr(error, 'reason', error)}"
         return windows, content_id(scene.image)
 
 
@@ -354,9 +350,7 @@ def _batches(
                 yield _Chunk(number, todo[number], last, finished, rows.flatten(), source, batch, None)
 
 
-def _stored_chunks(
-    whole: TokenStore, store: TokenStore, todo: Mapping[int, list], facts: BackboneFacts
-) -> Iterator[_Chunk]:
+def _stored_chunks(whole: TokenStore, store: TokenStore, todo: Mapping[int, list], facts: BackboneFacts) -> Generator[_Chunk]:
     """The tokens of whole images read back from their store, one image shard of `store` in pieces that fit memory."""
     prefix = int(facts.has_class_token)
     for number, layers in todo.items():
@@ -370,9 +364,7 @@ def _stored_chunks(
             yield _Chunk(number, layers, int(images[-1]) + 1 == stop, len(images), rows, None, None, read)
 
 
-def _kept(
-    tokens: Tokens, chunk: _Chunk, stored: str, facts: BackboneFacts, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _kept(tokens: Tokens, chunk: _Chunk, stored: str, facts: BackboneFacts, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What is kept of one layer of a chunk, [k, D]: as computed, and in the dtype of the store; no registers.
 
     The spatial mean is taken in float32 over patch tokens already rounded to `dtype`, so that it is the same number
@@ -391,7 +383,7 @@ def _kept(
 
 
 def _write_shards(
-    chunks: Iterable[_Chunk],
+    chunks: Generator[_Chunk],
     store: TokenStore,
     todo: Mapping[int, list],
     facts: BackboneFacts,
@@ -407,20 +399,19 @@ def _write_shards(
     with (
         ThreadPoolExecutor(1) as finisher,
         ThreadPoolExecutor(WRITERS) as pool,
-        tqdm(
-            total=n_images, desc=f"{split}: tokens", unit="img", mininterval=0.5, disable=rank()[0] > 0, leave=False
-        ) as bar,
+        tqdm(total=n_images, desc=f"{split}: tokens", unit="img", mininterval=0.5, disable=rank()[0] > 0, leave=False) as bar,
         torch.inference_mode(),
+        closing(chunks) as stream,
     ):
-        for chunk in chunks:
+        for chunk in stream:
+            while pending and pending[0].done():
+                pending.pop(0).result()  # the first bad number stops the extraction
             device = chunk.tokens[0].patch.device
             if values is None:
                 start, stop = store.span(chunk.number)
                 n_rows = (stop - start) * store.n_tokens
                 values = torch.zeros(len(chunk.layers), n_rows, width, dtype=store.dtype, device=device)
-                faults = torch.zeros(
-                    len(chunk.layers), n_rows, dtype=torch.uint8, device=device
-                )  # 1 overflow, 2 not finite
+                faults = torch.zeros(len(chunk.layers), n_rows, dtype=torch.uint8, device=device)  # 1 overflow, 2 not finite
             rows = chunk.rows.to(device, non_blocking=True)
             if chunk.source is not None:
                 chunk = chunk._replace(source=chunk.source.to(device, non_blocking=True))
@@ -433,9 +424,7 @@ def _write_shards(
                 if len(pending) > 1:
                     pending.pop(0).result()  # at most two shards wait for the disk
                 done = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-                pending.append(
-                    finisher.submit(_finish, store, chunk.number, chunk.layers, values, faults, keys, done, pool)
-                )
+                pending.append(finisher.submit(_finish, store, chunk.number, chunk.layers, values, faults, keys, done, pool))
                 values = faults = None
             bar.update(chunk.images)
             beat()
@@ -470,7 +459,7 @@ def _finish(
     store.write(number, layers, values.unflatten(1, (-1, store.n_tokens)), pool)
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
     """The device of this process; each rank on a machine takes a GPU of its own."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -478,4 +467,7 @@ def _device(name: str) -> torch.device:
         raise UserError(f"device={name} and this machine has no CUDA device, set device=cpu or auto")
     if name in ("auto", "cuda"):
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device={name} is unknown, expected auto, cpu, cuda or cuda:<number>") from None

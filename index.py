@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from patches import DroppedImage, Geometry, owned_patches, patch_labels, plan_geometry, select_patches
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -27,11 +26,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from errors import UserError
+from patches import DroppedImage, Geometry, label_patches, owned_patches, plan_geometry, select_patches
 from store import digest, lock, plain, publish, rank, read_manifest, safe_name, wait
 
 FORMAT = 1  # raise it when the meaning of an indexed number changes: older directories are then left alone
 
 
+SKIP_HINT = "; mend it, or leave it out with dataset.on_error=skip"
 T = TypeVar("T")
 
 
@@ -65,9 +66,7 @@ class Index(NamedTuple):
         Raises:
             UserError: every token is asked for, and the images have different grids.
         """
-        labels = {
-            name.removeprefix("label."): value for name, value in self.tensors.items() if name.startswith("label.")
-        }
+        labels = {name.removeprefix("label."): value for name, value in self.tensors.items() if name.startswith("label.")}
         labels = {name: value.long() if name in ("identity", "class") else value for name, value in labels.items()}
         pixel_maps, position = "valid" in labels, torch.full((1, 3), -1)
         if mode == "patches":
@@ -86,9 +85,7 @@ class Index(NamedTuple):
         if has_class_token:
             patches = torch.cat([position, patches])
             if pixel_maps:
-                labels = {
-                    name: torch.cat([torch.zeros_like(value[:, :1]), value], dim=1) for name, value in labels.items()
-                }
+                labels = {name: torch.cat([torch.zeros_like(value[:, :1]), value], dim=1) for name, value in labels.items()}
         return patches.expand(len(self.keys), -1, -1), labels
 
 
@@ -116,7 +113,8 @@ def open_index(
             "split": split,
             "geometry": protocol.geometry,
             "labels": protocol.labels,
-            "selection": None if whole else protocol.selection,
+            # how many are drawn of them at each visit is not decided here
+            "selection": None if whole else {k: v for k, v in protocol.selection.items() if k != "per_visit"},
             "patch_size": patch_size,
             "image_size": list(image_size),
         }
@@ -136,7 +134,7 @@ def open_index(
                 index = _make(items, split, cache.workers, directory, facts, beat)
     skipped, dropped = index.manifest["skipped"], index.manifest["dropped"]
     if skipped and dataset.on_error != "skip":  # an earlier run was allowed to skip them
-        raise UserError(f"{skipped[0][0]}: {skipped[0][1]}; mend it, or leave it out with dataset.on_error=skip")
+        raise UserError(f"{skipped[0][0]}: {skipped[0][1]}{SKIP_HINT}")
     for what, listed in (("dropped by the protocol", dropped), ("unreadable and skipped", skipped)):
         if listed:
             some = ", ".join(f"{key} ({reason})" for key, reason in listed[:5]) + (", …" if len(listed) > 5 else "")
@@ -159,9 +157,7 @@ def build_dataset(cfg: Any, split: str) -> Any:
         if cause is not None:
             raise cause from None
         if isinstance(error.__cause__, TypeError):
-            raise UserError(
-                f"dataset: {error.__cause__}, see the files in cfgs/dataset for the options it takes"
-            ) from error
+            raise UserError(f"dataset: {error.__cause__}, see the files in cfgs/dataset for the options it takes") from error
         raise
 
 
@@ -244,7 +240,8 @@ class _Labelled(Dataset):
         try:
             scene = self.dataset[i]
         except UserError as error:  # a data set raises it for the one item asked for
-            return {"fault": (getattr(error, "key", f"item {i}"), getattr(error, "reason", str(error)))}
+            reason = getattr(error, "reason", str(error))
+            return {"fault": (getattr(error, "key", f"item {i}"), reason), "hint": SKIP_HINT}
         size = tuple(scene.image.shape[-2:])
         try:
             geometry = plan_geometry(size, geometry=self.protocol["geometry"], **self.grid_facts)
@@ -252,7 +249,7 @@ class _Labelled(Dataset):
         except DroppedImage as error:
             return {"dropped": (scene.key, str(error))}
         except UserError as error:
-            return {"fault": (scene.key, str(error))}
+            return {"fault": (scene.key, str(error)), "hint": ""}
         return item | {  # numpy: a tensor from a worker process would hold a file descriptor for as long as it lives
             "key": scene.key,
             "number": np.int64(i),
@@ -266,13 +263,12 @@ class _Labelled(Dataset):
             return {"fatal": "output_mode=patches needs pixel labels, these images have codes: use all or cls"}
         if self.whole and len(geometry.starts) > 1:
             return {
-                "fatal": f"{scene.key} is read in {len(geometry.starts)} windows, the output modes of whole images need "
+                "fatal": f"{scene.key} takes {len(geometry.starts)} windows, the output modes of whole images need "
                 "one; use square images or model.output_mode=patches"
             }
         if codes:
             return {f"label.{name}": value.numpy() for name, value in scene.labels.items()}
-        names = [name for name in ("identity", "class") if name in scene.labels]
-        found = {name: patch_labels(scene.labels[name], geometry, labels=self.protocol["labels"]) for name in names}
+        found = label_patches(scene.labels, geometry, labels=self.protocol["labels"])
         identity = found["identity"]
         if self.whole:
             n_windows, h, w = identity.label.shape
@@ -302,7 +298,7 @@ def _make(items: _Labelled, split: str, workers: int, directory: Path, facts: di
             dropped.append(item["dropped"])
         elif "fault" in item:
             if items.dataset.on_error != "skip":
-                raise UserError(f"{': '.join(item['fault'])}; mend it, or leave it out with dataset.on_error=skip")
+                raise UserError(": ".join(item["fault"]) + item["hint"])
             skipped.append(item["fault"])
         else:
             for name, value in item.items():
@@ -313,11 +309,13 @@ def _make(items: _Labelled, split: str, workers: int, directory: Path, facts: di
         said = "; ".join(f"{n} × {reason}" for reason, n in why) or "the data set is empty"
         raise UserError(f"no usable image among the {len(items)} of split {split}: {said}")
     if (
-        len({value.shape for value in columns.get("label.valid", [])}) > 1
+        items.whole and len({value.shape for value in columns.get("label.valid", [])}) > 1
     ):  # whole images of several shapes: pooled tokens only
-        columns = {
-            name: [v[:1] for v in column] if name.startswith("label.") else column for name, column in columns.items()
-        }
+        columns = {name: [v[:1] for v in column] if name.startswith("label.") else column for name, column in columns.items()}
+    if "position" in columns:  # where every patch of a long image is kept there are more of them
+        n_tokens = max(map(len, columns["position"]))
+        for name in [name for name in columns if name == "position" or name.startswith("label.")]:
+            columns[name] = [np.pad(v, [(0, n_tokens - len(v))] + [(0, 0)] * (v.ndim - 1)) for v in columns[name]]
     tensors = {name: torch.from_numpy(np.stack(column)) for name, column in columns.items()}
     data = save(tensors)
     manifest = {"facts": facts, "digest": digest(facts), "images": len(keys), "dropped": dropped, "skipped": skipped}
@@ -338,6 +336,4 @@ def _read(directory: Path, facts: dict, repair: bool) -> Index | None:
         pass
     if repair:
         return None
-    raise UserError(
-        f"{file} is damaged (its checksum differs), delete {directory} or set cache.repair=true to make it again"
-    )
+    raise UserError(f"{file} is damaged (its checksum differs), delete {directory} or set cache.repair=true to make it again")

@@ -33,7 +33,7 @@ from errors import UserError
 
 DTYPES = {"float16": (torch.float16, "F16"), "bfloat16": (torch.bfloat16, "BF16"), "float32": (torch.float32, "F32")}
 SHARD_BYTES = 16 << 20  # of one layer: shards of wide images hold fewer than cache.shard_images, so that RAM stays flat
-OPEN_MAPS = 256  # memory-mapped files held open at a time
+MAP_BYTES = 1 << 30  # of the files that are memory-mapped at a time
 T = TypeVar("T")
 
 
@@ -62,9 +62,7 @@ class StackedTokens:
         kept, dim = store.n_tokens, store.dim
         if mode in ("cls", "mean_spatial"):
             kept = 1
-        elif (
-            mode == "cls_mean"
-        ):  # concat(class token, spatial mean): two stored tokens side by side are one of width 2D
+        elif mode == "cls_mean":  # concat(class token, spatial mean): two stored tokens side by side are one of width 2D
             kept, dim = 1, 2 * dim
         self = cls(layers, (len(layers), store.n_images, kept, dim))
         self._part = {"cls": slice(0, 1), "mean_spatial": slice(-1, None)}.get(mode, slice(None))
@@ -72,17 +70,27 @@ class StackedTokens:
         self._preload = self.nbytes <= ram_gb * 1e9
         return self
 
+    def to(self, device: torch.device | str) -> StackedTokens:
+        """The same tokens held in the memory of a device, where they must fit; `gather` then answers there."""
+        whole = self._read_all() if self._whole is None else self._whole
+        return StackedTokens.from_tensor(whole.to(device), self.layers)
+
     def gather(self, images: Tensor | Sequence[int], layers: Sequence[int] | None = None) -> Tensor:
         """Tokens of some images at some layers (indices into `layers`; all if None): [L, B, T, D] float32."""
         images = torch.as_tensor(images, dtype=torch.long)
         chosen = range(self.shape[0]) if layers is None else list(layers)
         if self._preload:
             self._whole = self._read_all()
-        out = torch.empty(len(chosen), len(images), *self.shape[2:])
         if self._whole is not None:
-            for row, layer in enumerate(chosen):
-                out[row] = self._whole[layer].index_select(0, images)
+            images, exact = images.to(self._whole.device), self._whole.dtype == torch.float32
+            out = torch.empty(len(chosen), len(images), *self.shape[2:], device=images.device)
+            stored = torch.empty(0 if exact else out.shape[1:], dtype=self._whole.dtype, device=images.device)
+            for row, layer in enumerate(chosen):  # one buffer for all layers: fresh memory costs more than the copy
+                torch.index_select(self._whole[layer], 0, images, out=out[row] if exact else stored)
+                if not exact:
+                    out[row] = stored
             return out
+        out = torch.empty(len(chosen), len(images), *self.shape[2:])
         shard = images // self._store.shard_images
         for number in shard.unique().tolist():
             rows = (shard == number).nonzero().flatten()
@@ -109,28 +117,25 @@ class StackedTokens:
 class TokenStore:
     """A directory of tokens: `layer_05/00012.safetensors` by layer and shard, `shards/00012.json` once complete."""
 
-    def __init__(
-        self, directory: Path, facts: dict[str, Any], n_images: int, n_tokens: int, dim: int, cache: Any
-    ) -> None:
+    def __init__(self, directory: Path, facts: dict[str, Any], n_images: int, n_tokens: int, dim: int, cache: Any) -> None:
         self.directory, self.facts, self.digest, self.cache = directory, facts, digest(facts), cache
         self.n_images, self.n_tokens, self.dim = n_images, n_tokens, dim
         self.dtype, self.code = DTYPES[facts["dtype"]]
         self.itemsize = self.dtype.itemsize
         self.layer_bytes = n_images * n_tokens * dim * self.itemsize  # of the numbers, without file headers
-        self.shard_images = 0
+        widest = SHARD_BYTES // (n_tokens * dim * self.itemsize)
+        self.shard_images = max(1, min(int(cache.shard_images), widest))
         self._maps: OrderedDict[Path, Tensor] = OrderedDict()
 
     def read(self) -> bool:
-        """Take over the layout of the directory; False if nothing is there yet."""
+        """Take over the shard size of the directory; False if nothing is there yet."""
         manifest = read_manifest(self.directory / "manifest.json", self.facts, False)
         if manifest is not None:
             self.shard_images = manifest["shard_images"]
         return manifest is not None
 
     def create(self) -> None:
-        """Fix the layout of a new directory: shards of `cache.shard_images`, smaller for wide images."""
-        widest = SHARD_BYTES // (self.n_tokens * self.dim * self.itemsize)
-        self.shard_images = max(1, min(int(self.cache.shard_images), widest))
+        """Write the manifest of a new directory."""
         manifest = {
             "digest": self.digest,
             "facts": self.facts,
@@ -203,9 +208,7 @@ class TokenStore:
                     else _fault(file, head, self.file_bytes(number), entry, verify)
                 )
                 if fault and fault != "absent" and not self.cache.repair:
-                    raise UserError(
-                        f"{file} is damaged ({fault}), delete it or set cache.repair=true to extract it again"
-                    )
+                    raise UserError(f"{file} is damaged ({fault}), delete it or set cache.repair=true to extract it again")
                 if fault:
                     lacking.setdefault(number, []).append(layer)
         return lacking
@@ -219,7 +222,7 @@ class TokenStore:
                 view = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)  # private: torch wants writable memory
             flat = torch.frombuffer(view, dtype=self.dtype, offset=len(self.head(number)))
             self._maps[file] = flat.view(stop - start, self.n_tokens, self.dim)
-            if len(self._maps) > OPEN_MAPS:
+            if len(self._maps) > max(1, min(MAP_BYTES // self.file_bytes(0), 256)):  # each holds a file descriptor too
                 self._maps.popitem(last=False)
         self._maps.move_to_end(file)
         return self._maps[file]
@@ -267,9 +270,9 @@ def publish(path: Path, parts: Sequence[bytes | np.ndarray]) -> None:
     Raises:
         UserError: the disk is full; nothing is left behind.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "wb") as file:
             for part in parts:
                 file.write(part)
@@ -277,13 +280,17 @@ def publish(path: Path, parts: Sequence[bytes | np.ndarray]) -> None:
             os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            aside.unlink(missing_ok=True)
             raise UserError(
                 f"the disk is full, writing {path} failed; free some space or set cache.dir, then repeat the command: "
                 "it goes on where it stopped"
             ) from error
-        raise
+        raise _refused(path, error) from error
+
+
+def _refused(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be written ({error.strerror}), set cache.dir to a folder of your own")
 
 
 def digest(facts: Mapping[str, Any]) -> str:
@@ -314,7 +321,7 @@ def read_manifest(path: Path, facts: Mapping[str, Any], repair: bool) -> dict[st
     try:
         manifest = json.loads(path.read_text())
         found = manifest["facts"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError):
         if repair:
@@ -375,8 +382,12 @@ def lock(path: Path, timeout: float, say: Callable[[str], None]) -> Iterator[Cal
     Raises:
         UserError: another living process holds it and did nothing for `timeout` seconds.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = open(path, "a+")
+    except OSError as error:
+        raise _refused(path, error) from error
+    with opened as file:
         who: dict[str, Any] = {}
 
         def taken() -> bool | None:
@@ -385,8 +396,7 @@ def lock(path: Path, timeout: float, say: Callable[[str], None]) -> Iterator[Cal
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return True
             except BlockingIOError:
-                if not who:
-                    who = holder(path)
+                if not who and (who := holder(path)):
                     say(f"waiting for process {who.get('pid')} on {who.get('host')}, which is filling {path.parent}")
                 return None
 

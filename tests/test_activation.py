@@ -1,0 +1,347 @@
+"""The cache of labels and tokens: what it holds, when it is used again, and how it fails."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toys import Toy, toy_config
+
+import activation
+import store
+from activation import StackedTokens, open_sample
+from backbones import backbone_facts, load_backbone
+from errors import UserError
+from patches import cut_windows, patch_labels, plan_geometry
+
+
+def quiet(text: str) -> None:
+    pass
+
+
+def token_files(directory: Path) -> dict[str, str]:
+    """Digest of every token file and record."""
+    files = sorted([*directory.rglob("*.safetensors"), *directory.rglob("shards/*.json")])
+    return {str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on a backbone may not be built and no image may be opened."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("touched")
+
+    monkeypatch.setattr(activation, "load_backbone", fail)
+    monkeypatch.setattr(Toy, "__getitem__", fail)
+
+
+@pytest.mark.parametrize("widths", ["[32]", "[32,56]"])
+def test_tokens_and_labels_are_those_of_a_direct_pass(tmp_path: Path, widths: str) -> None:
+    cfg = toy_config(tmp_path, "cache.dtype=float32", f"dataset.widths={widths}")
+    sample = open_sample(cfg, "train", say=quiet)
+    facts, backbone = backbone_facts(cfg.model), load_backbone(cfg.model, "cpu")
+    dataset, geometry_cfg = Toy("train", **{"widths": cfg.dataset.widths}), cfg.protocol.geometry
+    layers = sample.tokens.layers
+    assert layers == ["embed", 0, 1] and sample.tokens.shape == (3, 10, 6, 16)
+    tokens = sample.tokens.gather(range(10))
+    for m in range(10):
+        scene = dataset[m]
+        geometry = plan_geometry(
+            tuple(scene.image.shape[-2:]),
+            geometry=geometry_cfg,
+            patch_size=facts.patch_size,
+            image_size=facts.image_size,
+        )
+        windows = cut_windows(
+            scene.image,
+            geometry,
+            mean=facts.mean,
+            std=facts.std,
+            interpolation=facts.interpolation,
+            antialias=geometry_cfg.antialias,
+        )
+        labels = patch_labels(scene.labels["identity"], geometry, labels=cfg.protocol.labels)
+        with torch.inference_mode():
+            direct = backbone(windows, layers)
+        window, row, column = sample.position[m].T
+        for layer, of_layer in enumerate(direct):
+            expected = of_layer.patch[window, row * geometry.grid[1] + column]
+            torch.testing.assert_close(tokens[layer, m], expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(sample.labels["identity"][m], labels.label[window, row, column].long())
+        torch.testing.assert_close(sample.labels["purity"][m], labels.purity[window, row, column])
+        assert sample.keys[m] == scene.key and tuple(sample.grids[m]) == geometry.grid
+    assert sample.meta["classes"] == ["background", "thing"] and sample.meta["report"] == {"found": 10}
+
+
+def test_a_hit_builds_no_backbone_and_opens_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = toy_config(tmp_path)
+    first = open_sample(cfg, "train", say=quiet)
+    forbid(monkeypatch)
+    said = []
+    again = open_sample(cfg, "train", say=said.append)
+    assert not said and again.meta["bytes_written"] == 0
+    assert torch.equal(first.tokens.gather([1, 2]), again.tokens.gather([1, 2]))
+    assert torch.equal(first.position, again.position) and first.keys == again.keys
+    for name, value in first.labels.items():
+        assert torch.equal(value, again.labels[name]) and value.dtype == again.labels[name].dtype
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["model.seed=1", "model.norm=true", "cache.dtype=bfloat16", "protocol.selection.patches=5", "dataset.look=1"],
+)
+def test_whatever_decides_the_tokens_names_another_directory(tmp_path: Path, change: str) -> None:
+    first = open_sample(toy_config(tmp_path), "train", say=quiet)
+    other = open_sample(toy_config(tmp_path, change), "train", say=quiet)
+    assert first.meta["directory"] != other.meta["directory"] and other.meta["bytes_written"] > 0
+
+
+def test_labels_are_made_anew_without_extracting_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = open_sample(toy_config(tmp_path), "train", say=quiet)
+    monkeypatch.setattr(activation, "load_backbone", None)
+    touched = open_sample(toy_config(tmp_path, "dataset.version=1"), "train", say=quiet)  # same images, newer files
+    assert touched.meta["index"] != first.meta["index"] and touched.meta["directory"] == first.meta["directory"]
+
+
+def test_layers_are_added_alone_and_end_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = open_sample(toy_config(tmp_path / "whole"), "train", say=quiet)
+    asked = []
+
+    def spy(cfg, device, say):
+        backbone = load_backbone(cfg, device)
+        return lambda images, layers: asked.append(list(layers)) or backbone(images, layers)
+
+    monkeypatch.setattr(activation, "load_backbone", spy)
+    few = open_sample(toy_config(tmp_path / "grown", "model.layers=[0]"), "train", say=quiet)
+    assert few.tokens.layers == [0] and asked[-1] == [0]
+    grown = open_sample(toy_config(tmp_path / "grown"), "train", say=quiet)
+    assert asked[-1] == ["embed", 1]
+    assert token_files(Path(grown.meta["directory"])) == token_files(Path(whole.meta["directory"]))
+    assert torch.equal(grown.tokens.gather(range(10)), whole.tokens.gather(range(10)))
+
+
+def test_output_modes_are_read_from_the_stored_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    direct = open_sample(toy_config(tmp_path / "direct", "model.output_mode=cls_mean"), "train", say=quiet)
+    every = open_sample(toy_config(tmp_path / "all", "model.output_mode=all"), "train", say=quiet)
+    forbid(monkeypatch)
+    sample = {
+        mode: open_sample(toy_config(tmp_path / "all", f"model.output_mode={mode}"), "train", say=quiet)
+        for mode in ("cls", "mean_spatial", "cls_mean")
+    }
+    x = every.tokens.gather(range(10))
+    assert x.shape == (3, 10, 17, 16) and every.position[0, 0].tolist() == [-1, -1, -1]
+    assert every.position[3, 1:].tolist() == [[0, row, column] for row in range(4) for column in range(4)]
+    assert every.labels["identity"].shape == (10, 17) and not every.labels["valid"][:, 0].any()
+    cls, mean, both = (sample[mode].tokens.gather(range(10)) for mode in ("cls", "mean_spatial", "cls_mean"))
+    assert torch.equal(cls, x[:, :, :1])
+    torch.testing.assert_close(mean, x[:, :, 1:].mean(2, keepdim=True), atol=2e-3, rtol=2e-3)
+    assert torch.equal(both, torch.cat([cls, mean], -1)) and both.shape == (3, 10, 1, 32)
+    assert torch.equal(both, direct.tokens.gather(range(10)))  # pooled from stored tokens = pooled in the forward pass
+    assert sample["cls"].position.eq(-1).all() and not sample["cls"].labels["valid"].any()
+
+
+def test_codes_are_passed_on_and_cannot_select_patches(tmp_path: Path) -> None:
+    sample = open_sample(toy_config(tmp_path, "dataset.codes=true", "model.output_mode=cls"), "train", say=quiet)
+    assert sample.labels["object_code"].shape == (10, 4) and sample.labels["H_Y_given_F"].shape == (10, 1)
+    assert sample.info == {"bits": 2.0} and sample.position.shape == (10, 1, 3)
+    with pytest.raises(UserError, match="needs pixel labels"):
+        open_sample(toy_config(tmp_path, "dataset.codes=true"), "train", say=quiet)
+
+
+def test_output_modes_that_cannot_be_given(tmp_path: Path) -> None:
+    no_class_token = ["model.name=vit_base_patch16_siglip_gap_224", "model.output_mode=cls"]
+    for overrides, sentence in (
+        (no_class_token, "needs a class token and vit_base_patch16_siglip_gap_224 has none"),
+        (["model.output_mode=mean"], "is unknown, expected one of patches"),
+        (["cache.dtype=int8"], "is unknown, expected one of float16"),
+        (["model.output_mode=all", "dataset.widths=[56]"], "takes 2 windows"),
+        (["model.output_mode=mean_spatial", "dataset.widths=[56]"], "takes 2 windows"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            open_sample(toy_config(tmp_path, *overrides), "train", say=quiet)
+
+
+def test_unreadable_images_stop_or_are_skipped_and_listed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="train-003: truncated file"):
+        open_sample(toy_config(tmp_path, "dataset.unreadable=[3,7]"), "train", say=quiet)
+    said = []
+    skipping = toy_config(tmp_path, "dataset.unreadable=[3,7]", "dataset.on_error=skip")
+    sample = open_sample(skipping, "train", say=said.append)
+    assert len(sample.keys) == 8 and sample.meta["skipped"] == [[f"train-00{i}", "truncated file"] for i in (3, 7)]
+    assert "2 of 10 images unreadable" in said[0] and "train-003" in said[0]
+    with pytest.raises(UserError, match="train-003: truncated file"):  # the index is there, the permission is not
+        open_sample(toy_config(tmp_path, "dataset.unreadable=[3,7]"), "train", say=quiet)
+    with pytest.raises(UserError, match="no usable image among the 2 of split train: 2 × truncated file"):
+        open_sample(toy_config(tmp_path, "dataset.n=2", "dataset.unreadable=[0,1]", "dataset.on_error=skip"), "train")
+
+
+def test_wrong_options_of_a_data_set_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unexpected keyword argument 'colour'"):
+        open_sample(toy_config(tmp_path, "+dataset.colour=1".lstrip("+")), "train", say=quiet)
+
+
+def test_worker_processes_make_the_same_bytes(tmp_path: Path) -> None:
+    alone = open_sample(toy_config(tmp_path / "a", "dataset.widths=[32,56]"), "val", say=quiet)
+    helped = open_sample(toy_config(tmp_path / "b", "dataset.widths=[32,56]", "cache.workers=2"), "val", say=quiet)
+    assert token_files(Path(alone.meta["directory"])) == token_files(Path(helped.meta["directory"]))
+
+
+def test_the_announced_bytes_are_the_bytes_on_disk_and_any_reader_reads_them(tmp_path: Path) -> None:
+    said = []
+    sample = open_sample(toy_config(tmp_path), "train", say=said.append)
+    directory = Path(sample.meta["directory"])
+    files = list(directory.rglob("*.safetensors"))
+    assert sum(file.stat().st_size for file in files) == sample.meta["bytes_written"]
+    assert any("extracting 10 of 10 images × 3 layers × 6 tokens × 16 float16" in line for line in said)
+    first = load_file(directory / "layer_00" / "00001.safetensors")["tokens"]
+    assert first.dtype == torch.float16 and torch.equal(first.float(), sample.tokens.gather(range(4, 8), [1])[0])
+    record = json.loads((directory / "shards" / "00001.json").read_text())
+    assert record["layers"]["0"]["sha256"] == token_files(directory)["layer_00/00001.safetensors"]
+    manifest = json.loads((directory / "manifest.json").read_text())
+    assert manifest["facts"]["backbone"]["patch_size"] == 8 and manifest["shards"] == 3
+
+
+def test_mapped_files_and_memory_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "MAP_BYTES", 1)  # one map at a time
+    held = open_sample(toy_config(tmp_path), "train", say=quiet).tokens
+    mapped = open_sample(toy_config(tmp_path, "cache.ram_gb=0"), "train", say=quiet).tokens
+    images = torch.tensor([9, 0, 4, 4, 3, 8])
+    assert torch.equal(held.gather(images), mapped.gather(images))
+    assert torch.equal(held.gather(images, [2, 0]), mapped.gather(images)[[2, 0]])
+    assert mapped.nbytes == held.nbytes == 3 * 10 * 6 * 16 * 2
+    x = torch.randn(2, 5, 3, 4)
+    wrapped = StackedTokens.from_tensor(x, [0, 1])
+    assert torch.equal(wrapped.gather([4, 1]), x[:, [4, 1]]) and wrapped.shape == (2, 5, 3, 4)
+
+
+def test_too_large_an_extraction_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"10 images × 3 layers × 6 tokens × 16 × 2 bytes.*cache.max_gb is 1e-06"):
+        open_sample(toy_config(tmp_path, "cache.max_gb=1e-6"), "train", say=quiet)
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written .*, set cache.dir"):
+        open_sample(toy_config(tmp_path / "file"), "train", say=quiet)
+
+
+def test_damage_is_named_and_repaired_on_request(tmp_path: Path) -> None:
+    sample = open_sample(toy_config(tmp_path), "train", say=quiet)
+    directory = Path(sample.meta["directory"])
+    before = token_files(directory)
+    file = directory / "layer_00" / "00001.safetensors"
+    good = file.read_bytes()
+
+    def check(sentence: str, *overrides: str) -> None:
+        with pytest.raises(UserError, match=sentence):
+            open_sample(toy_config(tmp_path, *overrides), "train", say=quiet)
+        open_sample(toy_config(tmp_path, "cache.repair=true", *overrides), "train", say=quiet)
+        assert token_files(directory) == before
+
+    file.write_bytes(good[:-1])
+    check(r"layer_00/00001.safetensors is damaged \(\d+ bytes instead of \d+\).*delete it or set cache.repair")
+    file.write_bytes(b"x" + good[1:])
+    check("header")
+    file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    open_sample(toy_config(tmp_path), "train", say=quiet)  # sizes and headers only
+    check("00001.safetensors.*checksum", "cache.verify=true")
+    (directory / "shards" / "00002.json").write_text("{")
+    check("00002.json is damaged")
+    file.unlink()  # deleting is the other way to mend
+    open_sample(toy_config(tmp_path), "train", say=quiet)
+    assert token_files(directory) == before
+
+    index = next((tmp_path / "index").glob("*/index.safetensors"))
+    index.write_bytes(index.read_bytes()[:-1])
+    check("index.safetensors is damaged")
+    manifest = directory / "manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"norm": false', '"norm": true'))
+    with pytest.raises(UserError, match=r"holds another configuration \(norm differ"):
+        open_sample(toy_config(tmp_path), "train", say=quiet)
+
+
+def test_a_held_lock_is_waited_for_and_a_dead_holders_is_not(tmp_path: Path) -> None:
+    sample = open_sample(toy_config(tmp_path, "model.layers=[0]"), "train", say=quiet)
+    path = Path(sample.meta["directory"]) / "lock"
+    said = []
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps({"pid": 4711, "host": "elsewhere", "job": ""}))
+        file.flush()
+        with pytest.raises(UserError, match="is held by process 4711 on elsewhere.*cache.lock_timeout"):
+            open_sample(toy_config(tmp_path, "cache.lock_timeout=0.2"), "train", say=said.append)
+        assert any("waiting for process 4711" in line for line in said)
+        open_sample(toy_config(tmp_path, "model.layers=[0]"), "train", say=quiet)  # a hit needs no lock
+    assert path.read_text()  # what a killed process leaves behind
+    assert open_sample(toy_config(tmp_path), "train", say=quiet).meta["bytes_written"] > 0
+
+
+@pytest.mark.parametrize("n_writes", [2, 5])
+def test_a_full_disk_leaves_no_half_file_and_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_writes: int) -> None:
+    whole = open_sample(toy_config(tmp_path / "whole"), "train", say=quiet)
+    left, sync = [n_writes], os.fsync
+
+    def full(handle: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="the disk is full"):
+            open_sample(toy_config(tmp_path / "full"), "train", say=quiet)
+    assert not list(tmp_path.rglob("*.part"))
+    resumed = open_sample(toy_config(tmp_path / "full"), "train", say=quiet)
+    assert token_files(Path(resumed.meta["directory"])) == token_files(Path(whole.meta["directory"]))
+
+
+@pytest.mark.parametrize("value, sentence", [(float("nan"), "not finite"), (1e5, "beyond the range of cache.dtype=float16")])
+def test_numbers_that_cannot_be_kept_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float, sentence: str
+) -> None:
+    def spoiled(cfg, device, say):
+        backbone = load_backbone(cfg, device)
+
+        def forward(images, layers):
+            tokens = backbone(images, layers)
+            tokens[1].patch[0] = value
+            return tokens
+
+        return forward
+
+    monkeypatch.setattr(activation, "load_backbone", spoiled)
+    with pytest.raises(UserError, match=f"layer 0 of image train-000 has activations.*{sentence}|{sentence}"):
+        open_sample(toy_config(tmp_path), "train", say=quiet)
+    assert not list(tmp_path.rglob("shards/*.json"))
+    if value == 1e5:
+        assert open_sample(toy_config(tmp_path, "cache.dtype=float32"), "train", say=quiet).meta["bytes_written"]
+
+
+def test_an_image_that_changes_under_way_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_sample(toy_config(tmp_path, "model.layers=[0]"), "train", say=quiet)
+    read = Toy.__getitem__
+    monkeypatch.setattr(Toy, "__getitem__", lambda self, i: (s := read(self, i))._replace(image=255 - s.image))
+    with pytest.raises(UserError, match="train-000: the image changed"):
+        open_sample(toy_config(tmp_path), "train", say=quiet)
+
+
+def test_mode_extract_fills_every_split_and_records_it(tmp_path: Path) -> None:
+    class Run:
+        def __init__(self) -> None:
+            self.records, self.lines = [], []
+            self.write, self.say = self.records.append, self.lines.append
+
+    run = Run()
+    activation.run(toy_config(tmp_path), run)
+    assert [record["split"] for record in run.records] == ["train", "val", "test"]
+    assert all(record["images"] == 10 and record["bytes_written"] > 0 for record in run.records)
+    assert "images/s" in run.lines[-1] and len(run.lines[-1].splitlines()) == 4
+    json.dumps(run.records)
