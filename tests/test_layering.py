@@ -16,12 +16,13 @@ ALLOWED = {
     "visualize": {"activation", "backbones", "probes", "patches", "results", "metrics"},
     "activation": {"patches", "backbones", "index", "store"},
     "index": {"patches", "store"},
+    "patches": {"windows"},
     "datasets": {"datasets"},
     "probes": {"forms"},
     "binding_probes": {"probes", "forms"},
     "conftest": set(),
     "errors": set(),
-    **{leaf: set() for leaf in ("forms", "metrics", "patches", "results", "backbones", "losses", "store")},
+    **{leaf: set() for leaf in ("forms", "metrics", "windows", "results", "backbones", "losses", "store")},
 }
 
 
