@@ -176,24 +176,32 @@ class Scenes:
             images[b], identity[b], category[b] = self._scene(int(index))
         return torch.from_numpy(images), torch.from_numpy(identity), torch.from_numpy(category)
 
-    def render_clip(self, indices: Sequence[int]) -> Tensor:
-        """Three moments of each scene: before, now (the picture of `render_batch`) and after. [B, 3, 3, H, W] uint8.
+    def render_clip(self, indices: Sequence[int], episodes: int = 1) -> Tensor:
+        """Moments of each scene: the picture of `render_batch`, then per episode one before and one after it.
 
-        The camera and the background stand still; every object rests or, with probability MOVING, goes along a straight
-        line and turns, at constant speed. No label is involved: this is what a video camera would see.
+        The camera and the background stand still. In each episode every object rests or, with probability MOVING, passes
+        through its place in the picture on a straight line, turning, at constant speed. No label is involved: this is what a
+        video camera would see of things that are pushed about now and then.
+
+        Returns:
+            [B, 1 + 2 * episodes, 3, H, W] uint8.
         """
-        clips = np.empty((len(indices), 3, 3, self.height, self.width), np.uint8)
+        clips = np.empty((len(indices), 1 + 2 * episodes, 3, self.height, self.width), np.uint8)
         for b, index in enumerate(indices):
             stream = [self.seed, STREAMS[self.split], int(index)]
             rng = np.random.default_rng(stream)
             plan = self._plan(rng)
             ground = self._canvas.background(plan, rng)
-            step = self._motion(np.random.default_rng([*stream, 2]), len(plan.x))
-            for frame, t in enumerate((-1, 0, 1)):
-                moment = plan._replace(x=plan.x + t * step[0], y=plan.y + t * step[1], angle=plan.angle + t * step[2])
+            pushes = np.random.default_rng([*stream, 2])
+            poses = [np.zeros((3, len(plan.x)))]
+            for _ in range(episodes):
+                push = self._push(pushes, len(plan.x))
+                poses += [-push, push]
+            for frame, (dx, dy, turn) in enumerate(poses):
+                moment = plan._replace(x=plan.x + dx, y=plan.y + dy, angle=plan.angle + turn)
                 image = ground.copy()
-                blank = np.zeros((2, self.height, self.width), np.uint8)
-                self._canvas.paint_objects(image, blank[0], blank[1], moment)
+                maps = np.empty((2, self.height, self.width), np.uint8)  # painted beside it, not looked at
+                self._canvas.paint_objects(image, maps[0], maps[1], moment)
                 clips[b, frame] = np.rint(image * 255)
         return torch.from_numpy(clips)
 
@@ -239,7 +247,7 @@ class Scenes:
         self._canvas.paint_objects(image, identity, category, plan)
         return image, identity, category
 
-    def _motion(self, rng: np.random.Generator, n: int) -> np.ndarray:
+    def _push(self, rng: np.random.Generator, n: int) -> np.ndarray:
         """Step of each object between two moments: x, y in pixels, angle in radians. [3, n]; zero for those that rest."""
         most = self.objects[1]
         moves, direction, speed, spin = rng.random((4, most))[:, :n]

@@ -151,11 +151,12 @@ def test_clip_shows_the_picture_between_its_past_and_future():
     scenes = Scenes("pretrain")
     clips = scenes.render_clip([5, 2])
     assert clips.shape == (2, 3, 3, 96, 96) and clips.dtype == torch.uint8
-    assert torch.equal(clips[:, 1], scenes.render_batch([5, 2])[0])
+    assert torch.equal(clips[:, 0], scenes.render_batch([5, 2])[0])
+    assert torch.equal(clips, scenes.render_clip([5, 2], episodes=3)[:, :3])
     assert torch.equal(clips[:1], scenes.render_clip([5]))
     images, identity, _ = scenes.render_batch(range(30))
     clips = scenes.render_clip(range(30))
-    still = (clips[:, 0] == images).all(1) & (clips[:, 2] == images).all(1)
+    still = (clips[:, 1] == images).all(1) & (clips[:, 2] == images).all(1)
     assert still[identity == 0].float().mean() > 0.85  # the camera does not move; objects pass over some background
     assert 0.25 < still[identity > 0].float().mean() < 0.75  # about half of the objects rest
 
