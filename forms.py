@@ -9,7 +9,6 @@ Shapes: S seeds, L layers, B images, T tokens, U tokens of a second set, D width
 """
 
 import itertools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -77,31 +76,29 @@ class SymmetricForm(torch.autograd.Function):
     """x_i' (W + W') x_j / (2 sqrt D) for every pair of tokens of an image, without ever forming W + W'.
 
     The transpose is taken of the [T, T] scores instead, and because only W + W' matters, the part of W below its block
-    diagonal is folded onto the part above: wide tokens need 5/8 of the multiplications, forward and backward.
+    diagonal is folded onto the part above: wide tokens need 5/8 of the multiplications, forward and backward. Fits go
+    one after the other through one buffer, so working memory does not grow with the stack.
     """
 
     @staticmethod
-    def blocks(dim: int, device: torch.device) -> Iterator[tuple[int, int]]:
-        """Column blocks [start, stop): four on a CPU from D = 512 on; a GPU prefers one large product."""
+    def blocks(dim: int, device: torch.device) -> list[tuple[int, int]]:
+        """Blocks [start, stop) of the channels: four on a CPU from D = 512 on; a GPU prefers one large product."""
         size = -(-dim // 4) if dim >= 512 and device.type == "cpu" else dim
-        return ((start, min(start + size, dim)) for start in range(0, dim, size))
+        return [(start, min(start + size, dim)) for start in range(0, dim, size)]
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         """Tokens x [L, B, T, D] (float32 or bfloat16), weight float32 [S, L, D, D] -> float32 [S, L, B, T, T]."""
         n_layers, n_images, n_tokens, dim = x.shape
-        n_seeds = weight.shape[0]
-        rows = x.view(n_layers, n_images * n_tokens, dim)
-        z = x.new_empty(n_layers, n_images * n_tokens, n_seeds, dim)
-        for s, layer in itertools.product(range(n_seeds), range(n_layers)):
-            w = weight[s, layer]
+        half = torch.empty(len(weight), n_layers, n_images, n_tokens, n_tokens, device=x.device)
+        z = x.new_empty(n_images * n_tokens, dim)
+        for layer, s in itertools.product(range(n_layers), range(len(weight))):
+            w, rows = weight[s, layer], x[layer].view(-1, dim)  # [D, D], [B T, D]
             for start, stop in SymmetricForm.blocks(dim, x.device):
-                folded = w[:stop, start:stop].to(x.dtype, copy=True)
-                if start:
-                    folded[:start] += w[start:stop, :start].to(x.dtype).mT
-                torch.mm(rows[layer, :, :stop], folded, out=z[layer, :, s, start:stop])
-        half = torch.bmm(z.view(n_layers * n_images, n_tokens * n_seeds, dim), x.view(n_layers * n_images, n_tokens, dim).mT)
-        half = half.view(n_layers, n_images, n_tokens, n_seeds, n_tokens).permute(3, 0, 1, 2, 4).float()
+                folded = w[:stop, start:stop].clone()
+                folded[:start] += w[start:stop, :start].mT.contiguous()
+                torch.mm(rows[:, :stop], folded.to(x.dtype), out=z[:, start:stop])
+            half[s, layer] = torch.bmm(z.view(n_images, n_tokens, dim), x[layer].mT)
         ctx.save_for_backward(x)
         return (half + half.mT).mul_(0.5 * dim**-0.5)
 
@@ -112,19 +109,17 @@ class SymmetricForm(torch.autograd.Function):
             raise NotImplementedError("the symmetric form has no gradient for its tokens")
         (x,) = ctx.saved_tensors
         n_layers, n_images, n_tokens, dim = x.shape
-        n_seeds = grad.shape[0]
         half = (grad + grad.mT).mul_(0.5 * dim**-0.5).to(x.dtype)  # [S, L, B, T, T]
-        half = half.permute(1, 2, 3, 0, 4).reshape(n_layers * n_images, n_tokens * n_seeds, n_tokens)
-        dz = torch.bmm(half, x.view(n_layers * n_images, n_tokens, dim))
-        dz = dz.view(n_layers, n_images * n_tokens, n_seeds, dim)
-        rows = x.view(n_layers, n_images * n_tokens, dim)
-        out = grad.new_empty(n_seeds, n_layers, dim, dim, dtype=torch.float32)
-        for s, layer in itertools.product(range(n_seeds), range(n_layers)):
+        out = torch.empty(len(grad), n_layers, dim, dim, device=x.device)
+        # Channels lead in z, tokens of all images follow: the large product then reads both its sides in order.
+        z = x.new_empty(dim, n_images, n_tokens)
+        for layer, s in itertools.product(range(n_layers), range(len(grad))):
+            rows = x[layer].view(-1, dim)  # [B T, D]
+            torch.bmm(x[layer].mT, half[s, layer], out=z.permute(1, 0, 2))
             for start, stop in SymmetricForm.blocks(dim, x.device):
-                upper = torch.mm(rows[layer, :, start:stop].mT, dz[layer, :, s, start:])  # [stop - start, D - start]
-                out[s, layer, start:stop, start:] = upper
-                if stop < dim:
-                    out[s, layer, stop:, start:stop] = upper[:, stop - start :].mT.contiguous()
+                block = torch.mm(z.view(dim, -1)[start:stop], rows[:, start:])  # [stop - start, D - start]
+                out[s, layer, start:stop, start:] = block
+                out[s, layer, stop:, start:stop] = block[:, stop - start :].mT.contiguous()
         return None, out
 
 
