@@ -95,7 +95,7 @@ def test_ignored_pixels_become_minus_one(tmp_path: Path) -> None:
     write(tmp_path, "a", identity, classes=classes)
     (tmp_path / "classes.txt").write_text("cat")
     data = all_train(tmp_path, ignore=255)
-    assert (data[0].labels["class"].numpy() == np.where(classes == 255, -1, classes)).all()
+    assert (data[0].labels["class"].numpy() == np.where(classes == 255, -1, classes.astype(int))).all()
     assert data.fingerprint() != all_train(tmp_path).fingerprint()
     with pytest.raises(UserError, match="ignore"):
         all_train(tmp_path, ignore=0)
