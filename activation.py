@@ -45,7 +45,8 @@ class PatchSample(NamedTuple):
 
     tokens: [L, M, T, D], read with `gather`.
     position: [M, T, 3] int64 window, row, column of each token in its window's grid; -1 for class and pooled tokens.
-    labels: per token "identity", "class" [M, T] int64, "purity" [M, T] float32, "valid" [M, T] bool; or codes [M, n].
+    labels: per token "identity", "class" [M, T] int64, "purity" [M, T] float32, "valid" [M, T] bool, "place" [M, T, 2]
+        float32 (row and column in the whole scaled image, in patches); or codes [M, n].
     info: constants of the data set, e.g. entropies in bits.
     keys: name of each image.
     grids: [M, 2] int64 rows and columns of patches of one window.
@@ -63,8 +64,8 @@ class PatchSample(NamedTuple):
 
 def run(cfg: Any, run: Any) -> dict[str, Any]:
     """mode=extract: fill the cache for every split; a record and a table line per split, from rank 0."""
-    first = rank()[0] == 0
-    lines = [f"{'split':6}{'images':>8}{'layers':>8}{'GB':>9}{'new GB':>9}{'seconds':>9}{'images/s':>10}  left out"]
+    first, share = rank()[0] == 0, f" (new GB and images/s: of 1 of {rank()[1]} ranks)" if rank()[1] > 1 else ""
+    lines = [f"{'split':6}{'images':>8}{'layers':>8}{'GB':>9}{'new GB':>9}{'seconds':>9}{'images/s':>10}  left out{share}"]
     records = []
     for split in SPLITS:
         sample = open_sample(cfg, split, say=run.say)
@@ -134,6 +135,7 @@ def open_sample(cfg: Any, split: str, *, say: Callable[[str], None] = print) -> 
         "dropped_images": index.manifest["dropped"],
         "skipped": index.manifest["skipped"],
         "facts": facts.as_dict(),
+        "model": cfg.model,
         "norm": bool(cfg.model.norm),
         "bytes": store.layer_bytes * len(layers),
         "bytes_written": n_bytes,

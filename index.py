@@ -29,7 +29,7 @@ from errors import UserError
 from patches import DroppedImage, Geometry, label_patches, owned_patches, plan_geometry, select_patches
 from store import digest, lock, plain, publish, rank, read_manifest, safe_name, wait
 
-FORMAT = 1  # raise it when the meaning of an indexed number changes: older directories are then left alone
+FORMAT = 2  # raise it when the meaning of an indexed number changes: older directories are then left alone
 
 
 SKIP_HINT = "; mend it, or leave it out with dataset.on_error=skip"
@@ -282,7 +282,10 @@ class _Labelled(Dataset):
             position, valid = select_patches(identity, geometry, selection=selection, generator=generator)
             item = {"position": position.numpy().astype(np.int16)}
         at = tuple(position.clamp(min=0).T)
-        item |= {"label.valid": valid.numpy(), "label.purity": identity.purity[at].numpy()}
+        # Where patches lie in the image, in patches: distances then mean the same within and across windows.
+        starts = torch.tensor(geometry.starts, dtype=torch.float32)[at[0]] / geometry.patch
+        place = (starts + position[:, 1:]).numpy()
+        item |= {"label.valid": valid.numpy(), "label.purity": identity.purity[at].numpy(), "label.place": place}
         return item | {f"label.{name}": patch.label[at].numpy().astype(np.int32) for name, patch in found.items()}
 
 
@@ -316,7 +319,7 @@ def _make(items: _Labelled, split: str, workers: int, directory: Path, facts: di
         n_tokens = max(map(len, columns["position"]))
         for name in [name for name in columns if name == "position" or name.startswith("label.")]:
             columns[name] = [np.pad(v, [(0, n_tokens - len(v))] + [(0, 0)] * (v.ndim - 1)) for v in columns[name]]
-    tensors = {name: torch.from_numpy(np.stack(column)) for name, column in columns.items()}
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(np.stack(column))) for name, column in columns.items()}
     data = save(tensors)
     manifest = {"facts": facts, "digest": digest(facts), "images": len(keys), "dropped": dropped, "skipped": skipped}
     manifest = plain(manifest | {"sha256": hashlib.sha256(data).hexdigest(), "keys": keys})

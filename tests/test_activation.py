@@ -180,6 +180,27 @@ def test_unreadable_images_stop_or_are_skipped_and_listed(tmp_path: Path) -> Non
         open_sample(toy_config(tmp_path, "dataset.n=2", "dataset.unreadable=[0,1]", "dataset.on_error=skip"), "train")
 
 
+def test_images_the_protocol_drops_are_counted_and_listed(tmp_path: Path) -> None:
+    said = []
+    geometry = ["kind=two_windows", "window=32", "stride=21", "drop=true", "interpolation=bilinear", "antialias=false"]
+    published = [*(f"protocol.geometry.{option}" for option in geometry), "dataset.widths=[48,32]"]
+    sample = open_sample(toy_config(tmp_path, *published), "train", say=said.append)
+    assert len(sample.keys) == 5 and sum(sample.meta["dropped"].values()) == 5
+    assert [key for key, _ in sample.meta["dropped_images"]] == [f"train-00{i}" for i in (1, 3, 5, 7, 9)]
+    assert "5 of 10 images dropped by the protocol: train-001 (1 sliding window" in said[0]
+
+
+def test_every_patch_can_be_kept_and_shorter_images_are_filled_up(tmp_path: Path) -> None:
+    cfg = toy_config(tmp_path, "protocol.selection.patches=all", "dataset.widths=[32,48]")
+    sample = open_sample(cfg, "train", say=quiet)
+    assert sample.tokens.shape[2] == 24  # 4 × 6 patches, in two windows that overlap
+    assert sample.labels["valid"].sum(1).tolist() == [16, 24] * 5
+    assert len(sample.position[1].unique(dim=0)) == 24
+    again = open_sample(toy_config(tmp_path, "protocol.selection.patches=all", "dataset.widths=[32,48]",
+                                   "protocol.selection.per_visit=8"), "train", say=quiet)  # fmt: skip
+    assert again.meta["index"] == sample.meta["index"]
+
+
 def test_wrong_options_of_a_data_set_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unexpected keyword argument 'colour'"):
         open_sample(toy_config(tmp_path, "+dataset.colour=1".lstrip("+")), "train", say=quiet)
