@@ -25,12 +25,14 @@ from errors import UserError
 class Control(NamedTuple):
     """Something to be fitted and scored: a probe settings block and the samples it reads.
 
-    `probe` None means that the score comes from the labels alone.
+    `probe` None means that the score comes from the labels alone. `seeds` are those of the fits where they are not the
+    configuration's: a fit that starts from nothing random is made once.
     """
 
     name: str
     probe: Mapping[str, Any] | None
     samples: dict[str, PatchSample]
+    seeds: list[int] | None = None
 
 
 def position(cfg: DictConfig, samples: dict[str, PatchSample]) -> Control | None:
@@ -75,7 +77,7 @@ def random(cfg: DictConfig, samples: dict[str, PatchSample]) -> Control | None:
 
 def class_oracle(cfg: DictConfig, samples: dict[str, PatchSample]) -> Control:
     """Same object if and only if same true class: what class alone can tell."""
-    return Control("class_oracle", None, samples)
+    return Control("class_oracle", None, samples, seeds=[0])
 
 
 def oracle_scores(class_: Tensor, n_stack: int) -> Tensor:
@@ -135,7 +137,7 @@ def build_controls(cfg: DictConfig, samples: dict[str, PatchSample], say: Callab
 def _similarity(mode: str, cfg: DictConfig, samples: dict[str, PatchSample]) -> Control | None:
     if cfg.task != "pairwise" or cfg.probe.mode == mode:
         return None
-    return Control(mode, OmegaConf.merge(cfg.probe, {"mode": mode}), samples)
+    return Control(mode, OmegaConf.merge(cfg.probe, {"mode": mode}), samples, seeds=[0])
 
 
 def _with_model(cfg: DictConfig, samples: dict[str, PatchSample], **changes: Any) -> dict[str, PatchSample]:

@@ -21,23 +21,24 @@ class Scored(NamedTuple):
 
     name: str
     layers: list[int | str]
+    seeds: list[int]
     scores: list[Scores]
 
 
-def records(scored: Scored, task: Task, cfg: DictConfig, split: str) -> Iterator[dict[str, Any]]:
+def records(scored: Scored, cfg: DictConfig, split: str) -> Iterator[dict[str, Any]]:
     """A record per layer, seed and block with the exact scores, and one for the mean over seeds with its interval."""
     n_layers, counts = len(scored.layers), None
     for block in scored.scores:
         counts = bootstrap_counts(block, cfg) if counts is None else counts
-        means = {key: mean_over_seeds(e, len(task.seeds)) for key, e in block.metrics.items()}
+        means = {key: mean_over_seeds(e, len(scored.seeds)) for key, e in block.metrics.items()}
         ends = {key: interval(e, counts) for key, e in means.items()}
-        bins = [(row, mean_over_seeds(row["auroc"], len(task.seeds))) for row in block.distance]
+        bins = [(row, mean_over_seeds(row["auroc"], len(scored.seeds))) for row in block.distance]
         for index, layer in enumerate(scored.layers):
             common = {
                 "kind": "score", "name": scored.name, "split": split, "layer": layer, "layer_index": index,
                 "question": block.question, "readout": block.readout, "block": block.block, **block.counts,
             }  # fmt: skip
-            for number, seed in enumerate(task.seeds):
+            for number, seed in enumerate(scored.seeds):
                 fit = number * n_layers + index
                 yield {**common, "seed": seed, "metrics": {k: float(e.value[fit]) for k, e in block.metrics.items()}}
             yield {
@@ -65,7 +66,7 @@ def report(summary: Sequence[Scored], task: Task, cfg: DictConfig, run: Run) -> 
         {"objective": the headline score of the best layer}.
     """
     counts = bootstrap_counts(summary[0].scores[0], cfg)
-    rows = curve_rows(summary, task, counts)
+    rows = curve_rows(summary, counts)
     write_table(run, rows)
     run.mirror_curve(rows)
     visualize = importlib.import_module("visualize")  # here, so that no fit waits for or depends on matplotlib
@@ -76,13 +77,13 @@ def report(summary: Sequence[Scored], task: Task, cfg: DictConfig, run: Run) -> 
     return {"objective": None if best is None else best[1]}
 
 
-def curve_rows(summary: Sequence[Scored], task: Task, counts: Tensor) -> list[dict[str, Any]]:
+def curve_rows(summary: Sequence[Scored], counts: Tensor) -> list[dict[str, Any]]:
     """One row per name, layer, block and metric: mean over seeds with interval."""
     rows = []
     for scored in summary:
         for block in scored.scores:
             for metric, estimate in block.metrics.items():
-                mean = mean_over_seeds(estimate, len(task.seeds))
+                mean = mean_over_seeds(estimate, len(scored.seeds))
                 low, high = interval(mean, counts)
                 for index, layer in enumerate(scored.layers):
                     rows.append({
@@ -102,13 +103,12 @@ def find(scored: Scored, column: tuple) -> Estimate | None:
     return None
 
 
-def best_layer(scored: Scored, column: tuple, n_seeds: int | None = None) -> tuple[int, float] | None:
+def best_layer(scored: Scored, column: tuple) -> tuple[int, float] | None:
     """Index and value of the layer with the highest mean over seeds; None where the score is undefined everywhere."""
     estimate = find(scored, column)
     if estimate is None:
         return None
-    n_seeds = n_seeds or len(estimate.value) // len(scored.layers)
-    value = mean_over_seeds(estimate, n_seeds).value.nan_to_num(-1.0)
+    value = mean_over_seeds(estimate, len(scored.seeds)).value.nan_to_num(-1.0)
     index = int(value.argmax())
     return None if value[index] < 0 else (index, float(value[index]))
 
@@ -118,13 +118,13 @@ def table(summary: Sequence[Scored], task: Task, counts: Tensor) -> str:
 
     Best means best per column. A gain is the probe's best layer minus the control's, paired over images.
     """
-    probe, n_seeds = summary[0], len(task.seeds)
+    probe = summary[0]
 
     def cell(scored: Scored, column: tuple, index: int) -> str:
         estimate = find(scored, column)
         if estimate is None:
             return "–"
-        mean = mean_over_seeds(estimate, n_seeds)
+        mean = mean_over_seeds(estimate, len(scored.seeds))
         low, high = interval(mean, counts)
         return _number(float(mean.value[index]), float(low[index]), float(high[index]))
 
@@ -133,7 +133,7 @@ def table(summary: Sequence[Scored], task: Task, counts: Tensor) -> str:
     for control in summary[1:]:
         row, gain = [control.name], ["  probe gains"]
         for column in task.columns:
-            ours, theirs = best_layer(probe, column, n_seeds), best_layer(control, column, n_seeds)
+            ours, theirs = best_layer(probe, column), best_layer(control, column)
             if ours is None or theirs is None:
                 row.append("–")
                 gain.append("")
@@ -141,21 +141,21 @@ def table(summary: Sequence[Scored], task: Task, counts: Tensor) -> str:
             at = f" @{control.layers[theirs[0]]}" if len(control.layers) > 1 else ""
             row.append(cell(control, column, theirs[0]) + at)
             pick = lambda scored, index, column=column: Estimate(
-                *(field[index : index + 1] for field in mean_over_seeds(find(scored, column), n_seeds))
+                *(field[index : index + 1] for field in mean_over_seeds(find(scored, column), len(scored.seeds)))
             )
             gained = difference(pick(probe, ours[0]), pick(control, theirs[0]))
             low, high = interval(gained, counts, bounds=(-1.0, 1.0))
             gain.append(_number(float(gained.value), float(low), float(high), sign="+"))
         body += [row, gain]
-    block = find_counts(probe, task)
+    block = find_counts(probe)
     return format_table(header, body) + "\n" + block
 
 
-def find_counts(probe: Scored, task: Task) -> str:
+def find_counts(probe: Scored) -> str:
     """What the numbers rest on, in one line."""
     block = probe.scores[0]
     rate, majority = (block.metrics.get(key) for key in ("positive_rate", "majority"))
-    text = f"mean over {len(task.seeds)} seeds, 95 % intervals over {block.counts['n_images']} images"
+    text = f"mean over {len(probe.seeds)} seeds, 95 % intervals over {block.counts['n_images']} images"
     if rate is not None and majority is not None:
         text += f", {block.counts['n_pairs']} pairs, {float(rate.value[0]):.3f} of them one object"
         text += f" (majority rate {float(majority.value[0]):.3f})"

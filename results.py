@@ -268,7 +268,7 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
             run.facts["status"] = status
             _write_facts(run, started)
             if run.mirror is not None:
-                run.mirror.finish(exit_code=0 if status == "finished" else 1, quiet=True)
+                run.mirror.finish(exit_code=0 if status == "finished" else 1)
             run.close()
 
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from backbones import load_backbone, next_block_query_key
 from omegaconf import DictConfig
 from torch import Tensor
 
 from activation import PatchSample
+from backbones import load_backbone, next_block_query_key
 from errors import UserError
 from losses import agreement, class_loss, identity_loss, pair_bce
 from metrics import Estimate, PairScores, mean_estimate, pair_strata
@@ -64,9 +64,15 @@ class Scores(NamedTuple):
 
 
 class Task:
-    """What all tasks share; `cfg` is the whole configuration."""
+    """What all tasks share.
+
+    Args:
+        cfg: the whole configuration.
+        seeds: of the fits; None: those of `trainer.seeds`.
+    """
 
     kind = "pointwise"
+    labels: tuple[str, ...] = ("identity", "class", "valid")
     # What the table shows: question, readout, block, metric, title. The first one ranks the layers.
     columns = [
         ("is_same_object", "inner_product", "all", "auroc", "same object AUROC"),
@@ -75,8 +81,8 @@ class Task:
         ("same_class", "inner_product", "all", "auroc", "same class AUROC"),
     ]
 
-    def __init__(self, cfg: DictConfig) -> None:
-        seeds = cfg.trainer.seeds
+    def __init__(self, cfg: DictConfig, seeds: Sequence[int] | None = None) -> None:
+        seeds = cfg.trainer.seeds if seeds is None else seeds
         self.cfg = cfg
         self.seeds = list(range(seeds)) if isinstance(seeds, int) else [int(s) for s in seeds]
         if not self.seeds:
@@ -120,7 +126,9 @@ class Task:
         visited = self.visited_tokens(n_images, n_tokens, order)
         for chosen in images.split(batch_size):
             rows = None if visited is None else visited[chosen]
-            labels = {k: v[chosen] if rows is None else v[chosen].gather(1, rows) for k, v in sample.labels.items()}
+            labels = {name: sample.labels[name][chosen] for name in self.labels}
+            if rows is not None:
+                labels = {name: value.gather(1, rows) for name, value in labels.items()}
             yield Batch(chosen, rows, labels)
 
     def visited_tokens(self, n_images: int, n_tokens: int, order: torch.Generator | None) -> Tensor | None:
@@ -170,8 +178,8 @@ class Pairwise(Task):
 
     kind = "pairwise"
 
-    def __init__(self, cfg: DictConfig) -> None:
-        super().__init__(cfg)
+    def __init__(self, cfg: DictConfig, seeds: Sequence[int] | None = None) -> None:
+        super().__init__(cfg, seeds)
         accuracies = {"upper": "accuracy", "upper_diagonal": "accuracy_upper_diagonal", "all": "accuracy_all"}
         self.columns = [
             ("is_same_object", "logit", "all", "auroc", "all pairs AUROC"),
@@ -244,7 +252,7 @@ class Identity(Task):
         return identity_loss(logits, batch.labels["identity"], valid=batch.labels["valid"])
 
 
-TASKS: dict[str, Callable[[DictConfig], Task]] = {"pairwise": Pairwise, "class": Class, "identity": Identity}
+TASKS: dict[str, Callable[..., Task]] = {"pairwise": Pairwise, "class": Class, "identity": Identity}
 
 
 class Scorer:
@@ -256,7 +264,8 @@ class Scorer:
         rows = task.visited_tokens(n_images, n_tokens, None)
         pick = lambda x: x if rows is None else x.gather(1, rows)
         labels = {name: pick(sample.labels[name]) for name in ("identity", "class", "valid")}
-        place = sample.position if rows is None else sample.position.gather(1, rows[..., None].expand(-1, -1, 3))
+        place = sample.labels["place"] if rows is None else sample.labels["place"].gather(1, rows[..., None].expand(-1, -1, 2))
+        place = torch.cat([torch.zeros_like(place[..., :1]), place], -1)  # one frame: distances reach across windows
         strata = {"is_same_object": pair_strata(labels["identity"], labels["class"], labels["valid"], place)}
         if task.kind == "pointwise":
             # "Same class" asked as if every class were one object: background stays background.

@@ -51,8 +51,9 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     task.check(samples)
     summary: list[Scored] = []
     for control in (Control("probe", cfg.probe, samples), *build_controls(cfg, samples, say=run.say)):
-        probes = fit_stack(control, task, cfg, run, device) if control.probe is not None else []
-        summary.append(score(control, probes, task, cfg, run, device, split="test"))
+        asked = task if control.seeds is None else TASKS[cfg.task](cfg, control.seeds)
+        probes = fit_stack(control, asked, cfg, run, device) if control.probe is not None else []
+        summary.append(score(control, probes, asked, cfg, run, device, split="test"))
     return report(summary, task, cfg, run)
 
 
@@ -341,7 +342,14 @@ def load_state(path: Path, probe: Probe, optimizer: torch.optim.Optimizer, best:
 
 
 def score(
-    control: Control, probes: Sequence[Probe], task: Task, cfg: DictConfig, run: Run, device: torch.device, *, split: str,
+    control: Control,
+    probes: Sequence[Probe],
+    task: Task,
+    cfg: DictConfig,
+    run: Run,
+    device: torch.device,
+    *,
+    split: str,
 ) -> Scored:
     """Evaluate a control on a split and write a record per layer, seed and block, then the means over seeds."""
     sample = control.samples[split]
@@ -349,8 +357,9 @@ def score(
     layers = [layer for probe in probes for layer in probe.layers]
     if control.probe is None:
         parts, layers = [evaluate_oracle(task, sample, int(cfg.trainer.batch_size))], [control.name]
-    scored = Scored(control.name, layers, [concatenate(blocks, len(task.seeds)) for blocks in zip(*parts, strict=True)])
-    for record in records(scored, task, cfg, split):
+    blocks = [concatenate(cuts, len(task.seeds)) for cuts in zip(*parts, strict=True)]
+    scored = Scored(control.name, layers, task.seeds, blocks)
+    for record in records(scored, cfg, split):
         run.write(record)
     return scored
 

@@ -32,6 +32,7 @@ def planted_sample(
         labels={
             "identity": identity,
             "class": category,
+            "place": position[..., 1:].float().contiguous(),
             "purity": torch.ones(n_images, n_tokens),
             "valid": torch.ones(n_images, n_tokens, dtype=torch.bool),
         },

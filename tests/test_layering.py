@@ -10,19 +10,21 @@ OURS = {path.stem for path in ROOT.glob("*.py")} | {"datasets", "dense", "neco"}
 FREE = {"errors"}
 ALLOWED = {
     "main": {"results"},  # everything else by name, from the mode's config
-    "trainer": {"tasks", "probes", "activation", "controls", "results"},
-    "controls": {"tasks", "probes", "activation", "metrics", "backbones"},
-    "tasks": {"metrics", "probes", "losses"},
+    "trainer": {"tasks", "probes", "activation", "controls", "metrics", "report", "results"},
+    "report": {"tasks", "metrics", "results"},
+    "controls": {"activation"},
+    "tasks": {"activation", "backbones", "losses", "metrics", "probes"},
     "visualize": {"activation", "backbones", "probes", "patches", "results", "metrics"},
     "activation": {"patches", "backbones", "index", "store"},
     "index": {"patches", "store"},
     "patches": {"windows"},
     "datasets": {"datasets"},
     "probes": {"forms"},
+    "backbones": {"backbone_weights"},
     "binding_probes": {"probes", "forms"},
     "conftest": set(),
     "errors": set(),
-    **{leaf: set() for leaf in ("forms", "metrics", "windows", "results", "backbones", "losses", "store")},
+    **{leaf: set() for leaf in ("forms", "metrics", "windows", "results", "backbone_weights", "losses", "store")},
 }
 
 

@@ -1,5 +1,6 @@
 """Figures by what they plot, not by pixels; score maps of every image shape; files of mode=vis."""
 
+import io
 import json
 import math
 import os
@@ -401,6 +402,19 @@ def test_mode_vis_names_what_is_missing(finished, tmp_path):
     finished.cfg.vis.run = None
     with pytest.raises(UserError, match="holds no fitted probe"):
         visualize.run(finished.cfg, run)
+
+
+def test_a_colour_of_the_gif_means_the_same_in_every_frame():
+    figures = [draw_layer_frame(painted((40, 56), 3), index) for index in range(3)]
+    with Image.open(io.BytesIO(visualize._gif(figures))) as gif:
+        for index, figure in enumerate(figures):
+            gif.seek(index)
+            true, seen = (np.asarray(p.convert("RGB")).astype(int) for p in (visualize._pixels(figure, 110), gif))
+            place = figure.axes[2].get_window_extent()
+            middle = (slice(int(true.shape[0] - place.y1) + 9, int(true.shape[0] - place.y1) + 30), int(place.x1) - 20)
+            assert np.abs(true - seen)[middle].max() < 6  # the map
+            bar = int(figure.axes[3].get_window_extent().x0) + 4
+            assert np.abs(true - seen)[30:-12, bar].max() < 8
 
 
 def test_a_frame_stands_upright_or_lies_as_the_image_does():

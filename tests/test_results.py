@@ -1,0 +1,114 @@
+"""Runs and their files: nothing torn, nothing twice, the end of a run is told truly."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+import results
+from errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def configure(tmp_path: Path, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(ROOT / "cfgs"), version_base="1.3"):
+        return compose("config", [f"output_dir={tmp_path}", "wandb.mode=disabled", *overrides])
+
+
+def test_the_same_configuration_finds_its_directory_again(tmp_path: Path) -> None:
+    cfg = configure(tmp_path)
+    assert results.run_directory(cfg) == results.run_directory(configure(tmp_path, "debug=true", "cache.dir=elsewhere"))
+    assert results.run_directory(cfg) != results.run_directory(configure(tmp_path, "trainer.lr=1"))
+    assert results.run_directory(cfg) != results.run_directory(configure(tmp_path, "cache.dtype=float32"))
+
+
+def test_resume_false_starts_a_new_directory(tmp_path: Path) -> None:
+    with results.open_run(configure(tmp_path)) as first:
+        pass
+    with results.open_run(configure(tmp_path, "resume=false")) as second:
+        assert second.dir != first.dir and not second.reused
+    with results.open_run(configure(tmp_path)) as third:
+        assert third.dir == first.dir and third.reused
+
+
+def test_a_run_tells_how_it_ended(tmp_path: Path) -> None:
+    def status() -> str:
+        return json.loads((run.dir / "run.json").read_text())["status"]
+
+    with results.open_run(configure(tmp_path)) as run:
+        assert status() == "running"
+    assert status() == "finished"
+    with pytest.raises(RuntimeError), results.open_run(configure(tmp_path)) as run:
+        raise RuntimeError
+    assert status() == "failed"
+    with pytest.raises(KeyboardInterrupt), results.open_run(configure(tmp_path)) as run:
+        raise KeyboardInterrupt
+    assert status() == "interrupted"
+
+
+def test_provenance_is_complete(tmp_path: Path) -> None:
+    with results.open_run(configure(tmp_path)) as run:
+        pass
+    facts = json.loads((run.dir / "run.json").read_text())
+    assert {"commit", "dirty", "code", "torch", "timm", "cpu", "command", "seconds"} <= facts.keys()
+
+
+def test_records_are_whole_unique_and_survive_a_torn_line(tmp_path: Path) -> None:
+    def record(layer: int) -> dict:
+        return {"kind": "score", "layer": layer, "value": float("nan")}
+
+    with results.open_run(configure(tmp_path)) as run:
+        run.write(record(1))
+    path = run.dir / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"kind": "sco')
+    with results.open_run(configure(tmp_path)) as run:
+        run.write(record(1))
+        run.write(record(2))
+        assert [r["layer"] for r in results.read_records(path)] == [1, 2]  # flushed as they come
+    assert [json.loads(line)["value"] for line in path.read_text().splitlines()] == [None, None]
+
+
+def test_two_processes_do_not_share_a_run(tmp_path: Path) -> None:
+    with results.open_run(configure(tmp_path)), pytest.raises(UserError, match="another process is working in"):
+        with results.open_run(configure(tmp_path)):
+            pass
+
+
+def test_newest_run_is_the_last_finished_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no finished run of mode train"):
+        results.newest_run(tmp_path)
+    with results.open_run(configure(tmp_path)) as finished:
+        pass
+    with pytest.raises(RuntimeError), results.open_run(configure(tmp_path, "seed=1")):
+        raise RuntimeError
+    assert results.newest_run(tmp_path) == finished.dir
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(results.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        results.write_atomically(tmp_path / "file", "text")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_mirror_never_costs_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    def broken(*_args: object, **_kwargs: object) -> None:
+        raise RuntimeError("no service")
+
+    monkeypatch.setattr(wandb, "init", broken)
+    with results.open_run(configure(tmp_path, "wandb.mode=offline")) as run:
+        run.mirror_curve([])
+    assert "W&B is not mirrored" in (run.dir / "log.txt").read_text()
+
+
+def test_tables_are_flush() -> None:
+    text = results.format_table(["layer", "score"], [["embed", ".5"], ["0", ".75"]])
+    assert text.splitlines() == ["layer  score", "-----  -----", "embed     .5", "0        .75"]

@@ -1,0 +1,189 @@
+"""The loop: stacked = alone, exact resume, per-fit selection, named failures. Samples are planted, no backbone runs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from samples import planted_sample
+
+import trainer
+from controls import Control
+from errors import UserError
+from report import records
+from results import Run, read_records
+from tasks import TASKS
+
+ROOT = Path(__file__).parent.parent
+
+
+def configure(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(ROOT / "cfgs"), version_base="1.3"):
+        return compose("config", ["trainer.epochs=3", "trainer.batch_size=8", "trainer.n_boot=50", *overrides])
+
+
+def open_test_run(folder: Path) -> Run:
+    folder.mkdir(parents=True, exist_ok=True)
+    return Run(folder, {"mode": "train"}, reused=False)
+
+
+def fit_planted(cfg: DictConfig, folder: Path, layers: tuple = ("embed", 0)) -> tuple:
+    """Fit the configured probe on planted tokens; returns task, control, probes and the run."""
+    samples = {split: planted_sample(seed=i, layers=("embed", 0)) for i, split in enumerate(("train", "val", "test"))}
+    for split, sample in samples.items():
+        keep = [list(sample.tokens.layers).index(layer) for layer in layers]
+        x = sample.tokens.gather(torch.arange(len(sample.keys)), keep)
+        samples[split] = sample._replace(tokens=type(sample.tokens).from_tensor(x, list(layers)))
+    task = TASKS[cfg.task](cfg)
+    control, run = Control("probe", cfg.probe, samples), open_test_run(folder)
+    return task, control, trainer.fit_stack(control, task, cfg, run, torch.device("cpu")), run
+
+
+@pytest.mark.parametrize("overrides", [[], ["probe.mode=mlp"], ["mode=train_class"], ["mode=train_identity"]])
+def test_a_fit_in_a_stack_is_the_fit_alone(tmp_path: Path, overrides: list[str]) -> None:
+    _, _, stacked, _ = fit_planted(configure("trainer.seeds=[0,1]", *overrides), tmp_path / "stack")
+    _, _, alone, _ = fit_planted(configure("trainer.seeds=[1]", *overrides), tmp_path / "alone", layers=(0,))
+    variants = stacked[0].seeds.index(1)
+    for name, value in alone[0].named_parameters():
+        other = dict(stacked[0].named_parameters())[name]
+        torch.testing.assert_close(other[variants, 1], value[0, 0], atol=1e-6, rtol=0)
+
+
+def test_cutting_the_stack_by_layers_changes_nothing(tmp_path: Path) -> None:
+    task, control, whole, run = fit_planted(configure(), tmp_path / "whole")
+    _, _, cut, _ = fit_planted(configure("trainer.max_gb=1e-9"), tmp_path / "cut")
+    assert len(whole) == 1 and len(cut) == 2
+    cfg = configure()
+    scores = [
+        trainer.score(control, probes, task, cfg, open_test_run(tmp_path / name), torch.device("cpu"), split="test")
+        for name, probes in (("a", whole), ("b", cut))
+    ]
+    assert scores[0].layers == scores[1].layers
+    for a, b in zip(scores[0].scores, scores[1].scores, strict=True):
+        for key in a.metrics:
+            torch.testing.assert_close(a.metrics[key].value, b.metrics[key].value, atol=1e-6, rtol=0, equal_nan=True)
+
+
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("overrides", [[], ["mode=train_identity"], ["trainer.optimizer=adam"]])
+@pytest.mark.parametrize("killed_in_epoch", [2, 3])
+def test_a_killed_fit_resumes_to_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], killed_in_epoch: int
+) -> None:
+    cfg = configure("trainer.checkpoint_seconds=0", *overrides)
+    _, _, straight, run = fit_planted(cfg, tmp_path / "straight")
+    real, calls = trainer.mean_loss, []
+
+    def kill_later(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == killed_in_epoch:
+            raise Stop
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "mean_loss", kill_later)
+    with pytest.raises(Stop):
+        fit_planted(cfg, tmp_path / "killed")
+    monkeypatch.setattr(trainer, "mean_loss", real)
+    _, _, resumed, again = fit_planted(cfg, tmp_path / "killed")
+    for (name, a), (_, b) in zip(straight[0].named_parameters(), resumed[0].named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert read_records(run.dir / "history.jsonl") == read_records(again.dir / "history.jsonl")
+    for which in ("best", "last"):
+        files = [trainer.load_probes(folder, "probe", which)[0] for folder in (run.dir, again.dir)]
+        for a, b in zip(*(f.state_dict().values() for f in files), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_every_fit_keeps_its_own_best_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = configure("trainer.seeds=1")
+    losses = iter([torch.tensor([[1.0, 3.0], [1.0, 3.0]]), torch.tensor([[2.0, 2.0], [2.0, 2.0]]), torch.full((2, 2), 2.5)])
+    seen = []
+
+    def scripted(probe, *args, **kwargs):
+        seen.append({n: p.detach().clone() for n, p in probe.named_parameters()})
+        return next(losses)
+
+    monkeypatch.setattr(trainer, "mean_loss", scripted)
+    _, _, (probe,), run = fit_planted(cfg, tmp_path)
+    for name, value in probe.named_parameters():
+        assert torch.equal(value[:, 0], seen[0][name][:, 0])
+        assert torch.equal(value[:, 1], seen[1][name][:, 1])
+    loaded = trainer.load_probes(run.dir, "probe", "best")[0]
+    assert loaded.facts["best_epoch"] == [[1, 2], [1, 2]]
+
+
+def test_planted_objects_are_found_and_noise_is_not(tmp_path: Path) -> None:
+    cfg = configure("trainer.epochs=15", "trainer.seeds=2", "trainer.lr=2e-2")
+    task, control, probes, run = fit_planted(cfg, tmp_path)
+    scored = trainer.score(control, probes, task, cfg, run, torch.device("cpu"), split="test")
+    rows = [r for r in records(scored, cfg, "test") if r["seed"] == "mean" and r["block"] == "all"]
+    noise, signal = rows
+    assert noise["layer"] == "embed" and noise["interval"]["auroc"][0] < 0.55
+    assert signal["metrics"]["auroc"] > 0.75
+    assert {r["block"] for r in read_records(run.dir / "metrics.jsonl")} == {
+        "all", "foreground", "same_class", "same_class_matched",
+    }  # fmt: skip
+
+
+def test_a_loss_that_is_not_finite_names_fit_layer_seed_epoch(tmp_path: Path) -> None:
+    cfg = configure("trainer.lr=1e30", "probe.standardize=false")
+    with pytest.raises(UserError, match=r"loss is not finite \(fit probe, layer .*, seed 0, epoch \d, learning rate"):
+        fit_planted(cfg, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "missing"),
+    [(torch.zeros(4, 6).long(), "no pair of two"), (torch.arange(24).view(4, 6), "no pair of one object")],
+)
+def test_a_split_without_a_usable_pair_is_refused(labels: torch.Tensor, missing: str) -> None:
+    sample = planted_sample(n_images=4, n_tokens=6)
+    sample.labels["identity"] = labels
+    with pytest.raises(UserError, match=f"split val has no usable pair.*{missing}"):
+        TASKS["pairwise"](configure()).check({"val": sample})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["probe.mode=class_linear"], "needs a pairwise probe; valid: linear"),
+        (["mode=train_class", "probe.mode=quadratic"], "needs a pointwise probe; valid: class_linear"),
+        (["probe.mode=nonsense"], "unknown probe.mode 'nonsense'; valid: linear"),
+        (["trainer.seeds=[]"], "trainer.seeds"),
+    ],
+)
+def test_a_probe_that_does_not_fit_the_task_is_refused(overrides: list[str], said: str) -> None:
+    cfg = configure(*overrides)
+    with pytest.raises(UserError, match=said):
+        TASKS[cfg.task](cfg)
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [("constant", 1.0), ("linear", 0.5), ("cosine", 0.5), ("step", 0.04)])
+def test_schedules_at_half_time(schedule: str, expected: float) -> None:
+    settings = {"epochs": 10, "lr": 1.0, "schedule": schedule, "step_size": 2, "gamma": 0.2}
+    assert trainer.learning_rate(settings, 5.0) == pytest.approx(expected)
+
+
+def test_statistics_are_those_of_the_valid_tokens() -> None:
+    sample = planted_sample(n_images=5, n_tokens=9)
+    sample.labels["valid"][:, 4:] = False
+    mean, std = trainer.token_statistics(sample, sample.tokens.layers, batch_size=2)
+    x = sample.tokens.gather(torch.arange(5), None)[:, :, :4].flatten(1, 2)
+    torch.testing.assert_close(mean, x.mean(1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(std, x.std(1, correction=0), atol=1e-5, rtol=1e-5)
+
+
+def test_tokens_of_a_visit_are_redrawn_in_training_and_fixed_in_evaluation() -> None:
+    task, sample = TASKS["pairwise"](configure("protocol=object_binding_2026")), planted_sample(n_tokens=100)
+    order = torch.Generator().manual_seed(0)
+    draws = [torch.cat([b.visited for b in task.batches(sample, 8, order)]) for _ in range(2)]
+    assert draws[0].shape == (24, 64) and not torch.equal(*draws)
+    fixed = [torch.cat([b.visited for b in task.batches(sample, size, None)]) for size in (8, 5)]
+    assert torch.equal(*fixed)
+    batch = next(task.batches(sample, 8, None))
+    assert torch.equal(batch.labels["identity"], sample.labels["identity"][:8].gather(1, batch.visited))
+    tokens = sample.tokens.gather(torch.arange(8), None)
+    assert torch.equal(batch.tokens(sample, [0, 1], torch.device("cpu"))[1, 3], tokens[1, 3, batch.visited[3]])
