@@ -145,6 +145,24 @@ def test_output_modes_are_read_from_the_stored_tokens(tmp_path: Path, monkeypatc
     assert sample["cls"].position.eq(-1).all() and not sample["cls"].labels["valid"].any()
 
 
+def test_registers_are_never_kept_and_a_class_token_is_not_assumed(tmp_path: Path) -> None:
+    registers = ["model.kwargs.reg_tokens=3", "cache.dtype=float32"]
+    every = open_sample(toy_config(tmp_path, *registers, "model.output_mode=all"), "train", say=quiet)
+    assert every.meta["facts"]["num_prefix_tokens"] == 4 and every.tokens.shape[2] == 17
+    cfg = toy_config(tmp_path, *registers)
+    scene, facts = Toy("train")[0], backbone_facts(cfg.model)
+    geometry = plan_geometry((32, 32), geometry=cfg.protocol.geometry, patch_size=facts.patch_size, image_size=facts.image_size)
+    style = {"mean": facts.mean, "std": facts.std, "interpolation": facts.interpolation, "antialias": True}
+    last = load_backbone(cfg.model, "cpu")(cut_windows(scene.image, geometry, **style), [1])[0]
+    expected = torch.cat([last.prefix[:, :1], last.patch], 1)
+    torch.testing.assert_close(every.tokens.gather([0], [2])[0], expected, atol=1e-5, rtol=1e-5)
+
+    bare = ["model.name=vit_base_patch16_siglip_gap_224", "model.kwargs.class_token=false"]
+    every = open_sample(toy_config(tmp_path, *bare, "model.output_mode=all"), "train", say=quiet)
+    mean = open_sample(toy_config(tmp_path, *bare, "model.output_mode=mean_spatial"), "train", say=quiet)
+    assert every.tokens.shape[2] == 16 and every.position.min() == 0 and mean.tokens.shape[2] == 1
+
+
 def test_codes_are_passed_on_and_cannot_select_patches(tmp_path: Path) -> None:
     sample = open_sample(toy_config(tmp_path, "dataset.codes=true", "model.output_mode=cls"), "train", say=quiet)
     assert sample.labels["object_code"].shape == (10, 4) and sample.labels["H_Y_given_F"].shape == (10, 1)

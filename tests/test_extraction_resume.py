@@ -83,6 +83,20 @@ def test_a_killed_extraction_resumes_to_the_same_bytes(tmp_path: Path, whole: di
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_an_interrupt_ends_at_once_and_keeps_what_was_done(tmp_path: Path, whole: dict[str, str]) -> None:
+    overrides = ["dataset.n=24", "dataset.widths=[32,56]"]
+    process = start(tmp_path, *overrides, "dataset.seconds=0.05")
+    until(lambda: bool(list((tmp_path / "tokens").glob("*/shards/*.json"))))
+    os.kill(process.pid, signal.SIGINT)
+    process.join(5)
+    assert process.exitcode == 1 and not list(tmp_path.rglob("*.part"))  # KeyboardInterrupt went through
+    kept = token_files(tmp_path / "tokens")
+    assert kept and kept.items() <= whole.items()
+    process = start(tmp_path, *overrides)
+    process.join()
+    assert token_files(tmp_path / "tokens") == whole
+
+
 def test_ranks_share_the_shards_and_write_the_bytes_of_one_process(tmp_path: Path, whole: dict[str, str]) -> None:
     overrides = ["dataset.n=24", "dataset.widths=[32,56]", "dataset.seconds=0.002"]
     launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}
