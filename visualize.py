@@ -42,6 +42,7 @@ TRAIN_MODES = ("train", "train_class", "train_identity")
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6}
 DPI = 160
 FRAME_MS = 500
+TITLE, GAP, BAR = 0.25, 0.07, 0.74  # inches above a panel, between panels, for the colour bar
 # Okabe and Ito's colours: told apart with any colour vision. Lines also differ in their dashes.
 BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#777777",
@@ -54,8 +55,6 @@ LINES = {
     "class_oracle": ("true class", GREY, "--"),
     "cosine": ("cosine", ORANGE, ":"),
     "dot_product": ("dot product", SKY, ":"),
-    "majority": ("majority", "#000000", (0, (1, 3))),
-    "chance": ("chance", "#000000", (0, (1, 3))),
 }
 
 
@@ -126,9 +125,8 @@ def _draw_panel(axes: Axes, rows: Sequence[Mapping], majority: Sequence[Mapping]
         ends.append((values[-1], label, color))
     base = majority[0]["value"] if metric.startswith("accuracy") and majority else 0.5 if metric == "auroc" else None
     if base is not None:
-        label, color, dashes = LINES["chance" if metric == "auroc" else "majority"]
-        axes.axhline(base, color=color, ls=dashes, lw=0.9, zorder=1)
-        ends.append((base, label, color))
+        axes.axhline(base, color="black", ls=(0, (1, 3)), lw=0.9, zorder=1)
+        ends.append((base, "chance" if metric == "auroc" else "majority", "black"))
     step = max(1, math.ceil(len(layers) / 13))
     axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     axes.set_xlim(-0.03 * last, last * 1.03)
@@ -313,43 +311,40 @@ def _probability(probe: Probe, x: Tensor, at: int, cfg: DictConfig) -> Tensor:
 
 def draw_score_maps(maps: ScoreMaps) -> Figure:
     """The strip: image and true objects with the anchor's box, then the map of every layer, 0 to 1 on one colour scale."""
-    height, width = maps.identity.shape
-    n_panels, total, highest, title, gap, bar = len(maps.layers) + 2, 10.0, 5.6, 0.24, 0.06, 0.74  # inches
+    shape, n_panels = maps.identity.shape[0] / maps.identity.shape[1], len(maps.layers) + 2
     for n_columns in range(1, n_panels + 1):
-        w, n_rows = (total - bar - gap * (n_columns + 1)) / n_columns, math.ceil(n_panels / n_columns)
-        if (tall := n_rows * (w * height / width + title + gap)) <= highest:
+        width = (10.0 - BAR - GAP) / n_columns - GAP
+        if math.ceil(n_panels / n_columns) * (width * shape + TITLE + GAP) <= 5.6:
             break
     else:  # few tall panels in one row
-        tall, w = highest, (highest - title - gap) * width / height
-        total = bar + gap * (n_panels + 1) + w * n_panels
-    h = w * height / width
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(total, tall))
-        for panel in range(n_panels):
-            row, column = divmod(panel, n_columns)
-            left, bottom = gap + column * (w + gap), tall - (row + 1) * (h + title + gap) + gap
-            axes = figure.add_axes((left / total, bottom / tall, w / total, h / tall))
-            _draw_view(axes, maps, panel - 2)
-        _draw_bar(figure, bar, gap, title)
-    return figure
+        width = (5.6 - TITLE - GAP) / shape
+    return _lay_out(maps, range(-2, len(maps.layers)), n_columns, width)
 
 
 def draw_layer_frame(maps: ScoreMaps, index: int) -> Figure:
     """One frame of the GIF: image, true objects and the map of one layer, side by side (one above the other if wide)."""
-    height, width = maps.identity.shape
-    stacked, title, gap, bar = width > 1.8 * height, 0.26, 0.08, 0.74
-    w = 4.0 if stacked else 2.4 * min(1.0, 1.5 * width / height)
-    h = w * height / width
-    columns, rows = (1, 3) if stacked else (3, 1)
-    total, tall = gap + columns * (w + gap) + bar, rows * (h + title + gap)
+    shape = maps.identity.shape[1] / maps.identity.shape[0]
+    return _lay_out(maps, (-2, -1, index), *((1, 4.0) if shape > 1.8 else (3, 2.4 * min(1.0, 1.5 * shape))))
+
+
+def _lay_out(maps: ScoreMaps, views: Sequence[int], n_columns: int, w: float) -> Figure:
+    """Panels of w inches width, row by row, and the colour bar at their right."""
+    h = w * maps.identity.shape[0] / maps.identity.shape[1]
+    width = GAP + n_columns * (w + GAP) + BAR
+    height = math.ceil(len(views) / n_columns) * (h + TITLE + GAP)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(total, tall))
-        for panel, view in enumerate((-2, -1, index)):
-            row, column = divmod(panel, columns)
-            bottom = tall - (row + 1) * (h + title + gap) + gap
-            axes = figure.add_axes(((gap + column * (w + gap)) / total, bottom / tall, w / total, h / tall))
+        figure = Figure(figsize=(width, height))
+        for panel, view in enumerate(views):
+            row, column = divmod(panel, n_columns)
+            left, bottom = GAP + column * (w + GAP), height - (row + 1) * (h + TITLE + GAP) + GAP
+            axes = figure.add_axes((left / width, bottom / height, w / width, h / height))
             _draw_view(axes, maps, view)
-        _draw_bar(figure, bar, gap, title)
+        axes = figure.add_axes((1 - (BAR - GAP) / width, GAP / height, 0.14 / width, 1 - (GAP + TITLE) / height))
+        axes.imshow(np.linspace(1, 0, 256)[:, None], vmin=0, vmax=1, cmap="viridis", aspect="auto", extent=(0, 1, 0, 1))
+        axes.set_xticks([]), axes.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
+        axes.yaxis.tick_right(), axes.yaxis.set_label_position("right")
+        axes.tick_params(length=2, width=0.6)
+        axes.set_ylabel("P(same object)", labelpad=2)
     return figure
 
 
@@ -378,17 +373,6 @@ def _draw_view(axes: Axes, maps: ScoreMaps, view: int) -> None:
     box.set_path_effects([withStroke(linewidth=thick + 1, foreground="white")])
     axes.add_patch(box)
     axes.set_xlim(0, width), axes.set_ylim(height, 0)
-
-
-def _draw_bar(figure: Figure, room: float, below: float, above: float) -> None:
-    """The colour bar at the right; the room it has there and below and above it, in inches."""
-    width, height = figure.get_size_inches()
-    axes = figure.add_axes((1 - (room - 0.06) / width, below / height, 0.14 / width, 1 - (below + above) / height))
-    axes.imshow(np.linspace(1, 0, 256)[:, None], vmin=0, vmax=1, cmap="viridis", aspect="auto", extent=(0, 1, 0, 1))
-    axes.set_xticks([]), axes.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
-    axes.yaxis.tick_right(), axes.yaxis.set_label_position("right")
-    axes.tick_params(length=2, width=0.6)
-    axes.set_ylabel("P(same object)", labelpad=2)
 
 
 def color_identities(identity: Tensor) -> np.ndarray:
@@ -483,6 +467,11 @@ def _png(figure: Figure) -> bytes:
 
 
 def _gif(figures: Sequence[Figure]) -> bytes:
-    frames, data = [_pixels(figure, 110).quantize(128) for figure in figures], io.BytesIO()
+    """Frames with one palette: 100 colours of the scale, so that a colour means the same everywhere, the rest the image's."""
+    pictures, data = [_pixels(figure, 110) for figure in figures], io.BytesIO()
+    scale = (matplotlib.colormaps["viridis"](np.linspace(0, 1, 100))[:, :3] * 255).round().astype(int)
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([*scale.ravel().tolist(), *pictures[0].quantize(156).getpalette()[: 3 * 156]])
+    frames = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     frames[0].save(data, "gif", save_all=True, append_images=frames[1:], duration=FRAME_MS, loop=0)
     return data.getvalue()

@@ -59,7 +59,7 @@ def curve_rows() -> list[dict]:
 
 
 def lines_of(axes) -> dict[str, tuple[list, list]]:
-    colors = {color: name for name, (_, color, _) in visualize.LINES.items() if name not in ("majority", "chance")}
+    colors = {color: name for name, (_, color, _) in visualize.LINES.items()}
     return {
         colors.get(line.get_color(), "base"): (list(line.get_xdata()), [round(float(y), 4) for y in line.get_ydata()])
         for line in axes.lines
