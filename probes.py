@@ -24,7 +24,7 @@ import inspect
 import itertools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -55,9 +55,9 @@ class Projections(NamedTuple):
     key_bias: Tensor
 
 
-def fit_generator(seed: int, layer: Layer) -> torch.Generator:
-    """The generator that draws the weights of one fit: it depends on nothing but (seed, layer), stacked or alone."""
-    digest = hashlib.sha256(f"{seed}/{layer}".encode()).digest()
+def fit_generator(seed: int, layer: Layer, number: int) -> torch.Generator:
+    """The generator of the n-th parameter of one fit: it depends on nothing but (seed, layer, n), stacked or alone."""
+    digest = hashlib.sha256(f"{seed}/{layer}/{number}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
@@ -71,7 +71,7 @@ class Probe(nn.Module):
         matmul_dtype: auto | float32 | bfloat16, see `resolve_matmul_dtype`.
     """
 
-    kind: ClassVar[str]  # "pairwise" or "pointwise"
+    kind: ClassVar[str]  # "pairwise", "pointwise" or "binding"
     recipe: dict[str, Any]  # what build_probe was told: written into checkpoints
     facts: dict[str, Any]  # what a loaded checkpoint said beside its parameters
 
@@ -81,7 +81,7 @@ class Probe(nn.Module):
         self.needs_statistics, self.matmul_dtype = bool(standardize), matmul_dtype
         resolve_matmul_dtype(matmul_dtype, torch.device("cpu"), dim)  # a wrong name fails here, not in the first batch
         self.facts = {}
-        self._generators = [[fit_generator(s, layer) for layer in self.layers] for s in self.seeds]
+        self._drawn = 0
         if standardize:
             self.register_buffer("token_shift", torch.zeros(len(self.layers), dim))
             self.register_buffer("token_scale", torch.ones(len(self.layers), dim))
@@ -99,14 +99,16 @@ class Probe(nn.Module):
     def draw(self, *shape: int, bound: float | None = None, std: float | None = None) -> nn.Parameter:
         """A parameter [S, L, *shape]: uniform in +-bound, normal of deviation std, or zero; every fit draws for itself.
 
-        Calls draw from the generators in turn, so their order is part of what a seed means.
+        The n-th call draws from the fit's n-th generator, so the order of the calls is part of what a seed means.
         """
         value = torch.zeros(len(self.seeds), len(self.layers), *shape)
-        for s, layer in itertools.product(range(len(self.seeds)), range(len(self.layers))):
+        for (s, seed), (i, layer) in itertools.product(enumerate(self.seeds), enumerate(self.layers)):
+            generator = fit_generator(seed, layer, self._drawn)
             if bound is not None:
-                value[s, layer].uniform_(-bound, bound, generator=self._generators[s][layer])
+                value[s, i].uniform_(-bound, bound, generator=generator)
             elif std is not None:
-                value[s, layer].normal_(0.0, std, generator=self._generators[s][layer])
+                value[s, i].normal_(0.0, std, generator=generator)
+        self._drawn += 1
         return nn.Parameter(value)
 
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
@@ -326,10 +328,9 @@ class Attention(Similarity):
         *,
         projections: Mapping[Layer, Projections],
         symmetric: bool = False,
-        learn_scale: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(fits, dim, learn_scale=learn_scale, **{**options, "standardize": False})
+        super().__init__(fits, dim, **{**options, "standardize": False})
         self.symmetric = symmetric
         missing = [layer for layer in self.layers if layer not in projections]
         if missing:
@@ -427,7 +428,18 @@ PROBES: dict[str, type[Probe]] = {
     "class_linear": ClassLinear,
     "identity_linear": IdentityLinear,
 }
-BASE_OPTIONS = ("standardize", "matmul_dtype")
+
+
+def knobs_of(cls: type[Probe]) -> dict[str, inspect.Parameter]:
+    """Every keyword a probe takes, its own and those it hands on to the classes it is made from."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(base.__init__).parameters.values()
+            found = {**{p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}, **found}
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                break
+    return found
 
 
 def build_probe(
@@ -436,7 +448,7 @@ def build_probe(
     seeds: Sequence[int],
     layers: Sequence[Layer],
     dim: int,
-    table: Mapping[str, Callable[..., Probe]] = PROBES,
+    table: Mapping[str, type[Probe]] = PROBES,
     **given: Any,
 ) -> Probe:
     """The probe a config names: `mode`, and whichever of its knobs that probe takes.
@@ -452,20 +464,18 @@ def build_probe(
     mode = probe_cfg["mode"]
     if mode not in table:
         raise UserError(f"unknown probe.mode '{mode}'; valid here: {', '.join(table)}")
-    cls = table[mode]
-    taken = [p for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    known = {**{k: v for k, v in probe_cfg.items() if k != "mode"}, **given}
-    knobs = {k: known[k] for k in (*(p.name for p in taken), *BASE_OPTIONS) if k in known}
-    missing = [p.name for p in taken if p.default is p.empty and knobs.get(p.name) is None]
+    taken, known = knobs_of(table[mode]), {**probe_cfg, **given}
+    knobs = {name: known[name] for name in taken if name in known}
+    missing = [name for name, p in taken.items() if p.default is p.empty and knobs.get(name) is None]
     if missing:
         raise UserError(f"probe.mode={mode} needs {', '.join(missing)}, which this task has not; take another probe")
-    probe = cls(FitAxes(seeds, layers), dim, **knobs)
+    probe = table[mode](FitAxes(seeds, layers), dim, **knobs)
     plain = {k: v for k, v in knobs.items() if k != "projections"}  # those are buffers, kept with the parameters
     probe.recipe = {"mode": mode, "seeds": list(seeds), "layers": list(layers), "dim": dim, "knobs": plain}
     return probe
 
 
-def load_probe(path: Path, table: Mapping[str, Callable[..., Probe]] = PROBES) -> Probe:
+def load_probe(path: Path, table: Mapping[str, type[Probe]] = PROBES) -> Probe:
     """The probe a checkpoint holds (`Probe.save`), on the CPU; what was saved beside it is in `.facts`.
 
     Raises:
