@@ -303,12 +303,12 @@ class Scorer:
         """Every block of every question, each from the fit that was made for it."""
         found = []
         for (question, readout, variant), part in self.parts.items():
-            for block, scored in part.evaluate().items():
-                inside = block != "all"
-                if len(self.slices) > 1 and inside != (variant == "foreground"):
-                    continue
-                if question == "same_class" and block.startswith("same_class"):
-                    continue  # empty by construction
+            names = ["all", "foreground", "same_class", "same_class_matched"]
+            if len(self.slices) > 1:
+                names = names[1:] if variant == "foreground" else names[:1]
+            if question == "same_class":  # the blocks inside a class are empty by construction
+                names = [name for name in names if not name.startswith("same_class")]
+            for block, scored in part.evaluate(names).items():
                 found.append(Scores(question, readout, block, scored.metrics, scored.counts, scored.distance))
         if self.right:
             accuracy = mean_estimate(torch.cat(self.right, 1))
