@@ -8,7 +8,7 @@
 Writes `weights/demo_vit.safetensors` (a plain timm VisionTransformer state dict, float16) and `weights/demo_vit.json`
 (architecture, recipe, images seen, time, machine, digest, evaluation). An interrupted run goes on from its last saved state
 and ends with the weights of an uninterrupted one: what is random at step k is drawn from (seed, rank, k), and the scenes at
-hand at step k are a function of k. One machine and one number of processes give one result.
+hand at step k are a function of k. One machine, one number of processes and one of threads give one result.
 
 Two objectives, both from pixels alone, share one forward pass over a random part of the patches:
 
@@ -419,7 +419,8 @@ def train(
     """Train until the last step, or until `stop_at`, from the saved state if there is one.
 
     Returns:
-        {"model": Pretraining, "step": steps done, "seconds": of training, all sittings together, "losses": running means}
+        {"model": Pretraining, "step": steps done, "seconds": of training, all sittings together, "losses": running means,
+        "sittings": where each sitting began and what it ran on}
 
     Raises:
         UserError: the saved state belongs to another recipe, is damaged, or a loss is not finite.
@@ -431,8 +432,11 @@ def train(
     parameters = list(model.parameters())
     optimizers = build_optimizers(model, recipe)
     base = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    done = load_state(state, recipe, world, model, optimizers) if state.exists() else {"step": 0, "seconds": 0.0, "losses": {}}
+    done = {"step": 0, "seconds": 0.0, "losses": {}, "sittings": []}
+    if state.exists():
+        done = load_state(state, recipe, world, model, optimizers)
     step, seconds, losses = done["step"], done["seconds"], done["losses"]
+    sittings = [*done["sittings"], {"from_step": step, **describe_machine(world, device)}]
     last = recipe.steps if stop_at is None else min(stop_at, recipe.steps)
     pool = Pool(recipe, rank, world, device, workers)
     bfloat16 = choose_dtype(recipe.dtype, device) is torch.bfloat16
@@ -467,11 +471,12 @@ def train(
                 bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
             seconds = time.perf_counter() - started
             if rank == 0 and (step % save_every == 0 or step == last):
-                save_state(state, recipe, world, model, optimizers, {"step": step, "seconds": seconds, "losses": losses})
+                done = {"step": step, "seconds": seconds, "losses": losses, "sittings": sittings}
+                save_state(state, recipe, world, model, optimizers, done)
         bar.close()
     finally:
         pool.close()
-    return {"model": model, "step": step, "seconds": seconds, "losses": losses}
+    return {"model": model, "step": step, "seconds": seconds, "losses": losses, "sittings": sittings}
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -501,7 +506,7 @@ def load_state(path: Path, recipe: Recipe, world: int, model: nn.Module, optimiz
     """Put a saved state back. Another `steps` is accepted while neither budget's decay has begun.
 
     Returns:
-        {"step", "seconds", "losses"}
+        {"step", "seconds", "losses", "sittings"}
     """
     try:
         with safe_open(path, "pt") as file:
@@ -527,13 +532,13 @@ def load_state(path: Path, recipe: Recipe, world: int, model: nn.Module, optimiz
                 _, _, i, slot = name.split(".", 3)
                 whole["state"].setdefault(int(i), {})[slot] = value
         optimizer.load_state_dict(whole)
-    return {name: about[name] for name in ("step", "seconds", "losses")}
+    return {name: about[name] for name in ("step", "seconds", "losses", "sittings")}
 
 
 # ----------------------------------------------------------------------------------------------------------- publishing
 
 
-def publish(recipe: Recipe, trained: dict, path: Path, world: int, device: torch.device) -> dict:
+def publish(recipe: Recipe, trained: dict, path: Path) -> dict:
     """Write the backbone as float16 safetensors and its description as JSON beside it. Returns the description."""
     weights = {name: value.detach().half().cpu().contiguous() for name, value in trained["model"].backbone.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -559,7 +564,7 @@ def publish(recipe: Recipe, trained: dict, path: Path, world: int, device: torch
         "scenes_rendered": recipe.pool + trained["step"] * recipe.fresh,
         "seconds": round(trained["seconds"], 1),
         "losses": {name: round(value, 5) for name, value in trained["losses"].items()},
-        "machine": describe_machine(world, device),
+        "sittings": trained["sittings"],
         "evaluation": None,
     }
     os.replace(aside, path)
@@ -711,7 +716,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stop_at=options.stop_at,
         )
         if rank == 0 and trained["step"] == recipe.steps:
-            about = publish(recipe, trained, options.out, world, device)
+            about = publish(recipe, trained, options.out)
             print(f"{options.out}: {about['bytes'] / 1e6:.2f} MB, sha256 {about['digest']}", flush=True)
         elif rank == 0:
             print(f"stopped at step {trained['step']} of {recipe.steps}: the same command goes on from {options.state}")

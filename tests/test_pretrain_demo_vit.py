@@ -67,7 +67,7 @@ def test_writes_a_plain_timm_state_dict_with_its_description(tmp_path):
     assert about["digest"] == hashlib.sha256(out.read_bytes()).hexdigest()
     assert about["bytes"] == out.stat().st_size < 8_000_000
     assert about["steps"] == 6 and about["images_seen"] == 48 and about["recipe"]["seed"] == 0
-    assert about["scenes"]["split"] == "pretrain" and about["machine"]["processes"] == 1
+    assert about["scenes"]["split"] == "pretrain" and about["sittings"][0]["processes"] == 1
     assert set(about["losses"]) == {"pixels", "fate"}
 
 
@@ -77,6 +77,7 @@ def test_interrupted_and_uninterrupted_runs_write_the_same_bytes(tmp_path):
     assert not broken.exists()
     run(tmp_path, "broken")
     assert whole.read_bytes() == broken.read_bytes()
+    assert [s["from_step"] for s in json.loads(broken.with_suffix(".json").read_text())["sittings"]] == [0, 3]
 
 
 def test_seed_decides(tmp_path):
@@ -186,7 +187,7 @@ def test_two_processes_share_a_step(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     about = json.loads((tmp_path / "two.json").read_text())
-    assert about["machine"]["processes"] == 2 and about["images_seen"] == 32
+    assert about["sittings"][0]["processes"] == 2 and about["images_seen"] == 32
 
 
 @pytest.mark.parametrize(
