@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 
 import datasets.codes as codes
 from datasets.codes import CodeScenes, Groups, Prior, check_whole
-from datasets.scene import Scene, check_choice, split_planes
+from datasets.scene import Scene, UnreadableScene, check_choice, split_planes
 from errors import UserError
 
 GENERATOR_VERSION = 1  # part of the fingerprint: raise it with every change that alters a code, a box or a pixel
@@ -60,7 +60,8 @@ class Board(NamedTuple):
         Boxes that touch count as disjoint, as published.
 
         Raises:
-            UserError: an object found no place; the scene is not begun anew, which would change the law of positions.
+            UnreadableScene: an object found no place; the scene is not begun anew, which would change the law of
+                positions.
         """
         boxes: list[Box] = []
         for k in range(n):
@@ -71,9 +72,10 @@ class Board(NamedTuple):
                     boxes.append((x, y, x + reach, y + reach))
                     break
             else:
-                raise UserError(
-                    f"{key}: object {k + 1} of {n} ({self.obj} px) found no free place in {self.tries} tries on "
-                    f"{self.size} px; lower dataset.obj_size or the number of objects, or raise dataset.image_size"
+                raise UnreadableScene(
+                    key,
+                    f"object {k + 1} of {n} ({self.obj} px) found no free place in {self.tries} tries on {self.size} px; lower "
+                    "dataset.obj_size or the number of objects, or raise dataset.image_size",
                 )
         return boxes
 
@@ -129,7 +131,7 @@ class ColorShape(CodeScenes):
         f_split_max_attempt_factor: draws per wanted scene before sampling is given up.
         n_train, n_val, n_test: scenes; the defaults are the published 49 000 cut 80:20, and 9 800.
         sampling: "hashed" or "published", see the module text.
-        on_error: accepted like by every data set; a generated scene is never unreadable.
+        on_error: "raise" or "skip", for the caller: a scene whose objects find no place raises `UnreadableScene` either way.
 
     Raises:
         UserError: for a knob outside its range, or objects that can never be placed.

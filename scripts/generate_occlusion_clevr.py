@@ -266,7 +266,8 @@ class Stage:
     def _material(self, name: str, color: tuple) -> Any:
         if (name, color) not in self.painted:
             material = self.bpy.data.materials.new(f"{name}_{len(self.painted)}")
-            material.use_nodes = True
+            if material.node_tree is None:  # before Blender 5
+                material.use_nodes = True
             nodes = material.node_tree.nodes
             nodes.clear()
             output, group = nodes.new("ShaderNodeOutputMaterial"), nodes.new("ShaderNodeGroup")

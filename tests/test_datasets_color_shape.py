@@ -327,10 +327,19 @@ def test_balanced_mistakes_are_named(knobs, word):
         BalancedColorShape("train", n_train=3, **knobs)
 
 
-def test_placement_that_fails_names_the_scene():
-    jammed = ColorShape("train", n_train=20, image_size=72, obj_size=16, max_place_tries=3, split_mode="independent")
+def test_placement_that_fails_names_the_scene(tmp_path):
+    jammed = ColorShape("train", n_train=20, image_size=128, obj_size=16, max_place_tries=3, split_mode="independent")
     with pytest.raises(UserError, match=r"train-0-\d+: object \d+ of \d+ .* no free place in 3 tries"):
         for _ in jammed:
             pass
+    with pytest.raises(UserError, match=r"train-0-\d+: object \d+ of \d+ .* no free place in 3 tries"):
+        export(jammed, tmp_path, workers=1)
+    jammed.on_error = "skip"
+    directory = export(jammed, tmp_path)
+    meta = json.loads((directory / "metadata.json").read_text())
+    assert 0 < len(meta["files"]) == 20 - len(meta["unreadable"]) < 20
+    again = Exported("train", root=str(directory.parent))
+    index = int(again.meta["files"][-1][7:13])
+    assert again[-1].key == jammed.key(index) and np.array_equal(again.object_code[-1], jammed.object_code[index])
     free = ColorShape("train", n_train=3, image_size=40, non_overlapping=False, split_mode="independent")
     assert free[0].image.shape == (3, 40, 40)
