@@ -186,7 +186,7 @@ class PairScores:
         balanced_accuracy; auroc (Mann-Whitney, ties count one half); average_precision (sum of precision over steps of
         recall); positive_rate; majority (the better of always-same and always-different). The matched block has auroc
         only: the share of (positive, negative) couples at one distance that are in the right order, so that distance
-        alone is worth exactly 0.5 there.
+        alone is worth exactly 0.5 there (pairs of windows that cannot be compared count as one distance).
         """
         if not bool(self.seen.all()):
             raise ValueError(f"{int((~self.seen).sum())} images were never added")
