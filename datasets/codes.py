@@ -109,8 +109,8 @@ class Groups:
 
 
 @cache
-def count_by_size(a: tuple[int, ...]) -> tuple[int, ...]:
-    """N_k(a) for k = 0 .. prod(a): how many k-subsets of an a_1 x ... x a_G grid touch every value of every group.
+def count_by_size(a: tuple[int, ...], most: int | None = None) -> tuple[int, ...]:
+    """N_k(a) for k = 0 .. prod(a), or up to `most`: how many k-subsets of an a_1 x ... x a_G grid touch every value of every group.
 
     Inclusion and exclusion over the values left out, in exact integers. No group with values at all: one empty
     subset; some groups without values but not all: none; negative sizes: none.
@@ -119,12 +119,13 @@ def count_by_size(a: tuple[int, ...]) -> tuple[int, ...]:
         return (0,)
     if not all(a):
         return (0,) if any(a) else (1,)
+    last = math.prod(a) if most is None else min(most, math.prod(a))
     factors: dict[int, int] = {}  # by the number of cells that are left
     for left_out in itertools.product(*(range(size + 1) for size in a)):
         cells = math.prod(size - i for size, i in zip(a, left_out, strict=True))
         factor = (-1) ** sum(left_out) * math.prod(math.comb(size, i) for size, i in zip(a, left_out, strict=True))
         factors[cells] = factors.get(cells, 0) + factor
-    return tuple(sum(factor * math.comb(cells, k) for cells, factor in factors.items()) for k in range(math.prod(a) + 1))
+    return tuple(sum(factor * math.comb(cells, k) for cells, factor in factors.items()) for k in range(last + 1))
 
 
 def count_subsets(a: Sequence[int], k: int) -> int:
@@ -155,16 +156,17 @@ class Prior:
     def __init__(self, name: str, sizes: Sequence[int], weight: Mapping[int, int | Fraction]) -> None:
         self.name, self.sizes = name, tuple(sizes)
         self.weight = {k: w for k, w in sorted(weight.items()) if w > 0}
+        self._most = max(self.weight, default=0)
         self._entropy: dict[tuple[int, ...], float] = {}
 
     def number(self, a: Sequence[int]) -> int:
         """|Omega(F)|: object codes possible under the law whose F has a_g values in group g."""
-        table = count_by_size(tuple(a))
+        table = count_by_size(tuple(a), self._most)
         return sum(table[k] for k in self.weight if k < len(table))
 
     def mass(self, a: Sequence[int]) -> int | Fraction:
         """Unnormalised probability of one such F, exact."""
-        table = count_by_size(tuple(a))
+        table = count_by_size(tuple(a), self._most)
         return sum(table[k] * w for k, w in self.weight.items() if k < len(table))
 
     def entropy_of_counts(self, a: Sequence[int]) -> float:
@@ -219,7 +221,7 @@ class Prior:
 
     def _mean_log_weight(self, a: Sequence[int], mass: int | Fraction) -> float:
         """Mean of log2 weight[|Y|] over the object codes of one F."""
-        table = count_by_size(tuple(a))
+        table = count_by_size(tuple(a), self._most)
         weighed = [(k, w) for k, w in self.weight.items() if k < len(table) and w != 1]
         return math.fsum(float(table[k] * Fraction(w) / mass) * _log2(w) for k, w in weighed)
 
