@@ -110,7 +110,7 @@ class Groups:
 
 @cache
 def count_by_size(a: tuple[int, ...], most: int | None = None) -> tuple[int, ...]:
-    """N_k(a) for k = 0 .. prod(a), or up to `most`: how many k-subsets of an a_1 x ... x a_G grid touch every value of every group.
+    """N_k(a) for k = 0 .. prod(a), or `most`: the k-subsets of an a_1 x ... x a_G grid that touch every value of every group.
 
     Inclusion and exclusion over the values left out, in exact integers. No group with values at all: one empty
     subset; some groups without values but not all: none; negative sizes: none.
