@@ -43,12 +43,7 @@ def scramble(probe: Probe) -> Probe:
 
 
 every = pytest.mark.parametrize("mode", sorted(BINDING_PROBES))
-conditions = [
-    {},
-    {"condition_readout": False},
-    {"condition_query": False},
-    {"condition_query": False, "condition_readout": False},
-]
+conditions = [{"condition_query": q, "condition_readout": r} for q in (True, False) for r in (True, False)]
 
 
 # ------------------------------------------------------------------------------------------------------------- golden
