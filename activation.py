@@ -104,6 +104,9 @@ def open_sample(cfg: Any, split: str, *, say: Callable[[str], None] = print) -> 
         raise UserError(f"model.output_mode={mode} is unknown, expected one of {', '.join(STORED)}")
     if cfg.cache.dtype not in DTYPES:
         raise UserError(f"cache.dtype={cfg.cache.dtype} is unknown, expected one of {', '.join(DTYPES)}")
+    for name, least in (("batch_size", 1), ("shard_images", 1), ("workers", 0)):
+        if not isinstance(cfg.cache[name], int) or cfg.cache[name] < least:
+            raise UserError(f"cache.{name}={cfg.cache[name]} is not possible, expected a whole number from {least} on")
     if rank()[0]:
         say = _silent
     dataset = build_dataset(cfg, split)
@@ -462,14 +465,17 @@ def _finish(
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of this process; each rank on a machine takes a GPU of its own."""
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    """The device of this process for `auto`, `cpu`, `cuda` or `cuda:1`; each rank on a machine takes a GPU of its own.
+
+    Raises:
+        UserError: unknown, or not there.
+    """
+    kind, _, number = str(name).partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (number and not (kind == "cuda" and number.isdigit())):
+        raise UserError(f"device={name} is unknown, expected auto, cpu, cuda or cuda:<number>")
+    count = torch.cuda.device_count()
+    if kind == "cpu" or (kind == "auto" and not count):
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError(f"device={name} and this machine has no CUDA device, set device=cpu or auto")
-    if name in ("auto", "cuda"):
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device={name} is unknown, expected auto, cpu, cuda or cuda:<number>") from None
+    if int(number or 0) >= count:
+        raise UserError(f"device={name} and this machine has {count or 'no'} CUDA devices, set device=cpu or auto")
+    return torch.device("cuda", int(number or int(os.environ.get("LOCAL_RANK", 0)) % count))

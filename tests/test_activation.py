@@ -177,6 +177,9 @@ def test_output_modes_that_cannot_be_given(tmp_path: Path) -> None:
         (no_class_token, "needs a class token and vit_base_patch16_siglip_gap_224 has none"),
         (["model.output_mode=mean"], "is unknown, expected one of patches"),
         (["cache.dtype=int8"], "is unknown, expected one of float16"),
+        (["cache.batch_size=0"], "cache.batch_size=0 is not possible"),
+        (["device=tpu"], "device=tpu is unknown"),
+        (["device=cuda:99"], "device=cuda:99 and this machine has .* CUDA devices"),
         (["model.output_mode=all", "dataset.widths=[56]"], "takes 2 windows"),
         (["model.output_mode=mean_spatial", "dataset.widths=[56]"], "takes 2 windows"),
     ):
