@@ -335,6 +335,18 @@ def checkpoint_path(directory: str | Path, name: str, which: str) -> Path:
     return Path(directory) / "checkpoints" / name / f"{which}.safetensors"
 
 
+def checkpoint_files(directory: str | Path, name: str, which: str) -> list[Path]:
+    """The files of a fitted stack, in the cuts by layers it was fitted in; `which` is best or last.
+
+    Raises:
+        UserError: the run holds none.
+    """
+    files = sorted(checkpoint_path(directory, name, which).parent.glob(f"{which}.*.safetensors"))
+    if not files:
+        raise UserError(f"{directory} holds no {which} checkpoint of {name}; name the directory of a finished mode=train… run")
+    return files
+
+
 def write_table(run: Run, rows: Sequence[Mapping[str, Any]], file: str = "layers.csv") -> None:
     """Write rows (equal keys) as CSV."""
     with open(run.dir / f".{file}.part", "w", newline="", encoding="utf-8") as handle:

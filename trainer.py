@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -77,12 +77,19 @@ def run_eval(cfg: DictConfig, run: Run) -> dict[str, Any]:
             )
     if "dataset" in named:
         fitted.dataset = cfg.dataset
-    fitted.cache, fitted.device = cfg.cache, cfg.device
+    fitted.cache = OmegaConf.merge(cfg.cache, {"dtype": fitted.cache.dtype})
+    fitted.device = cfg.device
     sample = open_sample(fitted, cfg.eval.split, say=run.say)
     task = TASKS[fitted.task](fitted)
-    probes = load_probes(directory, "probe", cfg.eval.checkpoint)
+    probes = [load_probe(file) for file in results.checkpoint_files(directory, "probe", cfg.eval.checkpoint)]
     expected = [layer for probe in probes for layer in probe.layers]
     width = sample.tokens.shape[-1]
+    made_on, weights = probes[0].facts.get("backbone"), sample.meta["facts"]["weights"]
+    if made_on != weights:
+        raise UserError(
+            f"the checkpoint in {directory} was fitted on the backbone weights {made_on}, those at hand are {weights}; "
+            "put the former back, or fit a probe on the latter"
+        )
     if expected != list(sample.tokens.layers) or probes[0].dim != width:
         raise UserError(
             f"the checkpoint in {directory} holds layers {expected} of width {probes[0].dim}, the activations are layers "
@@ -107,18 +114,6 @@ def set_up(cfg: DictConfig) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device={name} was asked for but no CUDA device is visible; use device=cpu or device=auto")
     return torch.device(name)
-
-
-def load_probes(directory: Path, name: str, which: str) -> list[Probe]:
-    """The probes of a run, cut by layers as they were fitted.
-
-    Raises:
-        UserError: the run has none.
-    """
-    files = sorted(checkpoint_path(directory, name, which).parent.glob(f"{which}.*.safetensors"))
-    if not files:
-        raise UserError(f"{directory} holds no {which} checkpoint of {name}; name a finished training run and best or last")
-    return [load_probe(file) for file in files]
 
 
 class Progress(NamedTuple):
@@ -284,11 +279,12 @@ def fit(
             save_state(state_file, probe, optimizer, best, progress)
             saved = time.monotonic()
     bar.close()
-    probe.save(checkpoint_path(run.dir, name, f"last.{number:02d}"))
+    made_on = train.meta.get("facts", {}).get("weights")
+    probe.save(checkpoint_path(run.dir, name, f"last.{number:02d}"), backbone=made_on)
     with torch.no_grad():
         for n, p in probe.named_parameters():
             p.copy_(best[n])
-    probe.save(checkpoint_path(run.dir, name, f"best.{number:02d}"), best_epoch=progress.best_epoch.tolist())
+    probe.save(checkpoint_path(run.dir, name, f"best.{number:02d}"), backbone=made_on, best_epoch=progress.best_epoch.tolist())
     return probe
 
 

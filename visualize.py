@@ -408,24 +408,13 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     dataset = build_dataset(fitted, str(vis.split))
     if not 0 <= int(vis.image) < len(dataset):
         raise UserError(f"vis.image={vis.image}, expected 0 … {len(dataset) - 1} (images of split {vis.split})")
-    maps = score_maps(fitted, load_probes(directory), dataset[int(vis.image)], vis.pixel)
+    probes = [load_probe(file) for file in results.checkpoint_files(directory, "probe", "best")]
+    maps = score_maps(fitted, probes, dataset[int(vis.image)], vis.pixel)
     folder = Path(vis.out) if vis.out else run.dir
     folder.mkdir(parents=True, exist_ok=True)
     for path in write_score_maps(maps, folder, gif=bool(vis.gif), facts={"run": str(directory), "split": vis.split}):
         run.say(str(path))
     return {"own_score": [float(m[maps.anchor]) for m in maps.patch_scores]}
-
-
-def load_probes(directory: Path) -> list[Probe]:
-    """The fitted probe of a run, in the cuts it was fitted in.
-
-    Raises:
-        UserError: the run holds none.
-    """
-    files = sorted(results.checkpoint_path(directory, "probe", "best").parent.glob("best.*.safetensors"))
-    if not files:
-        raise UserError(f"{directory} holds no fitted probe; name a finished training run with vis.run=…")
-    return [load_probe(file) for file in files]
 
 
 def write_score_maps(maps: ScoreMaps, folder: Path, *, gif: bool, facts: Mapping[str, Any]) -> list[Path]:

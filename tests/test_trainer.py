@@ -11,8 +11,9 @@ from samples import planted_sample
 import trainer
 from controls import Control
 from errors import UserError
+from probes import load_probe
 from report import records
-from results import Run, read_records
+from results import Run, checkpoint_files, read_records
 from tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
@@ -93,7 +94,7 @@ def test_a_killed_fit_resumes_to_the_same_numbers(
         assert torch.equal(a, b), name
     assert read_records(run.dir / "history.jsonl") == read_records(again.dir / "history.jsonl")
     for which in ("best", "last"):
-        files = [trainer.load_probes(folder, "probe", which)[0] for folder in (run.dir, again.dir)]
+        files = [load_probe(checkpoint_files(folder, "probe", which)[0]) for folder in (run.dir, again.dir)]
         for a, b in zip(*(f.state_dict().values() for f in files), strict=True):
             assert torch.equal(a, b)
 
@@ -112,7 +113,7 @@ def test_every_fit_keeps_its_own_best_epoch(tmp_path: Path, monkeypatch: pytest.
     for name, value in probe.named_parameters():
         assert torch.equal(value[:, 0], seen[0][name][:, 0])
         assert torch.equal(value[:, 1], seen[1][name][:, 1])
-    loaded = trainer.load_probes(run.dir, "probe", "best")[0]
+    loaded = load_probe(checkpoint_files(run.dir, "probe", "best")[0])
     assert loaded.facts["best_epoch"] == [[1, 2], [1, 2]]
 
 

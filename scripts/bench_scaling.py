@@ -1,0 +1,79 @@
+"""Cost against size: extraction and fitting at 1×, 4× and 16× the images, and at 1×, 2× and 4× the layers.
+
+    python scripts/bench_scaling.py [--images 250] [--model demo_vit]
+
+Every row is a process of its own, so that peak memory is that row's; seconds are those of the step itself without start-up,
+and the last columns are ratios to the first row of the same run (machines differ, ratios less so). Linear cost shows
+as time ratios equal to size ratios, flat memory as a memory ratio of 1.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+# The measured process: run one mode with the given overrides, print seconds of the entry function and peak memory.
+CHILD = """
+import json, resource, sys, time
+from hydra import compose, initialize_config_dir
+sys.path.insert(0, sys.argv[1])
+from main import resolve_entry
+from results import open_run
+with initialize_config_dir(sys.argv[1] + "/cfgs", version_base="1.3"):
+    cfg = compose("config", sys.argv[2:])
+with open_run(cfg) as run:
+    entry = resolve_entry(cfg.entry)
+    start = time.perf_counter()
+    entry(cfg, run)
+    seconds = time.perf_counter() - start
+print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+"""
+
+
+def measure(folder: str, *overrides: str) -> tuple[float, float]:
+    """Seconds and peak MiB of one mode in a fresh process."""
+    fixed = [f"cache.dir={folder}/cache", f"output_dir={folder}/outputs", "wandb.mode=disabled", "controls=none"]
+    command = [sys.executable, "-c", CHILD, str(ROOT), *fixed, *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        sys.exit(done.stderr)
+    seconds, memory = json.loads(done.stdout.splitlines()[-1])
+    return seconds, memory
+
+
+def main() -> None:
+    """Measure and print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=250, help="training images of the first row")
+    parser.add_argument("--model", default="demo_vit")
+    arguments = parser.parse_args()
+    machine = platform.processor() or platform.machine()
+    print(f"{machine}, {os.cpu_count()} CPUs, {time.strftime('%Y-%m-%d')}, {arguments.model}")
+    # Nothing is held in memory that could be read from disk, one epoch, and the same few images for validation and test.
+    common = [f"model={arguments.model}", "cache.ram_gb=0", "trainer.epochs=1", "trainer.seeds=1", "trainer.n_boot=100",
+              "dataset.n_val=50", "dataset.n_test=50"]  # fmt: skip
+    rows = [(f"{factor}× images", [f"dataset.n_train={arguments.images * factor}"]) for factor in (1, 4, 16)]
+    rows += [(f"{n} layers", [f"dataset.n_train={arguments.images * 4}", f"model.layers=[{','.join(map(str, range(n)))}]"])
+             for n in (2, 4, 8)]  # fmt: skip
+    print(f"{'':12}{'extract s':>11}{'peak MiB':>10}{'fit s':>9}{'peak MiB':>10}   ratios to the first row of the block")
+    first: list[float] = []
+    for name, overrides in rows:
+        with tempfile.TemporaryDirectory() as folder:
+            extracted = measure(folder, "mode=extract", *common, *overrides)
+            fitted = measure(folder, "mode=train", *common, *overrides)
+        if name.startswith(("1×", "2 layers")):
+            first = [*extracted, *fitted]
+            print()
+        ratios = "  ".join(f"{value / base:5.2f}" for value, base in zip((*extracted, *fitted), first, strict=True))
+        print(f"{name:12}{extracted[0]:11.1f}{extracted[1]:10.0f}{fitted[0]:9.1f}{fitted[1]:10.0f}   {ratios}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
