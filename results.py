@@ -237,7 +237,10 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise UserError(f"{missing[0]} has no value; give it one on the command line: {missing[0]}=…")
-    directory = run_directory(cfg)
+    rank = int(os.environ.get("RANK", 0))
+    if rank and cfg.mode != "extract":
+        raise UserError(f"mode={cfg.mode} runs in one process; torchrun shares the work of mode=extract, then run it alone")
+    directory = run_directory(cfg) / (f"rank{rank}" if rank else "")  # what other ranks log is beside, not in, the run
     reused = (directory / "run.json").exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -247,16 +250,15 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-                raise UserError(
-                    f"another process is working in {directory}; wait for it, or start a second copy with resume=false"
-                ) from error
+            raise UserError(
+                f"another process is working in {directory}; wait for it, or start a second copy with resume=false"
+            ) from error
         write_atomically(directory / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         run = Run(directory, identify(cfg), reused)
         started = time.time()
         run.facts.update(provenance(), command=sys.argv, started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), status="running")
         _write_facts(run, started)
-        run.mirror = _open_mirror(cfg, run)
+        run.mirror = None if rank else _open_mirror(cfg, run)
         status = "failed"
         try:
             yield run

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import results
-from activation import PatchSample, open_sample
+from activation import PatchSample, choose_device, open_sample
 from controls import Control, build_controls, oracle_scores
 from errors import UserError
 from metrics import Estimate
@@ -103,17 +103,14 @@ def run_eval(cfg: DictConfig, run: Run) -> dict[str, Any]:
 
 
 def set_up(cfg: DictConfig) -> torch.device:
-    """Choose the device and the number of threads.
+    """Set the number of threads and choose the device.
 
     Raises:
         UserError: the device asked for is not there.
     """
     if cfg.threads:
         torch.set_num_threads(int(cfg.threads))
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else str(cfg.device)
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device={name} was asked for but no CUDA device is visible; use device=cpu or device=auto")
-    return torch.device(name)
+    return choose_device(cfg.device)
 
 
 class Progress(NamedTuple):
