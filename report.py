@@ -155,7 +155,8 @@ def find_counts(probe: Scored) -> str:
     """What the numbers rest on, in one line."""
     block = probe.scores[0]
     rate, majority = (block.metrics.get(key) for key in ("positive_rate", "majority"))
-    text = f"mean over {len(probe.seeds)} seeds, 95 % intervals over {block.counts['n_images']} images"
+    seeds = f"{len(probe.seeds)} seeds" if len(probe.seeds) > 1 else "one seed"
+    text = f"mean over {seeds}, 95 % intervals over {block.counts['n_images']} images"
     if rate is not None and majority is not None:
         text += f", {block.counts['n_pairs']} pairs, {float(rate.value[0]):.3f} of them one object"
         text += f" (majority rate {float(majority.value[0]):.3f})"
