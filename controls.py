@@ -11,7 +11,7 @@ The majority rate is part of every metric block. A control is fitted, selected a
 the probe, on the same images and patches.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -62,8 +62,8 @@ def position_code(positions: Tensor, n_frequencies: int = 16) -> Tensor:
 
 
 def pixels(cfg: DictConfig, samples: dict[str, PatchSample]) -> Control | None:
-    """The probe on the normalised pixels of each patch; None for a probe that needs a backbone's blocks."""
-    if cfg.probe.mode == "attention":
+    """The probe on the normalised pixels of each patch; None for a probe that needs a backbone's blocks or class token."""
+    if cfg.probe.mode in ("attention", "attention_quadratic") or cfg.model.output_mode in ("cls", "cls_mean"):
         return None
     return Control("pixels", cfg.probe, _with_model(cfg, samples, source="pixels", layers=["embed"], norm=False))
 
@@ -113,8 +113,13 @@ CONTROLS: dict[str, Callable[[DictConfig, dict[str, PatchSample]], Control | Non
 }
 
 
-def build_controls(cfg: DictConfig, samples: dict[str, PatchSample], say: Callable[[str], None]) -> list[Control]:
+def build_controls(
+    cfg: DictConfig, samples: dict[str, PatchSample], fitting: Collection[str], say: Callable[[str], None]
+) -> list[Control]:
     """The controls the configuration asks for: `controls=all`, `none` or a list of names.
+
+    Args:
+        fitting: those that mean something for the task.
 
     Raises:
         UserError: an unknown name.
@@ -126,7 +131,7 @@ def build_controls(cfg: DictConfig, samples: dict[str, PatchSample], say: Callab
         raise UserError(f"unknown control '{unknown[0]}'; valid: all, none or a list of {', '.join(CONTROLS)}")
     built = []
     for name in names:
-        control = CONTROLS[name](cfg, samples)
+        control = CONTROLS[name](cfg, samples) if name in fitting else None
         if control is not None:
             built.append(control)
         elif asked != "all":

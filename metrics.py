@@ -430,6 +430,17 @@ def interval(
     return low, high
 
 
+def interval_over_seeds(
+    estimate: Estimate, n_seeds: int, counts: Tensor, bounds: tuple[float, float] = (0.0, 1.0)
+) -> tuple[Tensor, Tensor]:
+    """As `interval`, of the mean over seeds of fits [S * L], every draw resampling images and seeds: two tensors [L]."""
+    weight = resample(n_seeds, len(counts), 1)[:, :, None] / n_seeds  # [n_boot, S, 1]
+    draws = (estimate.value[:, None] + estimate.influence @ counts.T).T.unflatten(1, (n_seeds, -1))  # [n_boot, S, L]
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = torch.quantile((draws * weight).sum(1), ends, dim=0).clamp(*bounds)
+    return low, high
+
+
 def confusion_matrix(target: Tensor, prediction: Tensor, n_classes: int, n_predictions: int | None = None) -> Tensor:
     """Counts [n_classes, n_predictions], rows true, columns predicted, over all elements whose target is a class.
 

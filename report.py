@@ -5,13 +5,14 @@ mean over seeds. Records name their protocol, and a table never mixes two.
 """
 
 import importlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 from torch import Tensor
 
-from metrics import Estimate, difference, interval, mean_over_seeds, resample
+from metrics import Estimate, difference, interval, interval_over_seeds, mean_over_seeds, resample
 from results import Run, format_table, write_table
 from tasks import Scores, Task
 
@@ -31,29 +32,45 @@ def records(scored: Scored, cfg: DictConfig, split: str) -> Iterator[dict[str, A
     for block in scored.scores:
         counts = bootstrap_counts(block, cfg) if counts is None else counts
         means = {key: mean_over_seeds(e, len(scored.seeds)) for key, e in block.metrics.items()}
-        ends = {key: interval(e, counts) for key, e in means.items()}
+        ends = {key: block_interval(e, block, len(scored.seeds), counts) for key, e in block.metrics.items()}
         bins = [(row, mean_over_seeds(row["auroc"], len(scored.seeds))) for row in block.distance]
         for index, layer in enumerate(scored.layers):
             common = {
                 "kind": "score", "name": scored.name, "split": split, "layer": layer, "layer_index": index,
-                "question": block.question, "readout": block.readout, "block": block.block, **block.counts,
+                "question": block.question, "readout": block.readout, "block": block.block, **block.counts, **block.facts,
             }  # fmt: skip
             for number, seed in enumerate(scored.seeds):
                 fit = number * n_layers + index
-                yield {**common, "seed": seed, "metrics": {k: float(e.value[fit]) for k, e in block.metrics.items()}}
+                found = {k: float(e.value[fit]) for k, e in block.metrics.items()}
+                yield {**common, "seed": seed, "metrics": found, **warned(block, found)}
+            found = {key: float(e.value[index]) for key, e in means.items()}
             yield {
                 **common,
                 "seed": "mean",
-                "metrics": {key: float(e.value[index]) for key, e in means.items()},
+                "metrics": found,
+                **warned(block, found),
                 "interval": {key: [float(low[index]), float(high[index])] for key, (low, high) in ends.items()},
                 "distance": [{**row, "auroc": float(e.value[index])} for row, e in bins],
             }
+
+
+def warned(block: Scores, metrics: dict[str, float]) -> dict[str, list[str]]:
+    """The warnings a record carries, if any."""
+    flags = block.flag(metrics)
+    return {"flags": flags} if flags else {}
 
 
 def bootstrap_counts(block: Scores, cfg: DictConfig) -> Tensor:
     """The resamples of the images; the same for every score of a run, so that comparisons are paired."""
     n_images = next(iter(block.metrics.values())).influence.shape[1]
     return resample(n_images, int(cfg.trainer.n_boot), int(cfg.seed))
+
+
+def block_interval(estimate: Estimate, block: Scores, n_seeds: int, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The 95 % interval of the mean over seeds of fits [S * L], two tensors [L]; over seeds too where the block says so."""
+    if block.over_seeds:
+        return interval_over_seeds(estimate, n_seeds, counts, block.bounds)
+    return interval(mean_over_seeds(estimate, n_seeds), counts, bounds=block.bounds)
 
 
 def report(summary: Sequence[Scored], task: Task, cfg: DictConfig, run: Run) -> dict[str, Any]:
@@ -69,9 +86,9 @@ def report(summary: Sequence[Scored], task: Task, cfg: DictConfig, run: Run) -> 
     rows = curve_rows(summary, counts)
     write_table(run, rows)
     run.mirror_curve(rows)
-    visualize = importlib.import_module("visualize")  # here, so that no fit waits for or depends on matplotlib
-    visualize.write_layer_curve(rows, task.columns, run.dir / "layers.png")
-    run.say(table(summary, task, counts))
+    figures = importlib.import_module(task.figures)  # here, so that no fit waits for or depends on matplotlib
+    figures.write_layer_curve(rows, task.columns, run.dir / "layers.png")
+    run.say(task.table(summary, counts) or table(summary, task, counts))
     run.say(f"\nrecords, curve and checkpoints: {run.dir}")
     best = best_layer(summary[0], task.columns[0])
     return {"objective": None if best is None else best[1]}
@@ -84,7 +101,7 @@ def curve_rows(summary: Sequence[Scored], counts: Tensor) -> list[dict[str, Any]
         for block in scored.scores:
             for metric, estimate in block.metrics.items():
                 mean = mean_over_seeds(estimate, len(scored.seeds))
-                low, high = interval(mean, counts)
+                low, high = block_interval(estimate, block, len(scored.seeds), counts)
                 for index, layer in enumerate(scored.layers):
                     rows.append({
                         "name": scored.name, "layer": layer, "layer_index": index, "question": block.question,
@@ -108,9 +125,9 @@ def best_layer(scored: Scored, column: tuple) -> tuple[int, float] | None:
     estimate = find(scored, column)
     if estimate is None:
         return None
-    value = mean_over_seeds(estimate, len(scored.seeds)).value.nan_to_num(-1.0)
+    value = mean_over_seeds(estimate, len(scored.seeds)).value.nan_to_num(-math.inf)
     index = int(value.argmax())
-    return None if value[index] < 0 else (index, float(value[index]))
+    return None if value[index] == -math.inf else (index, float(value[index]))
 
 
 def table(summary: Sequence[Scored], task: Task, counts: Tensor) -> str:

@@ -3,11 +3,13 @@
     pairwise   IsSameObject from the tokens of two patches (mode=train)
     class      the class of every patch (mode=train_class); pairs are scored by how far two read-outs agree
     identity   mask queries per image (mode=train_identity); pairs are scored the same way
+    binding    which conjunctions and features an image holds (mode=train_binding), in `binding.py`
 
 A task owns one axis of the stack beside the layers: `stack` lists what each entry is (a seed, and for the pairwise task
 the pairs its loss sees). Everything else, the loop, the checkpoints and the records, is the trainer's.
 """
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -52,7 +54,9 @@ class Batch(NamedTuple):
 class Scores(NamedTuple):
     """The scores of one block of one question for the fits [seeds × layers], seed first.
 
-    question: is_same_object, same_class or class. readout: how a pair's score is read from the logits.
+    question: is_same_object, same_class, class or binding. readout: how a pair's score is read from the logits.
+    facts: what every record of the block says beside its numbers. bounds: where an interval may end.
+    over_seeds: intervals of the mean resample the seeds too. flag: what a reader must be warned of, from the metrics.
     """
 
     question: str
@@ -61,6 +65,10 @@ class Scores(NamedTuple):
     metrics: dict[str, Estimate]
     counts: dict[str, int]
     distance: list[dict[str, Any]]
+    facts: Mapping[str, Any] = {}
+    bounds: tuple[float, float] = (0.0, 1.0)
+    over_seeds: bool = False
+    flag: Callable[[Mapping[str, float]], list[str]] = lambda metrics: []
 
 
 class Task:
@@ -72,6 +80,10 @@ class Task:
     """
 
     kind = "pointwise"
+    name = ""  # of a part, where a task has several
+    probes: Mapping[str, type[Probe]] = PROBES  # what probe.mode chooses from
+    controls: tuple[str, ...] = ("position", "pixels", "random", "class_oracle", "cosine", "dot_product")
+    figures = "visualize"  # the module whose write_layer_curve draws the scores
     labels: tuple[str, ...] = ("identity", "class", "valid")
     # What the table shows: question, readout, block, metric, title. The first one ranks the layers.
     columns = [
@@ -89,6 +101,19 @@ class Task:
             raise UserError(f"trainer.seeds is {seeds}, expected a number of at least 1 or a list of seeds")
         self.stack = [StackEntry(seed, "all") for seed in self.seeds]
         self.tokens_per_visit: int | None = cfg.protocol.selection.get("per_visit")
+        self.check_probe(cfg)
+
+    @classmethod
+    def rows(cls, cfg: DictConfig) -> list[tuple[str, DictConfig]]:
+        """What one run fits: a name and the configuration of each; here one, the run's own."""
+        return [("probe", cfg)]
+
+    def parts(self) -> list["Task"]:
+        """The fits a score is made of, each with its own loss and its own best epoch; here one."""
+        return [self]
+
+    def check_probe(self, cfg: DictConfig) -> None:
+        """Refuse a probe that is unknown or asks something else."""
         if cfg.probe.mode not in PROBES:
             raise UserError(f"unknown probe.mode '{cfg.probe.mode}'; valid: {', '.join(PROBES)}")
         if PROBES[cfg.probe.mode].kind != self.kind:
@@ -143,9 +168,18 @@ class Task:
 
     def build_probe(self, probe_cfg: Mapping, sample: PatchSample, layers: Sequence, **given: Any) -> Probe:
         """A fresh stack of probes for some layers of a sample; `given` is what the probe needs beside its settings."""
-        return build_probe(
-            probe_cfg, seeds=[entry.seed for entry in self.stack], layers=list(layers), dim=sample.tokens.shape[-1], **given
-        )
+        seeds, dim = [entry.seed for entry in self.stack], sample.tokens.shape[-1]
+        return build_probe(probe_cfg, seeds=seeds, layers=list(layers), dim=dim, table=self.probes, **given)
+
+    def refuse(self, probe: Probe, sample: PatchSample) -> None:
+        """Refuse a loaded probe that cannot be asked about a sample (layers and width are known to fit)."""
+
+    def introduce(self, samples: Mapping[str, PatchSample], run: Any) -> None:
+        """Say and record what a reader must know of the splits before any score."""
+
+    def logits(self, probe: Probe, x: Tensor, batch: Batch) -> Tensor:
+        """What the probe answers to activations x [L, B, T, D] of a batch."""
+        return probe(x)
 
     def outputs_per_token(self, n_tokens: int, probe_cfg: Mapping) -> int:
         """Logits per token, for the estimate of the memory a stack takes."""
@@ -158,6 +192,17 @@ class Task:
     def scorer(self, sample: PatchSample, n_layers: int) -> "Scorer":
         """Collects the scores of every image of a sample."""
         return Scorer(self, sample, n_layers)
+
+    def combine(self, found: Sequence[list[Scores]], sample: PatchSample) -> list[Scores]:
+        """The task's scores from those of its parts."""
+        return found[0]
+
+    def illustrate(self, name: str, stacks: Sequence[Sequence[Probe]], sample: PatchSample, run: Any) -> None:
+        """Draw what only the fitted probes can show."""
+
+    def table(self, summary: Sequence[Any], counts: Tensor) -> str | None:
+        """The terminal's table, where it is not the usual one (`report.table`)."""
+        return None
 
     def pair_scores(self, logits: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Read-out name and pair scores [S, L, B, T, T] in [0, 1] of pointwise logits [S, L, B, T, K].
@@ -252,7 +297,18 @@ class Identity(Task):
         return identity_loss(logits, batch.labels["identity"], valid=batch.labels["valid"])
 
 
-TASKS: dict[str, Callable[..., Task]] = {"pairwise": Pairwise, "class": Class, "identity": Identity}
+TASKS = {
+    "pairwise": "tasks.Pairwise",
+    "class": "tasks.Class",
+    "identity": "tasks.Identity",
+    "binding": "binding.Binding",
+}
+
+
+def find_task(name: str) -> type[Task]:
+    """The class behind the name of a task (`TASKS`); a name, so that a task may live in a module above this one."""
+    module, _, task = TASKS[name].rpartition(".")
+    return getattr(importlib.import_module(module), task)
 
 
 class Scorer:

@@ -1,6 +1,7 @@
 """The one probe loop: every layer and every seed of a probe is fitted in one stacked pass over cached activations.
 
-    run        mode=train, train_class, train_identity: open samples → fit → evaluate → controls → records, curve, table
+    run        mode=train, train_class, train_identity, train_binding: open samples → fit → evaluate → controls →
+               records, curve, table
     run_eval   mode=eval: score a finished run's checkpoint again, on any split or data set
     fit        AdamW or Adam on a stack of probes, validation selection per fit, exact resume
     evaluate   per-image scores of a stack, in one place
@@ -31,9 +32,10 @@ from metrics import Estimate
 from probes import Probe, load_probe
 from report import Scored, records, report
 from results import Run, checkpoint_path, write_atomically
-from tasks import TASKS, Scores, Task
+from tasks import Scores, Task, find_task
 
 SPLITS = ("train", "val", "test")
+MODES = ("train", "train_class", "train_identity", "train_binding")
 
 
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
@@ -45,15 +47,27 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     Raises:
         UserError: anything the user can mend, in one sentence.
     """
-    device = set_up(cfg)
-    task = TASKS[cfg.task](cfg)
-    samples = {split: open_sample(cfg, split, say=run.say) for split in SPLITS}
-    task.check(samples)
+    device, kind = set_up(cfg), find_task(cfg.task)
+    tasks = {name: kind(own) for name, own in kind.rows(cfg)}  # all of them first: a wrong setting costs no extraction
+    opened: dict[str, dict[str, PatchSample]] = {}
+    for name, task in sorted(tasks.items(), key=lambda row: row[1].cfg.model.output_mode != "all"):
+        # Whole images first: class and pooled tokens are then taken from what is stored.
+        opened[name] = {split: open_sample(task.cfg, split, say=run.say) for split in SPLITS}
+        task.check(opened[name])
+    next(iter(tasks.values())).introduce(next(iter(opened.values())), run)
     summary: list[Scored] = []
-    for control in (Control("probe", cfg.probe, samples), *build_controls(cfg, samples, say=run.say)):
-        asked = task if control.seeds is None else TASKS[cfg.task](cfg, control.seeds)
-        probes = fit_stack(control, asked, cfg, run, device) if control.probe is not None else []
-        summary.append(score(control, probes, asked, cfg, run, device, split="test"))
+    for name, task in tasks.items():
+        own, samples = task.cfg, opened.pop(name)
+        controls = build_controls(own, samples, task.controls, say=run.say)
+        if len(tasks) > 1:
+            controls = [control._replace(name=f"{name}/{control.name}") for control in controls]
+        for control in (Control(name, own.probe, samples), *controls):
+            asked = task if control.seeds is None else kind(own, control.seeds)
+            parts = asked.parts() if control.probe is not None else []
+            stacks = [fit_stack(control, part, own, run, device) for part in parts]
+            summary.append(score(control, stacks, asked, own, run, device, split="test"))
+            if control.name == name:
+                task.illustrate(name, stacks, samples["test"], run)
     return report(summary, task, cfg, run)
 
 
@@ -66,9 +80,9 @@ def run_eval(cfg: DictConfig, run: Run) -> dict[str, Any]:
         UserError: no such run or checkpoint, or the activations at hand are not those the probe was fitted on.
     """
     device = set_up(cfg)
-    directory = Path(cfg.eval.run or results.newest_run(cfg.output_dir, ("train", "train_class", "train_identity")))
+    directory = Path(cfg.eval.run or results.newest_run(cfg.output_dir, MODES))
     fitted = results.read_config(directory)
-    named = results.named_groups()
+    named, split, which = results.named_groups(), cfg.eval.split, cfg.eval.checkpoint
     for group in ("model", "protocol", "probe"):
         if group in named and cfg[group] != fitted[group]:
             raise UserError(
@@ -79,9 +93,25 @@ def run_eval(cfg: DictConfig, run: Run) -> dict[str, Any]:
         fitted.dataset = cfg.dataset
     fitted.cache = OmegaConf.merge(cfg.cache, {"dtype": fitted.cache.dtype})
     fitted.device = cfg.device
-    sample = open_sample(fitted, cfg.eval.split, say=run.say)
-    task = TASKS[fitted.task](fitted)
-    probes = [load_probe(file) for file in results.checkpoint_files(directory, "probe", cfg.eval.checkpoint)]
+    summary: list[Scored] = []
+    for name, own in find_task(fitted.task).rows(fitted):
+        task, sample = find_task(fitted.task)(own), open_sample(own, split, say=run.say)
+        stacks = [load_stack(directory, name, which, part, sample) for part in task.parts()]
+        task.check({split: sample})
+        run.say(f"scoring {directory} ({name}, {which}) on {split}")
+        stacks = [[probe.to(device) for probe in stack] for stack in stacks]
+        summary.append(score(Control(name, own.probe, {split: sample}), stacks, task, own, run, device, split=split))
+    return report(summary, task, fitted, run)
+
+
+def load_stack(directory: Path, name: str, which: str, part: Task, sample: PatchSample) -> list[Probe]:
+    """The probes of one part of a run, in the cuts they were fitted in.
+
+    Raises:
+        UserError: there are none, or the activations at hand are not those they were fitted on.
+    """
+    files = results.checkpoint_files(directory, part_name(name, part), which)
+    probes = [load_probe(file, part.probes) for file in files]
     expected = [layer for probe in probes for layer in probe.layers]
     width = sample.tokens.shape[-1]
     made_on, weights = probes[0].facts.get("backbone"), sample.meta["facts"]["weights"]
@@ -95,11 +125,13 @@ def run_eval(cfg: DictConfig, run: Run) -> dict[str, Any]:
             f"the checkpoint in {directory} holds layers {expected} of width {probes[0].dim}, the activations are layers "
             f"{list(sample.tokens.layers)} of width {width}; name the run that was fitted on this backbone with eval.run=…"
         )
-    task.check({cfg.eval.split: sample})
-    control = Control("probe", fitted.probe, {cfg.eval.split: sample})
-    run.say(f"scoring {directory} ({cfg.eval.checkpoint}) on {cfg.eval.split}")
-    scored = score(control, [p.to(device) for p in probes], task, fitted, run, device, split=cfg.eval.split)
-    return report([scored], task, fitted, run)
+    part.refuse(probes[0], sample)
+    return probes
+
+
+def part_name(name: str, part: Task) -> str:
+    """What the files of a part of a task are called."""
+    return f"{name}/{part.name}" if part.name else name
 
 
 def set_up(cfg: DictConfig) -> torch.device:
@@ -136,7 +168,7 @@ def fit_stack(control: Control, task: Task, cfg: DictConfig, run: Run, device: t
         probe = task.build_probe(control.probe, train, chunk, say=run.say).to(device)
         if probe.needs_statistics:
             probe.set_statistics(*token_statistics(train, chunk, cfg.trainer.batch_size))
-        probes.append(fit(probe, task, train, val, cfg, run, name=control.name, number=number))
+        probes.append(fit(probe, task, train, val, cfg, run, name=part_name(control.name, task), number=number))
     return probes
 
 
@@ -243,7 +275,8 @@ def fit(
             rate = learning_rate(trainer, epoch + step / len(batches))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss = task.loss(probe(batch.tokens(train, index, device)), batch.to(device))  # [S, L]
+            x, batch = batch.tokens(train, index, device), batch.to(device)
+            loss = task.loss(task.logits(probe, x, batch), batch)  # [S, L]
             if not torch.isfinite(loss).all():
                 s, layer = (int(i) for i in (~torch.isfinite(loss)).nonzero()[0])
                 raise UserError(
@@ -293,7 +326,8 @@ def mean_loss(
     probe.eval()
     total, seen = 0.0, 0
     for batch in task.batches(sample, batch_size, None):
-        loss = task.loss(probe(batch.tokens(sample, index, device)), batch.to(device))
+        x, batch = batch.tokens(sample, index, device), batch.to(device)
+        loss = task.loss(task.logits(probe, x, batch), batch)
         total, seen = total + loss.cpu() * len(batch.images), seen + len(batch.images)
     return total / seen
 
@@ -336,7 +370,7 @@ def load_state(path: Path, probe: Probe, optimizer: torch.optim.Optimizer, best:
 
 def score(
     control: Control,
-    probes: Sequence[Probe],
+    stacks: Sequence[Sequence[Probe]],
     task: Task,
     cfg: DictConfig,
     run: Run,
@@ -344,14 +378,19 @@ def score(
     *,
     split: str,
 ) -> Scored:
-    """Evaluate a control on a split and write a record per layer, seed and block, then the means over seeds."""
-    sample = control.samples[split]
-    parts = [evaluate(probe, task, sample, int(cfg.trainer.batch_size), device) for probe in probes]
-    layers = [layer for probe in probes for layer in probe.layers]
+    """Evaluate a control on a split and write a record per layer, seed and block, then the means over seeds.
+
+    Args:
+        stacks: for every part of the task its probes, in the cuts they were fitted in; none for the class oracle.
+    """
+    sample, batch_size, found = control.samples[split], int(cfg.trainer.batch_size), []
+    for part, probes in zip(task.parts(), stacks, strict=False):
+        cuts = [evaluate(probe, part, sample, batch_size, device) for probe in probes]
+        found.append([concatenate(blocks, len(task.seeds)) for blocks in zip(*cuts, strict=True)])
+    layers = [layer for probe in stacks[0] for layer in probe.layers] if stacks else [control.name]
     if control.probe is None:
-        parts, layers = [evaluate_oracle(task, sample, int(cfg.trainer.batch_size))], [control.name]
-    blocks = [concatenate(cuts, len(task.seeds)) for cuts in zip(*parts, strict=True)]
-    scored = Scored(control.name, layers, task.seeds, blocks)
+        found = [evaluate_oracle(task, sample, batch_size)]
+    scored = Scored(control.name, layers, task.seeds, task.combine(found, sample))
     for record in records(scored, cfg, split):
         run.write(record)
     return scored
@@ -364,7 +403,8 @@ def evaluate(probe: Probe, task: Task, sample: PatchSample, batch_size: int, dev
     index = [list(sample.tokens.layers).index(layer) for layer in probe.layers]
     scorer = task.scorer(sample, len(index))
     for batch in tqdm(list(task.batches(sample, batch_size, None)), desc="evaluate", disable=None, leave=False):
-        scorer.add(batch.to(device), probe(batch.tokens(sample, index, device)))
+        x, batch = batch.tokens(sample, index, device), batch.to(device)
+        scorer.add(batch, task.logits(probe, x, batch))
     return scorer.finish()
 
 

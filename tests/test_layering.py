@@ -14,6 +14,8 @@ ALLOWED = {
     "report": {"tasks", "metrics", "results"},
     "controls": {"activation"},
     "tasks": {"activation", "backbones", "losses", "metrics", "probes"},
+    "binding": {"activation", "binding_probes", "datasets", "metrics", "probes", "report", "results", "tasks"},
+    "visualize_binding": {"results"},
     "visualize": {"activation", "backbones", "probes", "patches", "results", "metrics"},
     "activation": {"patches", "backbones", "index", "store"},
     "index": {"patches", "store"},

@@ -14,7 +14,7 @@ from errors import UserError
 from probes import load_probe
 from report import records
 from results import Run, checkpoint_files, read_records
-from tasks import TASKS
+from tasks import find_task
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,7 +36,7 @@ def fit_planted(cfg: DictConfig, folder: Path, layers: tuple = ("embed", 0)) -> 
         keep = [list(sample.tokens.layers).index(layer) for layer in layers]
         x = sample.tokens.gather(torch.arange(len(sample.keys)), keep)
         samples[split] = sample._replace(tokens=type(sample.tokens).from_tensor(x, list(layers)))
-    task = TASKS[cfg.task](cfg)
+    task = find_task(cfg.task)(cfg)
     control, run = Control("probe", cfg.probe, samples), open_test_run(folder)
     return task, control, trainer.fit_stack(control, task, cfg, run, torch.device("cpu")), run
 
@@ -57,7 +57,7 @@ def test_cutting_the_stack_by_layers_changes_nothing(tmp_path: Path) -> None:
     assert len(whole) == 1 and len(cut) == 2
     cfg = configure()
     scores = [
-        trainer.score(control, probes, task, cfg, open_test_run(tmp_path / name), torch.device("cpu"), split="test")
+        trainer.score(control, [probes], task, cfg, open_test_run(tmp_path / name), torch.device("cpu"), split="test")
         for name, probes in (("a", whole), ("b", cut))
     ]
     assert scores[0].layers == scores[1].layers
@@ -120,7 +120,7 @@ def test_every_fit_keeps_its_own_best_epoch(tmp_path: Path, monkeypatch: pytest.
 def test_planted_objects_are_found_and_noise_is_not(tmp_path: Path) -> None:
     cfg = configure("trainer.epochs=15", "trainer.seeds=2", "trainer.lr=2e-2")
     task, control, probes, run = fit_planted(cfg, tmp_path)
-    scored = trainer.score(control, probes, task, cfg, run, torch.device("cpu"), split="test")
+    scored = trainer.score(control, [probes], task, cfg, run, torch.device("cpu"), split="test")
     rows = [r for r in records(scored, cfg, "test") if r["seed"] == "mean" and r["block"] == "all"]
     noise, signal = rows
     assert noise["layer"] == "embed" and noise["interval"]["auroc"][0] < 0.55
@@ -144,7 +144,7 @@ def test_a_split_without_a_usable_pair_is_refused(labels: torch.Tensor, missing:
     sample = planted_sample(n_images=4, n_tokens=6)
     sample.labels["identity"] = labels
     with pytest.raises(UserError, match=f"split val has no usable pair.*{missing}"):
-        TASKS["pairwise"](configure()).check({"val": sample})
+        find_task("pairwise")(configure()).check({"val": sample})
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_split_without_a_usable_pair_is_refused(labels: torch.Tensor, missing:
 def test_a_probe_that_does_not_fit_the_task_is_refused(overrides: list[str], said: str) -> None:
     cfg = configure(*overrides)
     with pytest.raises(UserError, match=said):
-        TASKS[cfg.task](cfg)
+        find_task(cfg.task)(cfg)
 
 
 @pytest.mark.parametrize(("schedule", "expected"), [("constant", 1.0), ("linear", 0.5), ("cosine", 0.5), ("step", 0.04)])
@@ -178,7 +178,7 @@ def test_statistics_are_those_of_the_valid_tokens() -> None:
 
 
 def test_tokens_of_a_visit_are_redrawn_in_training_and_fixed_in_evaluation() -> None:
-    task, sample = TASKS["pairwise"](configure("protocol=object_binding_2026")), planted_sample(n_tokens=100)
+    task, sample = find_task("pairwise")(configure("protocol=object_binding_2026")), planted_sample(n_tokens=100)
     order = torch.Generator().manual_seed(0)
     draws = [torch.cat([b.visited for b in task.batches(sample, 8, order)]) for _ in range(2)]
     assert draws[0].shape == (24, 64) and not torch.equal(*draws)
