@@ -181,7 +181,7 @@ class Task:
         """What the probe answers to activations x [L, B, T, D] of a batch."""
         return probe(x)
 
-    def outputs_per_token(self, n_tokens: int, probe_cfg: Mapping) -> int:
+    def outputs_per_token(self, sample: PatchSample, n_tokens: int, probe_cfg: Mapping) -> int:
         """Logits per token, for the estimate of the memory a stack takes."""
         return n_tokens
 
@@ -197,7 +197,7 @@ class Task:
         """The task's scores from those of its parts."""
         return found[0]
 
-    def illustrate(self, name: str, stacks: Sequence[Sequence[Probe]], sample: PatchSample, run: Any) -> None:
+    def illustrate(self, scored: Any, stacks: Sequence[Sequence[Probe]], sample: PatchSample, run: Any) -> None:
         """Draw what only the fitted probes can show."""
 
     def table(self, summary: Sequence[Any], counts: Tensor) -> str | None:
@@ -269,7 +269,7 @@ class Class(Task):
         """A stack with one output per class of the data set."""
         return super().build_probe(probe_cfg, sample, layers, n_classes=len(sample.meta["classes"]), **given)
 
-    def outputs_per_token(self, n_tokens: int, probe_cfg: Mapping) -> int:
+    def outputs_per_token(self, sample: PatchSample, n_tokens: int, probe_cfg: Mapping) -> int:
         """Pair scores outweigh the classes."""
         return 2 * n_tokens
 
@@ -288,7 +288,7 @@ class Class(Task):
 class Identity(Task):
     """Which object of its image a patch belongs to, by mask queries matched to objects."""
 
-    def outputs_per_token(self, n_tokens: int, probe_cfg: Mapping) -> int:
+    def outputs_per_token(self, sample: PatchSample, n_tokens: int, probe_cfg: Mapping) -> int:
         """Queries and pair scores."""
         return 2 * n_tokens + int(probe_cfg["n_queries"])
 

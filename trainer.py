@@ -67,7 +67,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             stacks = [fit_stack(control, part, own, run, device) for part in parts]
             summary.append(score(control, stacks, asked, own, run, device, split="test"))
             if control.name == name:
-                task.illustrate(name, stacks, samples["test"], run)
+                task.illustrate(summary[-1], stacks, samples["test"], run)
     return report(summary, task, cfg, run)
 
 
@@ -180,7 +180,7 @@ def layers_per_stack(
     n_stack, batch = len(task.stack), int(trainer.batch_size)
     n_tokens = min(n_tokens, task.tokens_per_visit or n_tokens)
     tokens = batch * n_tokens * dim * 4 * (1 + n_stack)
-    scores = n_stack * batch * n_tokens * task.outputs_per_token(n_tokens, probe_cfg) * 4 * 4
+    scores = n_stack * batch * n_tokens * task.outputs_per_token(sample, n_tokens, probe_cfg) * 4 * 4
     weights = 5 * 4 * n_stack * task.build_probe(probe_cfg, sample, sample.tokens.layers[:1]).n_parameters / n_stack
     return max(1, min(n_layers, int(float(trainer.max_gb) * 1e9 // (tokens + scores + weights))))
 
