@@ -18,8 +18,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+import options
 from errors import UserError
-from results import explain_config_error, open_run
+from results import open_run
 
 # Hydra would print its own trace and exit; with this set it hands the exception to `cli`, which prints one sentence.
 os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -36,6 +37,7 @@ def main(cfg: DictConfig) -> float | None:
     """Run one Hydra job; the returned objective lets a Hydra sweeper optimise over jobs."""
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
+        options.check(cfg)
         with open_run(cfg) as run:
             return resolve_entry(cfg.entry)(cfg, run).get("objective")
     except UserError as error:
@@ -59,7 +61,7 @@ def cli() -> None:
         if isinstance(error, UserError):
             sys.exit(f"error: {error}")
         if isinstance(error, HydraException | OmegaConfBaseException):
-            sys.exit(f"error: {explain_config_error(error)}")
+            sys.exit(f"error: {options.explain(error)}")
         where = traceback.extract_tb(error.__traceback__)[-1]
         sys.exit(
             f"error: unexpected {type(error).__name__} at {os.path.basename(where.filename)}:{where.lineno}: {error}; "

@@ -34,6 +34,10 @@ from errors import UserError
 ROOT = Path(__file__).parent
 # Settings that change where or how a run is carried out, never its numbers.
 _NOT_IN_HASH = ("debug", "resume", "output_dir", "wandb", "threads")
+# Of these a restart takes over what is there.
+RESULT_FILES = ("metrics.jsonl", "history.jsonl", "layers.csv", "layers.png", "checkpoints")
+TRAIN_MODES = ("train", "train_class", "train_identity", "train_binding")
+WANDB_MODES = ("online", "offline", "disabled")
 _RECORD_KEY = ("kind", "name", "split", "layer", "seed", "question", "readout", "block", "epoch")
 
 
@@ -105,14 +109,17 @@ class Run:
         dir: the run directory.
         facts: what `run.json` holds; entries may add to it, it is written when the run ends.
         reused: True when this directory already held this configuration (finished, failed or killed).
+        source: the directory of the run this one looks at (mode=eval, vis), else None.
     """
 
-    def __init__(self, directory: Path, identity: Mapping[str, Any], reused: bool) -> None:
+    def __init__(self, directory: Path, identity: Mapping[str, Any], reused: bool, source: Path | None = None) -> None:
         self.dir = directory
         self.identity = dict(identity)
         self.facts: dict[str, Any] = {}
         self.reused = reused
+        self.source = source
         self.mirror: Any = None
+        self.opened = time.monotonic()
         self._log: IO[str] = open(directory / "log.txt", "a", encoding="utf-8")
         self._files: dict[str, IO[str]] = {}
         self._seen: dict[str, set[str]] = {}
@@ -138,6 +145,24 @@ class Run:
         line = json.dumps(_jsonable({**self.identity, **record}), allow_nan=False)
         self._files[file].write(line + "\n")
         self._files[file].flush()
+
+    def rest_on(self, inputs: Mapping[str, Any]) -> None:
+        """Say what the numbers rest on beside configuration and code (the activations, the run that is scored).
+
+        Goes into run.json. Where this directory holds results that rest on something else, they are set aside: a record
+        or a checkpoint of other data is never taken over.
+        """
+        inputs, before = _jsonable(inputs), self.facts.get("inputs")
+        if before not in (None, inputs):
+            number = 1 + len(list(self.dir.glob("superseded-*")))
+            aside = self.dir / f"superseded-{number}"
+            aside.mkdir()
+            for name in RESULT_FILES:
+                if (self.dir / name).exists():
+                    os.replace(self.dir / name, aside / name)
+            self.say(f"note: the data or weights are not those of the results in {self.dir}; these were moved to {aside.name}")
+        self.facts["inputs"] = inputs
+        _write_facts(self)
 
     def mirror_curve(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Send the layer curve to W&B: one step per layer, one series per control, block and metric."""
@@ -208,15 +233,32 @@ def identify(cfg: DictConfig) -> dict[str, str]:
     }
 
 
-def run_directory(cfg: DictConfig) -> Path:
+def source_run(cfg: DictConfig) -> Path | None:
+    """The run a mode looks at: `<mode>.run` or the newest finished training run; None for modes that look at none.
+
+    Raises:
+        UserError: it is no run directory, or there is none.
+    """
+    block = cfg.get(cfg.mode)
+    if not isinstance(block, DictConfig) or "run" not in block:
+        return None
+    directory = Path(block.run) if block.run else newest_run(cfg.output_dir, TRAIN_MODES)
+    read_config(directory)
+    return directory
+
+
+def run_directory(cfg: DictConfig, source: Path | None = None) -> Path:
     """Where a configuration's results live: readable names and a hash of configuration and code."""
     plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+    if source is not None:
+        plain[cfg.mode]["run"] = str(source.resolve())  # type: ignore[index,call-overload]
     for key in _NOT_IN_HASH:
         plain.pop(key, None)  # type: ignore[union-attr]
     plain["cache"] = {"dtype": plain["cache"]["dtype"]}  # the rest says where and how fast, not what
     fingerprint = hashlib.sha256((json.dumps(plain, sort_keys=True, default=str) + code_digest()).encode()).hexdigest()
-    names = identify(cfg)
-    label = "-".join(re.sub(r"[^\w.]+", "_", names[k]) for k in ("model", "dataset", "protocol", "probe"))
+    label = "-".join(re.sub(r"[^\w.]+", "_", identify(cfg)[k]) for k in ("model", "dataset", "protocol", "probe"))
+    if source is not None:
+        label = source.name
     directory = Path(cfg.output_dir) / cfg.mode / f"{label}-{fingerprint[:8]}"
     if cfg.resume:
         return directory
@@ -232,15 +274,18 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
     """Open the run directory of a configuration, mark how the run ended, close everything.
 
     Raises:
-        UserError: a value is missing, or another process works in the same directory.
+        UserError: a value is missing, the run to look at is, or another process works in the same directory.
     """
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise UserError(f"{missing[0]} has no value; give it one on the command line: {missing[0]}=…")
+    if cfg.wandb.mode not in WANDB_MODES:
+        raise UserError(f"unknown wandb.mode '{cfg.wandb.mode}'; valid: {', '.join(WANDB_MODES)}")
     rank = int(os.environ.get("RANK", 0))
     if rank and cfg.mode != "extract":
         raise UserError(f"mode={cfg.mode} runs in one process; torchrun shares the work of mode=extract, then run it alone")
-    directory = run_directory(cfg) / (f"rank{rank}" if rank else "")  # what other ranks log is beside, not in, the run
+    source = source_run(cfg)
+    directory = run_directory(cfg, source) / (f"rank{rank}" if rank else "")  # what other ranks log is beside, not in, the run
     reused = (directory / "run.json").exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -254,10 +299,12 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
                 f"another process is working in {directory}; wait for it, or start a second copy with resume=false"
             ) from error
         write_atomically(directory / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-        run = Run(directory, identify(cfg), reused)
-        started = time.time()
-        run.facts.update(provenance(), command=sys.argv, started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), status="running")
-        _write_facts(run, started)
+        run = Run(directory, identify(cfg), reused, source)
+        if source is not None:  # its numbers belong to what was fitted there
+            run.identity |= {**read_facts(source).get("identity", {}), "mode": cfg.mode}
+        run.facts.update(provenance(), identity=run.identity, inputs=read_facts(directory).get("inputs"))
+        run.facts.update(command=sys.argv, started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), status="running")
+        _write_facts(run)
         run.mirror = None if rank else _open_mirror(cfg, run)
         status = "failed"
         try:
@@ -268,14 +315,14 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
             raise
         finally:
             run.facts["status"] = status
-            _write_facts(run, started)
+            _write_facts(run)
             if run.mirror is not None:
                 run.mirror.finish(exit_code=0 if status == "finished" else 1)
             run.close()
 
 
-def _write_facts(run: Run, started: float) -> None:
-    run.facts["seconds"] = round(time.time() - started, 2)
+def _write_facts(run: Run) -> None:
+    run.facts["seconds"] = round(time.monotonic() - run.opened, 2)
     write_atomically(run.dir / "run.json", json.dumps(_jsonable(run.facts), indent=2) + "\n")
 
 
@@ -299,6 +346,12 @@ def _open_mirror(cfg: DictConfig, run: Run) -> Any:
     except Exception as error:  # the mirror must never cost a result
         run.say(f"note: W&B is not mirrored ({type(error).__name__}: {error}); the run's own files are complete")
         return None
+
+
+def read_facts(directory: Path) -> dict[str, Any]:
+    """What run.json says; empty without one."""
+    path = directory / "run.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def newest_run(output_dir: str | Path, modes: Iterable[str] = ("train",)) -> Path:
@@ -367,48 +420,3 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join(cells).rstrip()
 
     return "\n".join([line(header), line(["-" * w for w in widths]), *(line(row) for row in rows)])
-
-
-def named_groups() -> set[str]:
-    """Config groups the command line sets something in: `dataset=…` and `dataset.root=…` both name "dataset"."""
-    if not HydraConfig.initialized():
-        return set()
-    return {re.split(r"[.=]", override.lstrip("+~"))[0] for override in HydraConfig.get().overrides.task}
-
-
-def explain_config_error(error: Exception) -> str:
-    """Turn what Hydra or OmegaConf raised into one sentence that names the valid choices."""
-    text = " ".join(str(error).split())
-    unknown = re.search(r"Could not find '(\w+)/([^']*)'.*?Available options in '\w+': (.*)", text)
-    if unknown:
-        group, name, options = unknown.groups()
-        options = re.sub(r" Config search path:.*", "", options)
-        return f"unknown {group} '{name}'; valid: {', '.join(sorted(options.split()))}"
-    key = re.search(r"Could not override '([^']+)'", text)
-    if key:
-        parent, _, name = key.group(1).rpartition(".")
-        return f"unknown option '{key.group(1)}'; {_valid_keys(parent)}"
-    return text
-
-
-def _valid_keys(parent: str) -> str:
-    """The keys the configuration has at a place, read from the composed defaults."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "cfgs"), version_base="1.3"):
-        node = OmegaConf.select(compose("config", sys.argv[1:] and _groups_only(sys.argv[1:])), parent) if parent else None
-        node = compose("config") if node is None else node
-    keys = ", ".join(sorted(str(k) for k in node)) if isinstance(node, DictConfig) else "none, it is a plain value"
-    return f"valid keys {f'of {parent}' if parent else 'at the top'}: {keys}"
-
-
-def _groups_only(arguments: Sequence[str]) -> list[str]:
-    """The overrides that choose a file of a config group (they decide which keys exist)."""
-    chosen = []
-    for argument in arguments:
-        group, _, value = argument.partition("=")
-        if (ROOT / "cfgs" / group / f"{value}.yaml").exists():
-            chosen.append(argument)
-    return chosen

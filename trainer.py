@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+import options
 import results
 from activation import PatchSample, choose_device, open_sample
 from controls import Control, build_controls, oracle_scores
@@ -35,7 +36,6 @@ from results import Run, checkpoint_path, write_atomically
 from tasks import Scores, Task, find_task
 
 SPLITS = ("train", "val", "test")
-MODES = ("train", "train_class", "train_identity", "train_binding")
 
 
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
@@ -54,6 +54,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         # Whole images first: class and pooled tokens are then taken from what is stored.
         opened[name] = {split: open_sample(task.cfg, split, say=run.say) for split in SPLITS}
         task.check(opened[name])
+    run.rest_on({name: {split: fingerprints(s) for split, s in samples.items()} for name, samples in opened.items()})
     next(iter(tasks.values())).introduce(next(iter(opened.values())), run)
     summary: list[Scored] = []
     for name, task in tasks.items():
@@ -80,28 +81,27 @@ def run_eval(cfg: DictConfig, run: Run) -> dict[str, Any]:
         UserError: no such run or checkpoint, or the activations at hand are not those the probe was fitted on.
     """
     device = set_up(cfg)
-    directory = Path(cfg.eval.run or results.newest_run(cfg.output_dir, MODES))
-    fitted = results.read_config(directory)
-    named, split, which = results.named_groups(), cfg.eval.split, cfg.eval.checkpoint
-    for group in ("model", "protocol", "probe"):
-        if group in named and cfg[group] != fitted[group]:
-            raise UserError(
-                f"the checkpoint in {directory} was fitted with another {group} than the one named on the command line; "
-                f"leave {group} out, or fit a probe with it first"
-            )
-    if "dataset" in named:
-        fitted.dataset = cfg.dataset
-    fitted.cache = OmegaConf.merge(cfg.cache, {"dtype": fitted.cache.dtype})
-    fitted.device = cfg.device
-    summary: list[Scored] = []
-    for name, own in find_task(fitted.task).rows(fitted):
-        task, sample = find_task(fitted.task)(own), open_sample(own, split, say=run.say)
+    directory, split, which = run.source, cfg.eval.split, cfg.eval.checkpoint
+    fitted = options.adopt(results.read_config(directory), cfg, directory)
+    if "dataset" in options.named():
+        run.identity["dataset"] = results.identify(cfg)["dataset"]
+    kind, summary = find_task(fitted.task), []
+    rows = [(name, own, open_sample(own, split, say=run.say)) for name, own in kind.rows(fitted)]
+    inputs = {name: {split: fingerprints(sample)} for name, _, sample in rows}
+    run.rest_on({**inputs, "run": directory.name, "fitted on": results.read_facts(directory).get("inputs")})
+    for name, own, sample in rows:
+        task = kind(own)
         stacks = [load_stack(directory, name, which, part, sample) for part in task.parts()]
         task.check({split: sample})
         run.say(f"scoring {directory} ({name}, {which}) on {split}")
         stacks = [[probe.to(device) for probe in stack] for stack in stacks]
         summary.append(score(Control(name, own.probe, {split: sample}), stacks, task, own, run, device, split=split))
     return report(summary, task, fitted, run)
+
+
+def fingerprints(sample: PatchSample) -> dict[str, str]:
+    """What tells these activations and labels from all others."""
+    return {"activations": sample.meta["fingerprint"], "labels": sample.meta["index"]}
 
 
 def load_stack(directory: Path, name: str, which: str, part: Task, sample: PatchSample) -> list[Probe]:

@@ -30,6 +30,7 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
+import options
 import results
 from activation import build_dataset
 from backbones import load_backbone
@@ -38,7 +39,6 @@ from patches import DroppedImage, Geometry, PatchLabels, cut_windows, merge_scor
 from probes import Probe, load_probe
 from results import Run, write_atomically
 
-TRAIN_MODES = ("train", "train_class", "train_identity")
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6}
 DPI = 160
 FRAME_MS = 500
@@ -400,11 +400,8 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         UserError: no such run, image or anchor.
     """
     vis = cfg.vis
-    directory = Path(vis.run) if vis.run else results.newest_run(cfg.output_dir, TRAIN_MODES)
-    fitted = results.read_config(directory)
-    fitted.device, fitted.cache = cfg.device, cfg.cache
-    if "dataset" in results.named_groups():
-        fitted.dataset = cfg.dataset
+    directory = Path(vis.run) if vis.run else results.newest_run(cfg.output_dir, results.TRAIN_MODES)
+    fitted = options.adopt(results.read_config(directory), cfg, directory)
     dataset = build_dataset(fitted, str(vis.split))
     if not 0 <= int(vis.image) < len(dataset):
         raise UserError(f"vis.image={vis.image}, expected 0 … {len(dataset) - 1} (images of split {vis.split})")

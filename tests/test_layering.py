@@ -9,14 +9,14 @@ ROOT = Path(__file__).parent.parent
 OURS = {path.stem for path in ROOT.glob("*.py")} | {"datasets", "dense", "neco"}
 FREE = {"errors"}
 ALLOWED = {
-    "main": {"results"},  # everything else by name, from the mode's config
-    "trainer": {"tasks", "probes", "activation", "controls", "metrics", "report", "results"},
+    "main": {"options", "results"},  # everything else by name, from the mode's config
+    "trainer": {"tasks", "probes", "activation", "controls", "metrics", "options", "report", "results"},
     "report": {"tasks", "metrics", "results"},
     "controls": {"activation"},
     "tasks": {"activation", "backbones", "losses", "metrics", "probes"},
     "binding": {"activation", "binding_probes", "datasets", "metrics", "probes", "report", "results", "tasks"},
     "visualize_binding": {"results"},
-    "visualize": {"activation", "backbones", "probes", "patches", "results", "metrics"},
+    "visualize": {"activation", "backbones", "options", "probes", "patches", "results", "metrics"},
     "activation": {"patches", "backbones", "index", "store"},
     "index": {"patches", "store"},
     "patches": {"windows"},
@@ -26,7 +26,7 @@ ALLOWED = {
     "binding_probes": {"probes", "forms"},
     "conftest": set(),
     "errors": set(),
-    **{leaf: set() for leaf in ("forms", "metrics", "windows", "results", "backbone_weights", "losses", "store")},
+    **{leaf: set() for leaf in ("forms", "metrics", "windows", "options", "results", "backbone_weights", "losses", "store")},
 }
 
 

@@ -391,7 +391,7 @@ def test_mode_vis_names_what_is_missing(finished, tmp_path):
     for file in (finished.directory / "checkpoints/probe").iterdir():
         file.unlink()
     finished.cfg.vis.run = None
-    with pytest.raises(UserError, match="holds no fitted probe"):
+    with pytest.raises(UserError, match="holds no best checkpoint of probe"):
         visualize.run(finished.cfg, run)
 
 

@@ -1,0 +1,151 @@
+"""What may be asked on the command line: values of the right kind, options that somebody reads, mistakes in one sentence.
+
+The schema is the configuration itself: `cfgs/config.yaml` has every option with a default of the kind it takes.
+"""
+
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from errors import UserError
+
+CONFIGS = Path(__file__).parent / "cfgs"
+# Blocks whose reader refuses by name what it does not know: only there a key may be added.
+OPEN = ("dataset", "model.kwargs")
+# Numbers that may also be given as a list.
+LISTS = ("trainer.seeds",)
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse what nobody would read and values of another kind than their default.
+
+    A whole default takes whole numbers (of at least 1 if it is itself), a decimal one numbers of at least 0, true or
+    false only these two.
+
+    Raises:
+        UserError: the first option that does not fit.
+    """
+    for override in HydraConfig.get().overrides.task if HydraConfig.initialized() else ():
+        key = re.split("=|$", override.lstrip("+~"), maxsplit=1)[0].partition("@")[0]
+        if override.startswith("~"):
+            raise UserError(f"{override} takes an option away, and all of them are needed; set {key}=… instead")
+        if override.startswith("+") and not key.startswith(tuple(f"{block}." for block in OPEN)):
+            raise UserError(f"{override} adds an option that nothing reads; {valid_keys(key.rpartition('.')[0])}")
+    for key, default in _leaves(OmegaConf.to_container(OmegaConf.load(CONFIGS / "config.yaml"))):
+        block, _, _ = key.rpartition(".")
+        if block and not isinstance(OmegaConf.select(cfg, block), DictConfig):
+            raise UserError(f"{block} is a block of options, got {cfg[block]}; set them one by one, such as {key}={default}")
+        given = OmegaConf.select(cfg, key)
+        values = list(given) if key in LISTS and isinstance(given, ListConfig) else [given]
+        kind, least = _kind_of(default, isinstance(given, ListConfig))
+        if any(not _fits(value, default, least) for value in values):
+            raise UserError(f"{key}: got {given}, expected {kind}{' or a list of them' if key in LISTS else ''}")
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested blocks, without what is Hydra's own."""
+    for key, value in node.items():
+        if isinstance(value, Mapping) and key != "hydra":
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif key not in ("hydra", "defaults"):
+            yield f"{prefix}{key}", value
+
+
+def _kind_of(default: Any, in_list: bool) -> tuple[str, float]:
+    """In words what an option with this default takes, and the least number among it."""
+    if isinstance(default, bool):
+        return "true or false", 0
+    least = 0 if in_list or not isinstance(default, int) else min(default, 1)
+    return f"a {'whole ' if isinstance(default, int) else ''}number of at least {least}", least
+
+
+def _fits(value: Any, default: Any, least: float) -> bool:
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if not isinstance(default, int | float):
+        return True  # names and lists: checked where they are looked up
+    kinds = int if isinstance(default, int) else int | float
+    return isinstance(value, kinds) and not isinstance(value, bool) and least <= value < math.inf
+
+
+def explain(error: Exception) -> str:
+    """Turn what Hydra or OmegaConf raised into one sentence that names the valid choices."""
+    text = " ".join(str(error).split())
+    unknown = re.search(r"Could not find '([\w/]+)/([^'/]*)'", text)
+    if unknown:
+        group, name = unknown.groups()
+        options = re.search(r"Available options in '[\w/]+': (.*?)(?: Config search path:|$)", text)
+        names = [name for name in sorted(options[1].split()) if not name.startswith("_")] if options else ["none"]
+        return f"unknown {group} '{name}'; valid: {', '.join(names)}"
+    key = re.search(r"Could not override '([^']+)'", text)
+    if key:
+        # A block given as a whole names the block; the key inside it that does not exist is told by the cause.
+        inside = re.search(r"full_key: (\S+)", str(error.__cause__))
+        return f"unknown option '{inside[1] if inside else key[1]}'; {valid_keys(key[1].rpartition('.')[0])}"
+    return text.removesuffix(" See https://hydra.cc/docs/1.2/advanced/override_grammar/basic for details")
+
+
+def valid_keys(parent: str) -> str:
+    """The keys the configuration has at a place, read from the composed defaults and the chosen files."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        composed = compose("config", _groups_only(sys.argv[1:]))
+    node = OmegaConf.select(composed, parent) if parent else composed
+    if not isinstance(node, DictConfig):
+        return f"{parent} is {'a plain value' if node is not None else 'unknown itself'}"
+    keys = ", ".join(sorted(map(str, node))) or "none"
+    adding = f"; further ones are added with +{parent}.<key>=…" if parent in OPEN else ""
+    return f"valid keys {f'of {parent}' if parent else 'at the top'}: {keys}{adding}"
+
+
+def _groups_only(arguments: Sequence[str]) -> list[str]:
+    """The overrides that choose a file of a config group (they decide which keys exist); the first one of a sweep."""
+    chosen = []
+    for argument in arguments:
+        group, _, value = argument.partition("=")
+        value = value.partition(",")[0]
+        if (CONFIGS / group / f"{value}.yaml").exists():
+            chosen.append(f"{group}={value}")
+    return chosen
+
+
+def named() -> list[str]:
+    """The keys the command line sets, in order: "dataset" where a file is chosen, "dataset.root" for one option."""
+    if not HydraConfig.initialized():
+        return []
+    return [re.split("[=@]", override.lstrip("+~"))[0] for override in HydraConfig.get().overrides.task]
+
+
+def adopt(fitted: DictConfig, cfg: DictConfig, directory: Path) -> DictConfig:
+    """The configuration of a finished run, for looking at it again: what the command line names of the data is put in.
+
+    A data set named takes the place of the run's own; single options of it (`dataset.noise=0.5`) are set on top.
+
+    Args:
+        fitted: configuration of the run; changed in place.
+        cfg: the present one.
+        directory: of the run, for the error.
+
+    Raises:
+        UserError: the command line names something that was settled when the run was fitted.
+    """
+    for key in named():
+        head, value = key.split(".")[0], OmegaConf.select(cfg, key)
+        if head == "dataset" or key in ("trainer.batch_size", "trainer.n_boot"):
+            OmegaConf.update(fitted, key, value, merge=False)
+        elif head in ("model", "protocol", "probe", "trainer", "seed") and value != OmegaConf.select(fitted, key):
+            raise UserError(
+                f"{directory} was fitted with another {key} than the one named on the command line; leave {key} out, or fit "
+                "a probe with it first"
+            )
+    fitted.cache = OmegaConf.merge(cfg.cache, {"dtype": fitted.cache.dtype})
+    fitted.device = cfg.device
+    return fitted
