@@ -2,6 +2,7 @@
 
     position      the task's own probe on where a patch lies, nothing else
     pixels        the task's own probe on the raw pixels of each patch
+    pixels_position  the same on pixels and position side by side: all there is before any backbone
     random        the task's own probe on the same architecture with random weights
     class_oracle  no probe: two patches are "the same object" when their true classes agree
     cosine        cosine similarity of the tokens, only a threshold is fitted
@@ -18,7 +19,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from activation import PatchSample, StackedTokens, open_sample
+from activation import PatchSample, open_sample
 from errors import UserError
 
 
@@ -35,14 +36,32 @@ class Control(NamedTuple):
     seeds: list[int] | None = None
 
 
+class MadeTokens:
+    """Tokens of one pretended layer that are made as they are read; to a probe the same as `StackedTokens`.
+
+    Args:
+        read: images [B] -> tokens [1, B, T, D] float32.
+        layer: what the layer is called.
+        n_images: M.
+    """
+
+    def __init__(self, read: Callable[[Tensor], Tensor], layer: str, n_images: int) -> None:
+        self.read, self.layers = read, [layer]
+        self.shape = (1, n_images, *read(torch.arange(1)).shape[2:])
+
+    def gather(self, images: Tensor, layers: list[int] | None = None) -> Tensor:
+        """The tokens [1, B, T, D] of some images."""
+        return self.read(images)
+
+
 def position(cfg: DictConfig, samples: dict[str, PatchSample]) -> Control | None:
     """The probe on sine-cosine codes of window, row and column; None for a probe that needs a backbone's blocks."""
     if cfg.probe.mode == "attention":
         return None
     coded = {}
     for split, sample in samples.items():
-        tokens = StackedTokens.from_tensor(position_code(sample.position)[None], ["position"])
-        coded[split] = sample._replace(tokens=tokens)
+        read = lambda images, at=sample.position: position_code(at[images])[None]
+        coded[split] = sample._replace(tokens=MadeTokens(read, "position", len(sample.keys)))
     return Control("position", cfg.probe, coded)
 
 
@@ -66,6 +85,19 @@ def pixels(cfg: DictConfig, samples: dict[str, PatchSample]) -> Control | None:
     if cfg.probe.mode in ("attention", "attention_quadratic") or cfg.model.output_mode in ("cls", "cls_mean"):
         return None
     return Control("pixels", cfg.probe, _with_model(cfg, samples, source="pixels", layers=["embed"], norm=False))
+
+
+def pixels_position(cfg: DictConfig, samples: dict[str, PatchSample]) -> Control | None:
+    """The probe on pixels and position side by side; None for a probe that needs a backbone's blocks."""
+    parts = [pixels(cfg, samples), position(cfg, samples)]
+    if None in parts:
+        return None
+    joined = {}
+    for split, sample in samples.items():
+        sources = [part.samples[split].tokens for part in parts]
+        read = lambda images, sources=sources: torch.cat([tokens.gather(images, None) for tokens in sources], -1)
+        joined[split] = sample._replace(tokens=MadeTokens(read, "pixels_position", len(sample.keys)))
+    return Control("pixels_position", cfg.probe, joined)
 
 
 def random(cfg: DictConfig, samples: dict[str, PatchSample]) -> Control | None:
@@ -106,6 +138,7 @@ def dot_product(cfg: DictConfig, samples: dict[str, PatchSample]) -> Control | N
 CONTROLS: dict[str, Callable[[DictConfig, dict[str, PatchSample]], Control | None]] = {
     "position": position,
     "pixels": pixels,
+    "pixels_position": pixels_position,
     "random": random,
     "class_oracle": class_oracle,
     "cosine": cosine,
@@ -125,10 +158,11 @@ def build_controls(
         UserError: an unknown name.
     """
     asked = cfg.controls
-    names = list(CONTROLS) if asked == "all" else [] if asked in ("none", None) else list(OmegaConf.to_object(asked))
+    names = list(CONTROLS) if asked == "all" else [] if asked in ("none", None) else asked
+    names = [names] if isinstance(names, str) else list(names)
     unknown = sorted(set(names) - set(CONTROLS))
     if unknown:
-        raise UserError(f"unknown control '{unknown[0]}'; valid: all, none or a list of {', '.join(CONTROLS)}")
+        raise UserError(f"unknown control '{unknown[0]}'; valid for controls=: all, none or a list of {', '.join(CONTROLS)}")
     built = []
     for name in names:
         control = CONTROLS[name](cfg, samples) if name in fitting else None

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from activation import PatchSample
-from backbones import load_backbone, next_block_query_key
+from backbones import backbone_facts, load_backbone, next_block_query_key, resolve_layers
 from errors import UserError
 from losses import agreement, class_loss, identity_loss, pair_bce
 from metrics import Estimate, PairScores, mean_estimate, pair_strata
@@ -82,7 +82,7 @@ class Task:
     kind = "pointwise"
     name = ""  # of a part, where a task has several
     probes: Mapping[str, type[Probe]] = PROBES  # what probe.mode chooses from
-    controls: tuple[str, ...] = ("position", "pixels", "random", "class_oracle", "cosine", "dot_product")
+    controls: tuple[str, ...] = ("position", "pixels", "pixels_position", "random", "class_oracle", "cosine", "dot_product")
     figures = "visualize"  # the module whose write_layer_curve draws the scores
     labels: tuple[str, ...] = ("identity", "class", "valid")
     # What the table shows: question, readout, block, metric, title. The first one ranks the layers.
@@ -102,6 +102,11 @@ class Task:
         self.stack = [StackEntry(seed, "all") for seed in self.seeds]
         self.tokens_per_visit: int | None = cfg.protocol.selection.get("per_visit")
         self.check_probe(cfg)
+        if "identity" in self.labels and cfg.model.output_mode not in ("patches", "all"):
+            raise UserError(
+                f"model.output_mode={cfg.model.output_mode} keeps no patches and mode={cfg.mode} scores pairs of patches; "
+                "set model.output_mode=patches"
+            )
 
     @classmethod
     def rows(cls, cfg: DictConfig) -> list[tuple[str, DictConfig]]:
@@ -130,6 +135,8 @@ class Task:
             UserError: a split lacks pairs of one object or pairs of two.
         """
         for split, sample in samples.items():
+            if "identity" not in sample.labels:
+                raise UserError(f"{sample.meta['dataset']} tells no objects apart, mode={self.cfg.mode} needs maps of them")
             identity, valid = sample.labels["identity"], sample.labels["valid"]
             low = torch.where(valid, identity, identity.max() + 1).amin(1)
             high = torch.where(valid, identity, -1).amax(1)
@@ -226,16 +233,29 @@ class Pairwise(Task):
     def __init__(self, cfg: DictConfig, seeds: Sequence[int] | None = None) -> None:
         super().__init__(cfg, seeds)
         accuracies = {"upper": "accuracy", "upper_diagonal": "accuracy_upper_diagonal", "all": "accuracy_all"}
+        pairs = cfg.protocol.pairs
+        for key, value in (("accuracy", pairs.accuracy), ("loss", pairs.loss)):
+            if value not in accuracies:
+                raise UserError(f"unknown protocol.pairs.{key} '{value}'; valid: {', '.join(accuracies)}")
         self.columns = [
             ("is_same_object", "logit", "all", "auroc", "all pairs AUROC"),
-            ("is_same_object", "logit", "all", accuracies[cfg.protocol.pairs.accuracy], "all pairs accuracy"),
+            ("is_same_object", "logit", "all", accuracies[pairs.accuracy], "all pairs accuracy"),
             ("is_same_object", "logit", "foreground", "auroc", "foreground AUROC"),
             ("is_same_object", "logit", "same_class_matched", "auroc", "same class, matched AUROC"),
         ]
-        self.stack = [StackEntry(seed, pairs) for pairs in cfg.protocol.pairs.fit for seed in self.seeds]
+        self.stack = [StackEntry(seed, variant) for variant in pairs.fit for seed in self.seeds]
         unknown = {entry.variant for entry in self.stack} - {"all", "foreground"}
         if unknown:
             raise UserError(f"protocol.pairs.fit names '{unknown.pop()}'; valid: all, foreground")
+        if cfg.probe.mode == "attention":  # said here, not after an extraction
+            depth = backbone_facts(cfg.model).depth
+            layers = resolve_layers(cfg.model.layers, depth)
+            if depth - 1 in layers:
+                taken = [layer for layer in layers if layer != depth - 1] or ["embed"]
+                raise UserError(
+                    f"probe.mode=attention reads with the block after each layer and no block comes after layer {depth - 1}; "
+                    f"set model.layers=[{','.join(map(str, taken))}]"
+                )
 
     def build_probe(self, probe_cfg: Mapping, sample: PatchSample, layers: Sequence, **given: Any) -> Probe:
         """A stack of pair probes; the attention probe is given the frozen projections of the block after each layer."""

@@ -52,6 +52,7 @@ LINES = {
     "random": ("random weights", RED, "-"),
     "position": ("position only", GREEN, "--"),
     "pixels": ("raw pixels", PINK, "--"),
+    "pixels_position": ("pixels + position", PINK, "-."),
     "class_oracle": ("true class", GREY, "--"),
     "cosine": ("cosine", ORANGE, ":"),
     "dot_product": ("dot product", SKY, ":"),
