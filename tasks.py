@@ -102,11 +102,6 @@ class Task:
         self.stack = [StackEntry(seed, "all") for seed in self.seeds]
         self.tokens_per_visit: int | None = cfg.protocol.selection.get("per_visit")
         self.check_probe(cfg)
-        if "identity" in self.labels and cfg.model.output_mode not in ("patches", "all"):
-            raise UserError(
-                f"model.output_mode={cfg.model.output_mode} keeps no patches and mode={cfg.mode} scores pairs of patches; "
-                "set model.output_mode=patches"
-            )
 
     @classmethod
     def rows(cls, cfg: DictConfig) -> list[tuple[str, DictConfig]]:
@@ -118,7 +113,12 @@ class Task:
         return [self]
 
     def check_probe(self, cfg: DictConfig) -> None:
-        """Refuse a probe that is unknown or asks something else."""
+        """Refuse a probe that is unknown or asks something else, and tokens it cannot be asked about."""
+        if cfg.model.output_mode not in ("patches", "all"):
+            raise UserError(
+                f"model.output_mode={cfg.model.output_mode} keeps no patches and mode={cfg.mode} scores pairs of patches; "
+                "set model.output_mode=patches"
+            )
         if cfg.probe.mode not in PROBES:
             raise UserError(f"unknown probe.mode '{cfg.probe.mode}'; valid: {', '.join(PROBES)}")
         if PROBES[cfg.probe.mode].kind != self.kind:
