@@ -77,28 +77,41 @@ class SymmetricForm(torch.autograd.Function):
 
     The transpose is taken of the [T, T] scores instead, and because only W + W' matters, the part of W below its block
     diagonal is folded onto the part above: wide tokens need 5/8 of the multiplications, forward and backward. Fits go
-    one after the other through one buffer, so working memory does not grow with the stack.
+    one after the other, some images at a time, through one buffer that a processor's cache can hold, so working memory
+    does not grow with the stack.
     """
 
     @staticmethod
-    def blocks(dim: int, device: torch.device) -> list[tuple[int, int]]:
-        """Blocks [start, stop) of the channels: four on a CPU from D = 512 on; a GPU prefers one large product."""
-        size = -(-dim // 4) if dim >= 512 and device.type == "cpu" else dim
-        return [(start, min(start + size, dim)) for start in range(0, dim, size)]
+    def cuts(x: Tensor) -> tuple[list[tuple[int, int]], int]:
+        """Blocks [start, stop) of the channels and number of images at a time for tokens x [L, B, T, D].
+
+        On a CPU four blocks from D = 512 on, and 4 M elements at a time (both measured); a GPU prefers one product.
+        """
+        _, n_images, n_tokens, dim = x.shape
+        if x.device.type != "cpu":
+            return [(0, dim)], n_images
+        size = -(-dim // 4) if dim >= 512 else dim
+        blocks = [(start, min(start + size, dim)) for start in range(0, dim, size)]
+        return blocks, min(n_images, max(1, 2**22 // (n_tokens * dim)))
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         """Tokens x [L, B, T, D] (float32 or bfloat16), weight float32 [S, L, D, D] -> float32 [S, L, B, T, T]."""
         n_layers, n_images, n_tokens, dim = x.shape
+        blocks, n_part = SymmetricForm.cuts(x)
         half = torch.empty(len(weight), n_layers, n_images, n_tokens, n_tokens, device=x.device)
-        z = x.new_empty(n_images * n_tokens, dim)
+        buffer = x.new_empty(n_part, n_tokens, dim)
         for layer, s in itertools.product(range(n_layers), range(len(weight))):
-            w, rows = weight[s, layer], x[layer].view(-1, dim)  # [D, D], [B T, D]
-            for start, stop in SymmetricForm.blocks(dim, x.device):
-                folded = w[:stop, start:stop].clone()
-                folded[:start] += w[start:stop, :start].mT.contiguous()
-                torch.mm(rows[:, :stop], folded.to(x.dtype), out=z[:, start:stop])
-            half[s, layer] = torch.bmm(z.view(n_images, n_tokens, dim), x[layer].mT)
+            w, folded = weight[s, layer], []
+            for start, stop in blocks:
+                columns = w[:stop, start:stop].clone()
+                columns[:start] += w[start:stop, :start].mT.contiguous()
+                folded.append(columns.to(x.dtype))
+            for part, scores in zip(x[layer].split(n_part), half[s, layer].split(n_part), strict=True):
+                z = buffer[: len(part)]
+                for (start, stop), columns in zip(blocks, folded, strict=True):
+                    torch.mm(part.view(-1, dim)[:, :stop], columns, out=z.view(-1, dim)[:, start:stop])
+                scores.copy_(torch.bmm(z, part.mT))
         ctx.save_for_backward(x)
         return (half + half.mT).mul_(0.5 * dim**-0.5)
 
@@ -109,17 +122,19 @@ class SymmetricForm(torch.autograd.Function):
             raise NotImplementedError("the symmetric form has no gradient for its tokens")
         (x,) = ctx.saved_tensors
         n_layers, n_images, n_tokens, dim = x.shape
+        blocks, n_part = SymmetricForm.cuts(x)
         half = (grad + grad.mT).mul_(0.5 * dim**-0.5).to(x.dtype)  # [S, L, B, T, T]
-        out = torch.empty(len(grad), n_layers, dim, dim, device=x.device)
-        # Channels lead in z, tokens of all images follow: the large product then reads both its sides in order.
-        z = x.new_empty(dim, n_images, n_tokens)
+        out = torch.zeros(len(grad), n_layers, dim, dim, device=x.device)
+        buffer = x.new_empty(dim * n_part * n_tokens)
         for layer, s in itertools.product(range(n_layers), range(len(grad))):
-            rows = x[layer].view(-1, dim)  # [B T, D]
-            torch.bmm(x[layer].mT, half[s, layer], out=z.permute(1, 0, 2))
-            for start, stop in SymmetricForm.blocks(dim, x.device):
-                block = torch.mm(z.view(dim, -1)[start:stop], rows[:, start:])  # [stop - start, D - start]
-                out[s, layer, start:stop, start:] = block
-                out[s, layer, stop:, start:stop] = block[:, stop - start :].mT.contiguous()
+            for part, scores in zip(x[layer].split(n_part), half[s, layer].split(n_part), strict=True):
+                # Channels lead in z, tokens of all images follow: the large product then reads both its sides in order.
+                z = buffer[: part.numel()].view(dim, len(part), n_tokens)
+                torch.bmm(part.mT, scores, out=z.transpose(0, 1))
+                for start, stop in blocks:
+                    out[s, layer, start:stop, start:] += torch.mm(z.view(dim, -1)[start:stop], part.view(-1, dim)[:, start:])
+            for start, stop in blocks:
+                out[s, layer, stop:, start:stop] = out[s, layer, start:stop, stop:].mT.contiguous()
         return None, out
 
 

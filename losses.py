@@ -25,18 +25,20 @@ def pair_mask(n_tokens: int, pairs: str, device: torch.device | None = None) -> 
 
 
 class _WeightedBCE(torch.autograd.Function):
-    """sum_n w_n (softplus(s_n) - y_n s_n): one pass each way, with w and w*y shared by all fits."""
+    """sum_n w_n (softplus(s_n) - y_n s_n) for scores [S, L, ...]; w and w*y, flat, are shared by all fits."""
 
     @staticmethod
     def forward(ctx, scores: Tensor, weight: Tensor, weight_same: Tensor) -> Tensor:
+        ctx.shape, scores = scores.shape, scores.flatten(2)
         ctx.save_for_backward(scores, weight, weight_same)
-        return (F.softplus(scores) * weight - scores * weight_same).sum((-3, -2, -1))
+        # Dot products instead of element-wise products and sums: nothing of the size of the scores but the softplus.
+        return F.softplus(scores) @ weight - scores @ weight_same
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         scores, weight, weight_same = ctx.saved_tensors
-        out = torch.sigmoid(scores).mul_(weight).sub_(weight_same)
-        return out.mul_(grad[..., None, None, None]), None, None
+        out = torch.sigmoid(scores).mul_(weight).sub_(weight_same).mul_(grad.unsqueeze(-1))
+        return out.view(ctx.shape), None, None
 
 
 def pair_bce(logits: Tensor, same: Tensor, *, pairs: str, valid: Tensor | None = None) -> Tensor:
@@ -51,12 +53,12 @@ def pair_bce(logits: Tensor, same: Tensor, *, pairs: str, valid: Tensor | None =
     Returns:
         [S, L] in nats; 0 where no pair counts.
     """
-    weight = pair_mask(same.shape[-1], pairs, logits.device).expand(same.shape)
+    counted = pair_mask(same.shape[-1], pairs, logits.device)
     if valid is not None:
-        weight = weight & valid.unsqueeze(-1) & valid.unsqueeze(-2)
-    weight = weight.to(logits.dtype)
+        counted = counted & valid.unsqueeze(-1) & valid.unsqueeze(-2)
+    weight = counted.to(logits.dtype).expand(same.shape)
     weight = weight / weight.sum().clamp_min(1)
-    return _WeightedBCE.apply(logits, weight, weight * same)
+    return _WeightedBCE.apply(logits, weight.flatten(), (weight * same).flatten())
 
 
 def class_loss(logits: Tensor, label: Tensor, *, valid: Tensor | None = None) -> Tensor:

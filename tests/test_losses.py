@@ -129,7 +129,7 @@ def test_a_diverged_fit_stays_visible() -> None:
 
 @pytest.mark.parametrize("pairs", ["upper", "upper_diagonal", "all"])
 def test_pair_bce_equals_the_plain_one(pairs: str) -> None:
-    logits = (torch.randn(2, 3, 4, 6, 6) * 5).requires_grad_()
+    logits = (torch.randn(6, 2, 3, 4, 6) * 5).permute(1, 2, 3, 0, 4).requires_grad_()  # any memory layout
     same, valid = torch.rand(4, 6, 6) > 0.5, torch.rand(4, 6) > 0.3
     counted = pair_mask(6, pairs) & valid[:, :, None] & valid[:, None]
     expected = torch.stack([
