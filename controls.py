@@ -146,13 +146,8 @@ CONTROLS: dict[str, Callable[[DictConfig, dict[str, PatchSample]], Control | Non
 }
 
 
-def build_controls(
-    cfg: DictConfig, samples: dict[str, PatchSample], fitting: Collection[str], say: Callable[[str], None]
-) -> list[Control]:
-    """The controls the configuration asks for: `controls=all`, `none` or a list of names.
-
-    Args:
-        fitting: those that mean something for the task.
+def control_names(cfg: DictConfig) -> list[str]:
+    """The names behind `controls=all`, `none`, one name or a list.
 
     Raises:
         UserError: an unknown name.
@@ -163,6 +158,21 @@ def build_controls(
     unknown = sorted(set(names) - set(CONTROLS))
     if unknown:
         raise UserError(f"unknown control '{unknown[0]}'; valid for controls=: all, none or a list of {', '.join(CONTROLS)}")
+    return names
+
+
+def build_controls(
+    cfg: DictConfig, samples: dict[str, PatchSample], fitting: Collection[str], say: Callable[[str], None]
+) -> list[Control]:
+    """The controls the configuration asks for.
+
+    Args:
+        fitting: those that mean something for the task.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    names, asked = control_names(cfg), cfg.controls
     built = []
     for name in names:
         control = CONTROLS[name](cfg, samples) if name in fitting else None

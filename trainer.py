@@ -27,7 +27,7 @@ from tqdm import tqdm
 import options
 import results
 from activation import PatchSample, choose_device, open_sample
-from controls import Control, build_controls, oracle_scores
+from controls import Control, build_controls, control_names, oracle_scores
 from errors import UserError
 from metrics import Estimate
 from probes import Probe, load_probe
@@ -36,6 +36,7 @@ from results import Run, checkpoint_path, write_atomically
 from tasks import Scores, Task, find_task
 
 SPLITS = ("train", "val", "test")
+OPTIMIZERS = ("adamw", "adam")
 
 
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
@@ -135,11 +136,14 @@ def part_name(name: str, part: Task) -> str:
 
 
 def set_up(cfg: DictConfig) -> torch.device:
-    """Set the number of threads and choose the device.
+    """Set the number of threads, choose the device, look at what would otherwise be refused only after an extraction.
 
     Raises:
-        UserError: the device asked for is not there.
+        UserError: the device asked for is not there; an unknown control, schedule or optimizer.
     """
+    control_names(cfg)
+    learning_rate(cfg.trainer, 0.0)
+    optimizer_name(cfg.trainer)
     if cfg.threads:
         torch.set_num_threads(int(cfg.threads))
     return choose_device(cfg.device)
@@ -223,13 +227,18 @@ def learning_rate(trainer: Mapping, epoch: float) -> float:
     return float(trainer["lr"]) * schedules[trainer["schedule"]]
 
 
+def optimizer_name(trainer: Mapping) -> str:
+    """The optimizer asked for, one of OPTIMIZERS."""
+    if trainer["optimizer"] not in OPTIMIZERS:
+        raise UserError(f"unknown trainer.optimizer '{trainer['optimizer']}'; valid: {', '.join(OPTIMIZERS)}")
+    return trainer["optimizer"]
+
+
 def build_optimizer(probe: Probe, trainer: Mapping) -> torch.optim.Optimizer:
     """AdamW (decoupled decay; none on biases) or Adam as published (no decay)."""
-    if trainer["optimizer"] not in ("adamw", "adam"):
-        raise UserError(f"unknown trainer.optimizer '{trainer['optimizer']}'; valid: adamw, adam")
     named = [(n, p) for n, p in probe.named_parameters() if p.requires_grad]
     lr, decay = float(trainer["lr"]), float(trainer["weight_decay"])
-    if trainer["optimizer"] == "adam":
+    if optimizer_name(trainer) == "adam":
         return torch.optim.Adam([p for _, p in named], lr=lr, weight_decay=decay, foreach=True)
     groups = [
         {"params": [p for n, p in named if "bias" not in n], "weight_decay": decay},
