@@ -41,7 +41,9 @@ def main(cfg: DictConfig) -> float | None:
         with open_run(cfg) as run:
             return resolve_entry(cfg.entry)(cfg, run).get("objective")
     except UserError as error:
-        if cfg.debug or sweeping:  # in a sweep the other jobs go on; Hydra raises this one at the end
+        if sweeping:  # the other jobs go on; Hydra raises the first failure at the end
+            print(f"job {HydraConfig.get().job.num} failed: {error}", file=sys.stderr)
+        if cfg.debug or sweeping:
             raise
         sys.exit(f"error: {error}")
 
@@ -63,6 +65,8 @@ def cli() -> None:
         if isinstance(error, HydraException | OmegaConfBaseException):
             sys.exit(f"error: {options.explain(error)}")
         where = traceback.extract_tb(error.__traceback__)[-1]
+        if "submitit" in where.filename:
+            sys.exit(f"error: the launcher cannot start the jobs: {error}")
         sys.exit(
             f"error: unexpected {type(error).__name__} at {os.path.basename(where.filename)}:{where.lineno}: {error}; "
             "this looks like a defect of the program, repeat the command with debug=true for the full trace"
