@@ -21,7 +21,7 @@ def resolve_matmul_dtype(name: str, device: torch.device, dim: int) -> torch.dty
     """Number format of the matrix products; weights, sums over fits and the optimiser stay float32.
 
     `auto` is bfloat16 where the processor multiplies it natively (AMX or AVX512-BF16, CUDA from compute capability 8)
-    and the tokens are wide enough for the casts to pay (D >= 256, measured by scripts/bench_fit.py), else float32.
+    and the tokens are wide enough for the casts to pay (D >= 192, measured by scripts/bench_fit.py), else float32.
 
     Raises:
         UserError: unknown name.
@@ -36,7 +36,7 @@ def resolve_matmul_dtype(name: str, device: torch.device, dim: int) -> torch.dty
         # Private names in torch; a version that drops them only loses the fast path.
         checks = (getattr(torch.cpu, f"_is_{part}_supported", bool) for part in ("amx_tile", "avx512_bf16"))
         native = device.type == "cpu" and any(check() for check in checks)
-    return torch.bfloat16 if native and dim >= 256 else torch.float32
+    return torch.bfloat16 if native and dim >= 192 else torch.float32
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:

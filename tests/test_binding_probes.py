@@ -256,7 +256,7 @@ def test_pools_taken_in_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) ->
         return (out, *torch.autograd.grad(out.square().sum(), list(probe.parameters())))
 
     whole = run()
-    monkeypatch.setattr(binding_probes, "POOL_ELEMENTS", 2 * K * DIM)
+    monkeypatch.setattr(binding_probes, "POOL_BYTES", 2 * K * DIM * 4)
     for a, b in zip(run(), whole, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
 

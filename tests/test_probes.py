@@ -333,6 +333,20 @@ def test_symmetric_form_equals_the_plain_one(dim: int) -> None:
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_cuts_of_the_symmetric_form_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = tokens(n_layers=2, n_images=5, n_tokens=4, dim=10)
+    weight = torch.randn(2, 2, 10, 10, requires_grad=True)
+
+    def run() -> tuple[Tensor, Tensor]:
+        scores = SymmetricForm.apply(x, weight)
+        return scores, torch.autograd.grad(scores.square().sum(), weight)[0]
+
+    whole = run()
+    monkeypatch.setattr(SymmetricForm, "cuts", staticmethod(lambda x: ([(0, 3), (3, 6), (6, 9), (9, 10)], 2)))
+    for a, b in zip(run(), whole, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------- planted structure
 
 
