@@ -235,7 +235,7 @@ class Binding(Task):
         if cfg.probe.mode != LADDER:
             return [("probe", cfg)]
         found: dict[str, DictConfig] = {}
-        for number, entry in enumerate(OmegaConf.to_container(cfg.binding.ladder or [], resolve=True), start=1):
+        for number, entry in enumerate(OmegaConf.to_container(cfg.binding, resolve=True)["ladder"] or [], start=1):
             changes = dict(entry)
             name = changes.pop("name", None)
             try:

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from errors import UserError
 from probes import FitAxes, Probe
 
-POOL_BYTES = 2**23  # of pools held at once by the attention probe (measured: fits a processor's cache)
+POOL_ELEMENTS = 2**22  # pooled values held at once by the attention probe: 16 MB in float32
 
 
 def seen_bits(n_bits: int, device: torch.device) -> Tensor:
@@ -70,6 +70,10 @@ class BindingProbe(Probe):
     def matrix(self, *shape: int, n_inputs: int | None = None) -> nn.Parameter:
         """A normal parameter [S, L, *shape]."""
         return self.draw(*shape, std=(n_inputs or self.n_inputs) ** -0.5 if self.init_std is None else self.init_std)
+
+    def constant(self, *shape: int) -> nn.Parameter:
+        """What a constant input 1 adds to the factors of a form: with it the form contains the linear probe (ours)."""
+        return self.draw(*shape, std=1.0 if self.init_std is None else self.init_std)
 
     def from_image(self, x: Tensor, weight: Tensor) -> Tensor:
         """Prepared tokens [L, B, T, D] through weight [S, L, Z, ...] -> float32 [S, L, B, ...]."""
@@ -174,19 +178,26 @@ class QuadraticConcat(BindingProbe):
 
     Args:
         rank: r.
+        linear_term: x_k ends in a constant 1. Without it, as published, the form is even: it takes x for -x, and of
+            standardised tokens it reads little.
     """
 
-    def __init__(self, fits: FitAxes, dim: int, *, n_bits: int, rank: int = 16, **options: Any) -> None:
+    def __init__(
+        self, fits: FitAxes, dim: int, *, n_bits: int, rank: int = 16, linear_term: bool = False, **options: Any
+    ) -> None:
         super().__init__(fits, dim, n_bits=n_bits, **options)
         self.weight_image = self.matrix(dim * self.n_tokens, 2, rank, n_bits)
         self.weight_bits = self.matrix(n_bits, 2, rank, n_bits) if self.condition_readout else None
         self.bias = self.draw(n_bits)
+        self.factor_bias = self.constant(2, rank, n_bits) if linear_term else None
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
         """See the module."""
         factors = self.from_image(self.prepare(x), self.weight_image)  # [S, L, B, 2, r, K]
         if self.weight_bits is not None:
             factors = factors + self.from_bits(code, self.weight_bits)
+        if self.factor_bias is not None:
+            factors = factors + self.factor_bias[:, :, None]
         first, second = factors.unbind(3)
         return (first * second).sum(3) * self.n_inputs**-0.5 + self.bias[:, :, None]
 
@@ -197,6 +208,7 @@ class MultilinearConcatReuse(BindingProbe):
     Args:
         groups: number of values of every feature group; K is their product, the last group varies fastest.
         rank: r.
+        linear_term: every factor also sees a constant 1, see `QuadraticConcat`.
 
     Raises:
         UserError: no groups (the feature code has none), or groups that do not make K conjunctions.
@@ -205,7 +217,15 @@ class MultilinearConcatReuse(BindingProbe):
     mode = "multilinear_concat_reuse"
 
     def __init__(
-        self, fits: FitAxes, dim: int, *, n_bits: int, groups: Sequence[int] | None = None, rank: int = 16, **options: Any
+        self,
+        fits: FitAxes,
+        dim: int,
+        *,
+        n_bits: int,
+        groups: Sequence[int] | None = None,
+        rank: int = 16,
+        linear_term: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__(fits, dim, n_bits=n_bits, **options)
         if groups is None:
@@ -223,10 +243,14 @@ class MultilinearConcatReuse(BindingProbe):
         self.weight_image = self.matrix(dim * self.n_tokens, rank * sum(self.groups))  # group by group, [r, N_g] each
         self.weight_bits = self.matrix(n_bits, len(self.groups), rank, n_bits) if self.condition_readout else None
         self.bias = self.draw(n_bits)
+        self.factor_bias = self.constant(rank * sum(self.groups)) if linear_term else None
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
         """See the module."""
-        image = self.from_image(self.prepare(x), self.weight_image).split([self.rank * n for n in self.groups], dim=-1)
+        image = self.from_image(self.prepare(x), self.weight_image)
+        if self.factor_bias is not None:
+            image = image + self.factor_bias[:, :, None]
+        image = image.split([self.rank * n for n in self.groups], dim=-1)
         bits = None if self.weight_bits is None else self.from_bits(code, self.weight_bits)  # [S, L, B, G, r, K]
         product: Tensor | None = None
         for g, n_values in enumerate(self.groups):
@@ -266,6 +290,7 @@ class AttentionQuadratic(BindingProbe):
         rank: r.
         condition_query: let the query of bit k see the bits before it (published switch `use_conditioned_query`).
         readout: "program" or "paper".
+        linear_term: x_k ends in a constant 1, see `QuadraticConcat`.
 
     Raises:
         UserError: tokens without patches.
@@ -282,6 +307,7 @@ class AttentionQuadratic(BindingProbe):
         condition_query: bool = True,
         condition_readout: bool = True,
         readout: str = "program",
+        linear_term: bool = False,
         **options: Any,
     ) -> None:
         if n_tokens < 3:
@@ -303,15 +329,13 @@ class AttentionQuadratic(BindingProbe):
         self.weight_pool = self.matrix(n_bits, dim, 2, rank)
         self.weight_bits = self.matrix(n_bits, 2, rank, n_bits) if self.condition_readout else None
         self.bias = self.draw(n_bits)
+        self.factor_bias = self.constant(2, rank, n_bits) if linear_term else None
 
-    def pooled_factors(self, tokens: Tensor, code: Tensor, base: Tensor, offsets: Tensor | None, weight: Tensor) -> Tensor:
+    def pooled_factors(self, patches: Tensor, code: Tensor, base: Tensor, offsets: Tensor | None, weight: Tensor) -> Tensor:
         """What the pools of some images of one fit give to the two factors of the form.
 
-        A query is a sum of a base and of what each known bit adds, and so is its score with a token: tokens meet the K
-        bases and K additions once, and the sums over known bits are taken of scores instead of queries.
-
         Args:
-            tokens: [b, T, D], CLS first; it is left out of the pools by a weight of zero.
+            patches: [b, N, D].
             code: [b, K].
             base: [K, D] queries before any bit is known.
             offsets: [K, D] what a known bit adds to the queries of the bits after it.
@@ -320,14 +344,13 @@ class AttentionQuadratic(BindingProbe):
         Returns:
             float32 [b, K, 2 r].
         """
-        vectors = base if offsets is None else torch.cat([base, offsets])
-        scores = (tokens @ vectors.mT.to(tokens.dtype))[:, 1:].float()  # [b, N, K or 2 K]
+        queries = base.expand(len(patches), -1, -1)
         if offsets is not None:
-            scores, added = scores.chunk(2, dim=-1)
-            scores = scores + (added * (code.to(added.dtype) - 0.5).unsqueeze(1)) @ seen_bits(self.n_bits, added.device)
-        attention = (scores * self.temperature).softmax(1).to(tokens.dtype)
-        pools = torch.bmm(nn.functional.pad(attention, (0, 0, 1, 0)).mT, tokens)  # [b, K, D]
-        return torch.bmm(pools.transpose(0, 1), weight.to(tokens.dtype)).transpose(0, 1).float()
+            seen = (code.to(base.dtype) - 0.5).unsqueeze(1) * seen_bits(self.n_bits, base.device).mT  # [b, K, K]
+            queries = queries + seen @ offsets
+        attention = torch.bmm(queries.to(patches.dtype), patches.mT).float() * self.temperature
+        pools = torch.bmm(attention.softmax(-1).to(patches.dtype), patches)  # [b, K, D]
+        return torch.bmm(pools.transpose(0, 1), weight.to(patches.dtype)).transpose(0, 1).float()
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
         """See the module. Pools are taken over some images at a time and taken again for the gradient."""
@@ -340,12 +363,13 @@ class AttentionQuadratic(BindingProbe):
         # unbind, not indexing: its gradient stacks the parts instead of adding S L zero-padded ones.
         bases, weights = base.flatten(0, 1).unbind(), self.weight_pool.flatten(0, 1).flatten(-2).unbind()
         all_offsets = [None] * len(bases) if offsets is None else offsets.flatten(0, 1).unbind()
-        size = max(1, POOL_BYTES // (self.n_bits * dim * x.element_size()))
+        size = max(1, POOL_ELEMENTS // (self.n_bits * dim))
         fits = []
         for fit, (base, offsets, weight) in enumerate(zip(bases, all_offsets, weights, strict=True)):
+            patches = x[fit % n_layers, :, 1:]
             parts = [
-                checkpoint(self.pooled_factors, t, c, base, offsets, weight, use_reentrant=False, preserve_rng_state=False)
-                for t, c in zip(x[fit % n_layers].split(size), code.split(size), strict=True)
+                checkpoint(self.pooled_factors, p, c, base, offsets, weight, use_reentrant=False, preserve_rng_state=False)
+                for p, c in zip(patches.split(size), code.split(size), strict=True)
             ]
             fits.append(torch.cat(parts))  # [B, K, 2 r]
         factors = torch.stack(fits).unflatten(0, (-1, n_layers)).transpose(3, 4).unflatten(3, (2, self.rank))
@@ -353,6 +377,8 @@ class AttentionQuadratic(BindingProbe):
             factors = factors + self.from_image(x[:, :, :1], self.weight_class)  # [S, L, B, 2, r, K]
         if self.weight_bits is not None:
             factors = factors + self.from_bits(code, self.weight_bits)
+        if self.factor_bias is not None:
+            factors = factors + self.factor_bias[:, :, None]
         first, second = factors.unbind(3)
         return (first * second).sum(3) * self.n_inputs**-0.5 + self.bias[:, :, None]
 

@@ -1,0 +1,441 @@
+"""Binding information: published numbers, identities that prove the estimator, one run end to end, refusals."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+import trainer
+from activation import PatchSample, StackedTokens, _kept
+from backbones import Tokens
+from binding import Binding, CodeScorer, binding_estimates, decode, suspicions
+from binding_probes import BINDING_PROBES
+from controls import Control
+from datasets.codes import Groups, uniform_up_to
+from errors import UserError
+from metrics import Estimate, interval_over_seeds, mean_estimate, resample
+from probes import FitAxes
+from results import Run, open_run, read_records
+from tasks import Batch, find_task
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = {name: json.loads((ROOT / f"tests/golden/binding/{name}.json").read_text()) for name in ("metrics", "tokens")}
+CPU = torch.device("cpu")
+
+
+def configure(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(ROOT / "cfgs"), version_base="1.3"):
+        return compose("config", ["mode=train_binding", "wandb.mode=disabled", "trainer.n_boot=100", *overrides])
+
+
+def constant(value: float, n_images: int = 4) -> Estimate:
+    return mean_estimate(torch.full((1, n_images), value, dtype=torch.float64))
+
+
+# ------------------------------------------------------------------------------------------------------------- golden
+
+
+@pytest.mark.parametrize("case", GOLDEN["metrics"]["binding"])
+def test_published_information_and_ratio(case: dict) -> None:
+    loss = {"Y": constant(case["loss_Y_bits"]), "F": constant(case["loss_F_bits"])}
+    found = binding_estimates(loss, torch.full((4,), case["mean_H_Y_given_F"], dtype=torch.float64), {"H_Y": 40.0, "H_F": 7.0})
+    assert float(found["binding_information"].value) == pytest.approx(case["binding_info_bits"], abs=1e-9)
+    assert float(found["ratio"].value) == pytest.approx(case["binding_ratio"], abs=1e-9)
+    assert float(found["information_Y"].value) == pytest.approx(40 - case["loss_Y_bits"])
+    assert float(found["information_F"].value) == pytest.approx(7 - case["loss_F_bits"])
+
+
+@pytest.mark.parametrize("case", GOLDEN["metrics"]["evaluation"])
+def test_published_evaluation_over_uneven_batches(case: dict) -> None:
+    found = {}
+    for code, label in (("Y", "object_code"), ("F", "feature_code")):
+        logits, bits, first = torch.tensor(case[f"logits_{code}"]), torch.tensor(case[code]), 0
+        scorer = CodeScorer(label)
+        for size in case["batch_sizes"]:
+            part = slice(first, first + size)
+            scorer.add(Batch(torch.arange(first, first + size), None, {label: bits[part]}), logits[None, None, part])
+            first += size
+        found[code] = scorer.finish()
+    task = Binding(configure("probe.mode=linear", "trainer.seeds=1"))
+    labels = {"H_Y_given_F": torch.full((5, 1), case["mean_H_Y_given_F"])}
+    sample = toy_sample(torch.zeros(5, 2), np.zeros((5, 4)))._replace(labels=labels)
+    metrics = task.combine([found["Y"], found["F"]], sample)[0].metrics
+    for name, expected in (
+        ("loss_Y", "lossY"), ("loss_F", "lossF"), ("accuracy_Y", "accY"), ("accuracy_F", "accF"),
+        ("binding_information", "binding_info"), ("ratio", "binding_ratio"),
+    ):  # fmt: skip
+        assert float(metrics[name].value) == pytest.approx(case["result"][f"val_{expected}"], abs=1e-5), name
+
+
+@pytest.mark.parametrize("case", GOLDEN["metrics"]["schedules"])
+def test_published_schedule(case: dict) -> None:
+    settings = {"epochs": 40, "schedule": "step", **{key: case[key] for key in ("lr", "step_size", "gamma")}}
+    rates = [trainer.learning_rate(settings, epoch + within) for epoch in range(40) for within in (0.0, 0.9)]
+    assert rates[::2] == pytest.approx(case["lr_used_in_epoch"]) and rates[1::2] == rates[::2]
+
+
+@pytest.mark.parametrize("case", GOLDEN["metrics"]["one_epoch_training"])
+def test_published_epoch_of_adam(case: dict) -> None:
+    """Accumulation as published by hand: the loop has none, since one batch of both sizes has the same gradient."""
+    probe = BINDING_PROBES["linear"](FitAxes([0], [0]), 3, n_bits=2, matmul_dtype="float32")
+    names = {"bias": "bias", "weight_image": "Wz.weight", "weight_bits": "Wy.weight"}
+    with torch.no_grad():
+        for ours, theirs in names.items():
+            value = torch.tensor(case["init"][theirs])
+            getattr(probe, ours).copy_(value if ours == "bias" else value.mT)
+    settings = {"optimizer": "adam", "lr": case["lr"], "weight_decay": case["weight_decay"]}
+    optimizer, part = trainer.build_optimizer(probe, settings), Binding(configure("probe.mode=linear")).parts()[0]
+    for number, batch in enumerate(case["batches"], start=1):
+        code = torch.tensor(batch["y"])
+        asked = Batch(torch.arange(len(code)), None, {"object_code": code})
+        logits = part.logits(probe, torch.tensor(batch["z"])[None, :, None], asked)
+        (part.loss(logits, asked).sum() / case["grad_accum_steps"]).backward()
+        if number % case["grad_accum_steps"] == 0 or number == len(case["batches"]):
+            optimizer.step()
+            optimizer.zero_grad()
+    for ours, theirs in names.items():
+        found = getattr(probe, ours)[0, 0]
+        expected = torch.tensor(case["after_one_epoch"][theirs])
+        torch.testing.assert_close(found if ours == "bias" else found.mT, expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", GOLDEN["tokens"]["modes"])
+def test_published_output_modes(case: dict) -> None:
+    tokens = torch.tensor(case["tokens"])  # [B, T, D], class token first
+    facts, n = type("Facts", (), {"has_class_token": True}), len(tokens)
+    split = Tokens(tokens[:, :1], tokens[:, 1:], (1, tokens.shape[1] - 1))
+    everything = _kept(split, None, "all", facts, torch.float32)[0]
+    torch.testing.assert_close(everything.view(n, -1), torch.tensor(case["all"]), atol=1e-6, rtol=0)
+    if tokens.shape[1] > 1:  # an image always has patches here; the published program pools the class token if not
+        cls, mean = _kept(split, None, "pooled", facts, torch.float32)[0].view(n, 2, -1).unbind(1)
+        for found, name in ((cls, "cls"), (mean, "mean_spatial"), (torch.cat([cls, mean], 1), "cls_mean")):
+            torch.testing.assert_close(found, torch.tensor(case[name]), atol=1e-6, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------------- the estimator
+
+
+GRID = Groups([["red", "blue"], ["circle", "square"]])
+LAW = uniform_up_to(GRID.sizes)  # every one of the 16 object codes equally likely
+EXACT = LAW.population()
+
+
+def toy_sample(z: Tensor, code: np.ndarray) -> PatchSample:
+    """Images of object codes [M, 4] seen as one token z [M, D]."""
+    feature = GRID.feature_code(code)
+    entropy = LAW.entropy(GRID.counts(feature))
+    return PatchSample(
+        tokens=StackedTokens.from_tensor(z.float()[None, :, None], [0]),
+        position=torch.full((len(z), 1, 3), -1),
+        labels={
+            "object_code": torch.from_numpy(np.asarray(code, np.uint8)),
+            "feature_code": torch.from_numpy(feature),
+            "H_Y_given_F": torch.from_numpy(entropy).float()[:, None],
+        },
+        info={"H_Y": EXACT["H_Y"], "H_F": EXACT["H_F"], "H_Y_given_F": float(entropy.mean())},
+        keys=[f"image{i}" for i in range(len(z))],
+        grids=torch.ones(len(z), 2, dtype=torch.long),
+        meta={"classes": GRID.names, "facts": {"has_class_token": True, "name": "toy", "weights": "none"},
+              "report": {"prior": LAW.name}},
+    )  # fmt: skip
+
+
+def grid_samples(kind: str, repeats: int = 32) -> dict[str, PatchSample]:
+    """Every object code equally often, and a representation that holds Y, F or nothing."""
+    every = np.array([[int(b) for b in f"{i:04b}"] for i in range(16)], np.uint8)
+    samples = {}
+    for number, split in enumerate(("train", "val", "test")):
+        code = np.tile(every, (repeats, 1))
+        rng = torch.Generator().manual_seed(number)
+        z = {
+            "Y": torch.from_numpy(code),
+            "F": torch.from_numpy(GRID.feature_code(code)),
+            "noise": torch.randn(len(code), 1, generator=rng),
+        }[kind]
+        samples[split] = toy_sample(z, code)
+    return samples
+
+
+def measure(samples: dict[str, PatchSample], folder: Path, *overrides: str) -> dict[str, float]:
+    cfg = configure("trainer.seeds=1", "trainer.batch_size=64", "trainer.lr=1e-2", *overrides)
+    task, control = Binding(cfg), Control("probe", cfg.probe, samples)
+    task.check(samples)
+    run = open_test_run(folder)
+    stacks = [trainer.fit_stack(control, part, cfg, run, CPU) for part in task.parts()]
+    scored = trainer.score(control, stacks, task, cfg, run, CPU, split="test")
+    return {key: float(e.value) for key, e in scored.scores[0].metrics.items()}
+
+
+def open_test_run(folder: Path) -> Run:
+    folder.mkdir(parents=True, exist_ok=True)
+    return Run(folder, {"mode": "train_binding"}, reused=False)
+
+
+EASY = ("probe.mode=dnn", "trainer.epochs=15", "binding.conditional=true")
+
+
+def test_a_representation_that_is_y_has_ratio_one(tmp_path: Path) -> None:
+    found = measure(grid_samples("Y"), tmp_path, *EASY)
+    assert found["loss_Y"] < 0.05 and found["loss_F"] < 0.05
+    assert found["ratio"] == pytest.approx(1, abs=0.03) and found["ratio_lower"] == pytest.approx(1, abs=0.03)
+    assert found["information_Y"] == pytest.approx(4, abs=0.05)
+
+
+def test_a_representation_that_is_f_has_ratio_zero(tmp_path: Path) -> None:
+    found = measure(grid_samples("F"), tmp_path, *EASY)
+    assert found["loss_Y"] == pytest.approx(EXACT["E_H_Y_given_F"], abs=0.05) and found["loss_F"] < 0.05
+    assert found["ratio"] == pytest.approx(0, abs=0.04) and found["ratio_lower"] == pytest.approx(0, abs=0.04)
+
+
+def test_noise_has_ratio_zero_and_no_information(tmp_path: Path) -> None:
+    found = measure(grid_samples("noise", 128), tmp_path, "probe.mode=dnn", "trainer.epochs=16", "trainer.lr=3e-3")
+    assert found["loss_Y"] == pytest.approx(4, abs=0.03) and found["loss_F"] == pytest.approx(EXACT["H_F"], abs=0.03)
+    assert found["ratio"] == pytest.approx(0, abs=0.03)
+    assert found["information_Y"] == pytest.approx(0, abs=0.03) and found["information_F"] == pytest.approx(0, abs=0.03)
+
+
+@pytest.mark.parametrize("mode", ["linear", "quadratic_concat", "quadratic_concat_reuse"])
+def test_every_simple_probe_reads_y_from_y(tmp_path: Path, mode: str) -> None:
+    found = measure(grid_samples("Y"), tmp_path, f"probe.mode={mode}", "trainer.epochs=60", "trainer.lr=2e-2")
+    assert found["ratio"] == pytest.approx(1, abs=0.05)
+
+
+def test_influence_is_the_derivative_by_the_weight_of_an_image() -> None:
+    rng = torch.Generator().manual_seed(0)
+    y, f, entropy = (torch.rand(30, generator=rng, dtype=torch.float64) for _ in range(3))
+    found = binding_estimates({"Y": mean_estimate(y[None]), "F": mean_estimate(f[None])}, entropy, {"H_Y": 4.0, "H_F": 2.0})
+
+    def again(weight: Tensor) -> dict[str, Tensor]:
+        mean = lambda x: (weight * x).sum() / weight.sum()
+        bits = mean(entropy) - mean(y) + mean(f)
+        return {"information_Y": 4 - mean(y), "binding_information": bits, "ratio": bits / mean(entropy)}
+
+    for name in ("information_Y", "binding_information", "ratio"):
+        weight = torch.ones(30, dtype=torch.float64, requires_grad=True)
+        value = again(weight)[name]
+        value.backward()
+        assert found[name].value.item() == pytest.approx(value.item())
+        torch.testing.assert_close(found[name].influence[0], weight.grad)
+
+
+def test_an_interval_over_seeds_is_wider_where_seeds_differ() -> None:
+    rng = torch.Generator().manual_seed(0)
+    same = torch.rand(1, 200, generator=rng).expand(3, -1)
+    apart = same + torch.tensor([[-0.2], [0.0], [0.2]])
+    counts = resample(200, 500)
+    widths = []
+    for x in (same, apart):
+        low, high = interval_over_seeds(mean_estimate(x), 3, counts, (-math.inf, math.inf))
+        assert low.shape == (1,) and float(low) < float(same.mean()) < float(high)
+        widths.append(float(high - low))
+    assert widths[1] > 2 * widths[0]
+
+
+def test_what_is_doubtful_is_flagged_and_not_clipped() -> None:
+    above = suspicions({"ratio": 1.06, "information_F": 6.0}, 7.0)
+    weak = suspicions({"ratio": 0.5, "information_F": 1.0}, 7.0)
+    assert len(above) == len(weak) == 1 and "above 1" in above[0] and "weak F probe" in weak[0]
+    assert suspicions({"ratio": -0.1, "information_F": 6.5}, None) and not suspicions({"ratio": 0.9, "information_F": 6.5}, 7.0)
+
+
+# ---------------------------------------------------------------------------------------------------------- end to end
+
+TINY = [
+    "model.kwargs={img_size: 48, patch_size: 16, embed_dim: 16, depth: 2, num_heads: 2}", "model.layers=[embed,-1]",
+    "dataset.image_size=48", "dataset.obj_size=8", "dataset.n_train=48", "dataset.n_val=16", "dataset.n_test=24",
+    "trainer.epochs=2", "trainer.batch_size=16", "trainer.checkpoint_seconds=0", "threads=1", "controls=none",
+]  # fmt: skip
+
+
+def run_tiny(folder: Path, *overrides: str) -> Run:
+    """A whole run, or a second one on the same cache."""
+    cfg = configure(*TINY, f"output_dir={folder}", f"cache.dir={folder.parent / 'cache'}", *overrides)
+    with open_run(cfg) as run:
+        trainer.run(cfg, run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run_tiny(tmp_path_factory.mktemp("binding") / "outputs")
+
+
+def test_the_default_run_compares_class_token_and_all_tokens(default_run: Run) -> None:
+    records = read_records(default_run.dir / "metrics.jsonl")
+    scores = [r for r in records if r["kind"] == "score"]
+    assert {(r["name"], r["layer"], r["seed"]) for r in scores} >= {
+        ("cls-quadratic_concat", "embed", "mean"), ("all-attention_quadratic", 1, "mean"), ("all-attention_quadratic", 1, 0),
+    }  # fmt: skip
+    for record in scores:
+        assert record["prior"] == "balanced_8" and record["H_Y_given_F"] == pytest.approx(13.15, abs=0.01)
+        metrics = record["metrics"]
+        assert metrics["ratio"] * record["H_Y_given_F"] == pytest.approx(metrics["binding_information"], rel=1e-5)
+        assert metrics["information_Y"] == pytest.approx(record["H_Y"] - metrics["loss_Y"])
+        assert {"accuracy_Y", "accuracy_F", "information_Y_all_splits", "information_Y_ratio"} <= metrics.keys()
+        if record["seed"] == "mean":
+            assert all(low <= metrics[key] <= high for key, (low, high) in record["interval"].items())
+    log = (default_run.dir / "log.txt").read_text()
+    assert "all attention_quadratic" in log and "prior balanced_8" in log and "pooling 48 of 48" in log
+    for file in ("layers.png", "layers.csv", "training-cls-quadratic_concat.png", "decoded-all-attention_quadratic.png"):
+        assert (default_run.dir / file).stat().st_size > 0
+
+
+def test_splits_are_reported_before_any_score(default_run: Run) -> None:
+    records = read_records(default_run.dir / "metrics.jsonl")
+    splits = {r["split"]: r for r in records if r["kind"] == "split"}
+    assert list(splits) == ["train", "val", "test"] and [r["n"] for r in splits.values()] == [48, 16, 24]
+    assert splits["test"]["H_F"] == pytest.approx(math.log2(37)) and splits["test"]["prior"] == "balanced_8"
+    overlap = next(r for r in records if r["kind"] == "splits")
+    assert overlap["overlap"]["test in train"] == {"F": 0.0, "Y": 0.0}
+
+
+def test_decoded_objects_are_named(default_run: Run) -> None:
+    examples = json.loads((default_run.dir / "decoded-cls-quadratic_concat.json").read_text())
+    assert len(examples) == 4 and all(len(e["true"]) == 8 for e in examples)
+    names = {f"{c} {s}" for c in ("red", "blue", "green", "yellow", "purple", "orange")
+             for s in ("circle", "square", "triangle", "diamond", "pentagon", "hexagon")}  # fmt: skip
+    assert {name for e in examples for name in (*e["true"], *e["predicted"])} <= names
+
+
+def test_eval_scores_the_run_again(default_run: Run, tmp_path: Path) -> None:
+    with initialize_config_dir(str(ROOT / "cfgs"), version_base="1.3"):
+        cfg = compose("config", ["mode=eval", f"eval.run={default_run.dir}", f"output_dir={tmp_path}", "wandb.mode=disabled",
+                                 f"cache.dir={default_run.dir.parents[2] / 'cache'}"])  # fmt: skip
+    with open_run(cfg) as run:
+        trainer.run_eval(cfg, run)
+    key = lambda r: (r["name"], r["layer"], r["seed"])
+    before, after = (
+        {key(r): r["metrics"] for r in read_records(folder / "metrics.jsonl") if r["kind"] == "score"}
+        for folder in (default_run.dir, run.dir)
+    )
+    assert before.keys() == after.keys()
+    for name in before:
+        assert after[name] == pytest.approx(before[name], abs=1e-6)
+
+
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+def test_a_killed_run_resumes_to_identical_records(
+    default_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = trainer.mean_loss, []
+
+    def kill_later(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:  # the second epoch of the F probe of the first row
+            raise Stop
+        return real(*args, **kwargs)
+
+    folder = default_run.dir.parents[2]
+    monkeypatch.setattr(trainer, "mean_loss", kill_later)
+    with pytest.raises(Stop):
+        run_tiny(folder / "again")
+    monkeypatch.setattr(trainer, "mean_loss", real)
+    resumed = run_tiny(folder / "again")
+    assert resumed.reused
+    for file in ("metrics.jsonl", "history.jsonl"):
+        assert read_records(resumed.dir / file) == read_records(default_run.dir / file)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["probe.mode=quadratic_concat_reuse", "model.output_mode=cls_mean"],
+        ["probe.mode=dnn_concat", "model.output_mode=mean_spatial", "probe.F.mode=linear", "probe.dnn_dropout=0.1"],
+        ["probe.mode=multilinear_concat_reuse", "binding.conditional=true"],
+        ["dataset=colorshape", "dataset.n_colors=3", "dataset.n_shapes=2", "dataset.max_objects=4", "probe.mode=linear"],
+    ],
+)
+def test_other_probes_and_data_run_too(default_run: Run, overrides: list[str]) -> None:
+    run = run_tiny(default_run.dir.parents[1], *overrides)
+    record = next(r for r in read_records(run.dir / "metrics.jsonl") if r["kind"] == "score")
+    assert record["name"] == "probe" and record["prior"] in ("balanced_8", "uniform<=4")
+    mode = record["probe"]
+    assert record["probe_F"] == ("quadratic_concat" if mode.endswith("_reuse") else "linear")
+    assert ("lower_bound" in record["metrics"]) == ("binding.conditional=true" in overrides)
+
+
+def test_a_code_is_decoded_bit_after_bit() -> None:
+    probe = BINDING_PROBES["linear"](FitAxes([0], [0]), 1, n_bits=3, matmul_dtype="float32")
+    with torch.no_grad():  # the first bit copies z, the others copy the bit before
+        probe.weight_image.zero_(), probe.weight_bits.zero_(), probe.bias.zero_()
+        probe.weight_image[0, 0, 0, 0] = 1.0
+        probe.weight_bits[0, 0, 0, 1] = probe.weight_bits[0, 0, 1, 2] = 1.0
+    found = decode(probe, torch.tensor([1.0, -1.0]).view(1, 2, 1, 1), 0, 0)
+    assert found.tolist() == [[1, 1, 1], [0, 0, 0]]
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["dataset=colorshape", "model=dinov2_large", "model.output_mode=cls", "probe.mode=quadratic_concat"],
+        ["model.output_mode=all", "probe.mode=attention_quadratic"],
+        ["probe.mode=quadratic_concat_reuse", "model.layers=all"],
+        ["experiment=binding_probe_ladder"],
+        ["experiment=binding_grid"],
+    ],
+)
+def test_what_the_command_line_says_wins(overrides: list[str]) -> None:
+    cfg = configure(*overrides)
+    rows = find_task(cfg.task).rows(cfg)
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if "." in key:
+            assert OmegaConf.select(rows[0][1], key) == value and len(rows) == 1
+    for _, own in rows:
+        Binding(own)
+    if "dataset=colorshape" in overrides:
+        assert cfg.dataset.n_train == 39200 and cfg.dataset._target_.endswith("ColorShape")
+    if overrides == ["experiment=binding_probe_ladder"]:
+        assert cfg.dataset.image_size == 256 and cfg.model.name.startswith("vit_large_patch14_dinov2")
+        assert [name for name, _ in rows] == ["cls-linear", "cls-quadratic_concat", "cls-dnn", "all-attention_quadratic"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["probe.mode=attention_quadratic"], "attends to patch tokens.*set model.output_mode=all"),
+        (["probe.mode=linear", "probe.F.mode=attention_quadratic"], r"for F\) attends"),
+        (["probe.mode=linear", "probe.F.mode=quadratic_concat_reuse"], "probe.F asks for quadratic_concat_reuse.*of linear"),
+        (["probe.mode=quadratic"], "unknown probe.mode 'quadratic'; valid: ladder, linear"),
+        (["probe.mode=linear", "probe.F.mode=nonsense"], "unknown probe.F.mode 'nonsense'"),
+        (["binding.ladder=[]"], "binding.ladder is empty"),
+        (["binding.ladder=[{probe: {mode: linear, ranc: 3}}]"], "binding.ladder, entry 1: .*ranc"),
+        (["binding.ladder=[{probe: {mode: linear}}, {probe: {mode: linear}}]"], "entry 2: 'cls-linear' is there twice"),
+        (["trainer.seeds=[]"], "trainer.seeds"),
+    ],
+)
+def test_settings_that_cannot_be_met(overrides: list[str], said: str) -> None:
+    cfg = configure(*overrides)
+    with pytest.raises(UserError, match=said):
+        for _, own in Binding.rows(cfg):
+            Binding(own)
+
+
+def test_data_without_codes_and_models_without_class_token_are_refused() -> None:
+    sample = toy_sample(torch.zeros(4, 2), np.zeros((4, 4)))
+    bare = sample._replace(labels={"identity": torch.zeros(4, 1)})
+    with pytest.raises(UserError, match="split val carries no object and feature codes"):
+        Binding(configure("probe.mode=linear")).check({"val": bare})
+    sample.meta["facts"]["has_class_token"] = False
+    Binding(configure("probe.mode=linear")).check({"val": sample})
+    with pytest.raises(UserError, match="reads the class token and toy has none"):
+        Binding(configure("probe.mode=attention_quadratic", "model.output_mode=all")).check({"val": sample})
+
+
+def test_a_checkpoint_of_another_code_is_refused() -> None:
+    part = Binding(configure("probe.mode=linear")).parts()[0]
+    probe = BINDING_PROBES["linear"](FitAxes([0], [0]), 2, n_bits=9, matmul_dtype="float32")
+    with pytest.raises(UserError, match="reads Y as 9 bits from 1 tokens, these images have 4 bits"):
+        part.refuse(probe, toy_sample(torch.zeros(4, 2), np.zeros((4, 4))))
