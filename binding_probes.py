@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from errors import UserError
 from probes import FitAxes, Probe
 
-POOL_ELEMENTS = 2**22  # pooled values held at once by the attention probe: 16 MB in float32
+POOL_BYTES = 2**23  # of pools held at once by the attention probe (measured: fits a processor's cache)
 
 
 def seen_bits(n_bits: int, device: torch.device) -> Tensor:
@@ -331,11 +331,14 @@ class AttentionQuadratic(BindingProbe):
         self.bias = self.draw(n_bits)
         self.factor_bias = self.constant(2, rank, n_bits) if linear_term else None
 
-    def pooled_factors(self, patches: Tensor, code: Tensor, base: Tensor, offsets: Tensor | None, weight: Tensor) -> Tensor:
+    def pooled_factors(self, tokens: Tensor, code: Tensor, base: Tensor, offsets: Tensor | None, weight: Tensor) -> Tensor:
         """What the pools of some images of one fit give to the two factors of the form.
 
+        A query is a sum of a base and of what each known bit adds, and so is its score with a token: tokens meet the K
+        bases and K additions once, and the sums over known bits are taken of scores instead of queries.
+
         Args:
-            patches: [b, N, D].
+            tokens: [b, T, D], CLS first; it is left out of the pools by a weight of zero.
             code: [b, K].
             base: [K, D] queries before any bit is known.
             offsets: [K, D] what a known bit adds to the queries of the bits after it.
@@ -344,13 +347,14 @@ class AttentionQuadratic(BindingProbe):
         Returns:
             float32 [b, K, 2 r].
         """
-        queries = base.expand(len(patches), -1, -1)
+        vectors = base if offsets is None else torch.cat([base, offsets])
+        scores = (tokens @ vectors.mT.to(tokens.dtype))[:, 1:].float()  # [b, N, K or 2 K]
         if offsets is not None:
-            seen = (code.to(base.dtype) - 0.5).unsqueeze(1) * seen_bits(self.n_bits, base.device).mT  # [b, K, K]
-            queries = queries + seen @ offsets
-        attention = torch.bmm(queries.to(patches.dtype), patches.mT).float() * self.temperature
-        pools = torch.bmm(attention.softmax(-1).to(patches.dtype), patches)  # [b, K, D]
-        return torch.bmm(pools.transpose(0, 1), weight.to(patches.dtype)).transpose(0, 1).float()
+            scores, added = scores.chunk(2, dim=-1)
+            scores = scores + (added * (code.to(added.dtype) - 0.5).unsqueeze(1)) @ seen_bits(self.n_bits, added.device)
+        attention = (scores * self.temperature).softmax(1).to(tokens.dtype)
+        pools = torch.bmm(nn.functional.pad(attention, (0, 0, 1, 0)).mT, tokens)  # [b, K, D]
+        return torch.bmm(pools.transpose(0, 1), weight.to(tokens.dtype)).transpose(0, 1).float()
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
         """See the module. Pools are taken over some images at a time and taken again for the gradient."""
@@ -363,13 +367,12 @@ class AttentionQuadratic(BindingProbe):
         # unbind, not indexing: its gradient stacks the parts instead of adding S L zero-padded ones.
         bases, weights = base.flatten(0, 1).unbind(), self.weight_pool.flatten(0, 1).flatten(-2).unbind()
         all_offsets = [None] * len(bases) if offsets is None else offsets.flatten(0, 1).unbind()
-        size = max(1, POOL_ELEMENTS // (self.n_bits * dim))
+        size = max(1, POOL_BYTES // (self.n_bits * dim * x.element_size()))
         fits = []
         for fit, (base, offsets, weight) in enumerate(zip(bases, all_offsets, weights, strict=True)):
-            patches = x[fit % n_layers, :, 1:]
             parts = [
-                checkpoint(self.pooled_factors, p, c, base, offsets, weight, use_reentrant=False, preserve_rng_state=False)
-                for p, c in zip(patches.split(size), code.split(size), strict=True)
+                checkpoint(self.pooled_factors, t, c, base, offsets, weight, use_reentrant=False, preserve_rng_state=False)
+                for t, c in zip(x[fit % n_layers].split(size), code.split(size), strict=True)
             ]
             fits.append(torch.cat(parts))  # [B, K, 2 r]
         factors = torch.stack(fits).unflatten(0, (-1, n_layers)).transpose(3, 4).unflatten(3, (2, self.rank))
