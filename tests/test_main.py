@@ -1,0 +1,310 @@
+"""Every mode from its command to its files, on a two-block backbone; what one mode leaves is what the next one reads."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ade20k_tree import write_ade20k_tree
+from hydra.utils import instantiate
+from PIL import Image
+from program import FIT, MODEL, ROOT, TINY, Finished, configured, run
+
+import main
+import options
+import results
+
+SHORT = [*TINY, "model.layers=[embed,0]"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache and one folder of outputs for all tests of this file."""
+    return tmp_path_factory.mktemp("program")
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> Finished:
+    """The default mode with all its controls."""
+    return run(folder, *TINY, "controls=all")
+
+
+def scores(finished: Finished) -> list[dict[str, Any]]:
+    """The records of a probe's scores, without the mode they were made in."""
+    found = [r for r in finished.records() if r["kind"] == "score" and r["name"] == "probe"]
+    return [{k: v for k, v in r.items() if k != "mode"} for r in found]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "cfgs" / "mode").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_mode_composes_and_names_an_entry(path: Path) -> None:
+    with configured(f"mode={path.stem}") as cfg:
+        options.check(cfg)
+        assert cfg.mode == path.stem and callable(main.resolve_entry(cfg.entry))
+
+
+def test_the_default_run_leaves_records_curve_checkpoints_and_provenance(trained: Finished) -> None:
+    records = trained.records()
+    assert {r["name"] for r in records} == {
+        "probe", "position", "pixels", "pixels_position", "class_oracle", "cosine", "dot_product",
+    }  # fmt: skip ; the backbone is random already, so there is no control of that name
+    assert {(r["protocol"], r["model"], r["dataset"], r["probe"]) for r in records} == {
+        ("clean", "demo_vit", "scenes", "quadratic")
+    }
+    seeds = {r["seed"] for r in records if r["name"] == "probe"}
+    assert seeds == {0, 1, "mean"} and {r["layer"] for r in records if r["name"] == "probe"} == {"embed", 0, 1}
+    means = [r for r in records if (r["name"], r["seed"], r["block"]) == ("probe", "mean", "all")]
+    assert trained.objective == max(r["metrics"]["auroc"] for r in means)
+    for record in means:
+        low, high = record["interval"]["auroc"]
+        assert low <= record["metrics"]["auroc"] <= high
+    facts = json.loads((trained.dir / "run.json").read_text())
+    assert facts["status"] == "finished" and facts["inputs"]["probe"]["train"]["activations"]
+    assert results.read_config(trained.dir).trainer.seeds == 2
+    names = {path.name for path in trained.dir.iterdir()}
+    assert {"layers.csv", "layers.png", "history.jsonl", "checkpoints", "config.yaml", "log.txt"} <= names
+    assert (trained.dir / "layers.csv").read_text().count("\n") > 50
+
+
+def test_a_finished_run_is_shown_again_without_a_backbone_or_a_new_record(
+    folder: Path, trained: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import activation
+    import backbones
+
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError("a cached run built a backbone")
+
+    monkeypatch.setattr(activation, "load_backbone", refuse)
+    monkeypatch.setattr(backbones.TimmViT, "load", refuse)
+    before = (trained.dir / "metrics.jsonl").read_bytes(), (trained.dir / "history.jsonl").read_bytes()
+    assert run(folder, *TINY, "controls=all") == trained
+    assert before == ((trained.dir / "metrics.jsonl").read_bytes(), (trained.dir / "history.jsonl").read_bytes())
+
+
+@pytest.mark.parametrize(
+    "probe", ["linear", "diag_quadratic", "quadratic_fixed_rank", "mlp", "attention", "attention_low_rank", "cosine"]
+)
+def test_every_pairwise_probe_runs(folder: Path, probe: str) -> None:
+    finished = run(folder, *SHORT, f"probe.mode={probe}", "probe.rank=4", "probe.hidden=8")
+    assert 0 <= finished.objective <= 1
+    assert {r["probe"] for r in finished.records()} == {probe}
+
+
+@pytest.mark.parametrize(("mode", "questions"), [
+    ("train_class", {"is_same_object", "same_class", "class"}), ("train_identity", {"is_same_object", "same_class"}),
+])  # fmt: skip
+def test_class_and_identity_are_scored_on_both_questions(folder: Path, mode: str, questions: set[str]) -> None:
+    finished = run(folder, *SHORT, f"mode={mode}", "controls=[position,class_oracle]", "probe.n_queries=8")
+    records = finished.records()
+    assert {r["question"] for r in records if r["name"] == "probe"} == questions
+    assert {r["name"] for r in records} == {"probe", "position", "class_oracle"}
+    again = run(folder, "mode=eval", f"eval.run={finished.dir}", "wandb.mode=disabled")
+    assert scores(again) == scores(finished)
+
+
+def test_extract_fills_the_cache_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    written = []
+    for _ in range(2):
+        finished = run(tmp_path, *SHORT, "mode=extract", "resume=false")
+        written.append(sum(p.stat().st_size for p in (tmp_path / "cache" / "tokens").rglob("*.safetensors")))
+    assert written[0] == written[1] > 0
+    assert [r["split"] for r in finished.records()] == ["train", "val", "test"]
+    assert capsys.readouterr().out.count("extracting") == 3  # all by the first one
+
+
+# ------------------------------------------------------------------------------------------------------- looking again
+
+
+def test_eval_reproduces_the_recorded_numbers(folder: Path, trained: Finished) -> None:
+    again = run(folder, "mode=eval", f"eval.run={trained.dir}", "wandb.mode=disabled")
+    assert again.dir != trained.dir and again.objective == trained.objective
+    assert scores(again) == scores(trained)  # names, values, intervals, distance bins: equal to the last digit
+    assert {r["mode"] for r in again.records()} == {"eval"}
+
+
+def test_eval_takes_another_split_checkpoint_or_data_set(folder: Path, trained: Finished) -> None:
+    base = ["mode=eval", f"eval.run={trained.dir}", "wandb.mode=disabled"]
+    of = lambda finished: [r["metrics"]["auroc"] for r in scores(finished) if (r["block"], r["seed"]) == ("all", "mean")]
+    val = run(folder, *base, "eval.split=val")
+    noisy = run(folder, *base, "dataset.noise=1")  # the rest of the run's own data set stays
+    last = run(folder, *base, "eval.checkpoint=last")
+    assert {r["split"] for r in val.records()} == {"val"} and of(val) != of(trained)
+    assert of(noisy) != of(trained) and noisy.records()[0]["n_images"] == 8
+    assert scores(last) == scores(trained)  # one epoch: the best is the last
+    assert len({val.dir, noisy.dir, last.dir}) == 3
+
+
+def test_eval_of_the_newest_run_never_repeats_an_older_one(tmp_path: Path) -> None:
+    found = []
+    for probe in ("cosine", "dot_product"):
+        fitted = run(tmp_path, *SHORT, f"probe.mode={probe}")
+        found.append(run(tmp_path, "mode=eval", "wandb.mode=disabled"))
+        assert scores(found[-1]) == scores(fitted) and found[-1].records()[0]["probe"] == probe
+    assert found[0].dir != found[1].dir
+
+
+@pytest.mark.parametrize(
+    "other", ["model=dinov2_base", "model.layers=[0]", "probe.mode=linear", "protocol=object_binding_2025", "trainer.lr=5"]
+)
+@pytest.mark.parametrize("mode", ["eval", "vis"])
+def test_looking_at_a_run_with_something_else_than_it_was_fitted_with_is_refused(
+    folder: Path, trained: Finished, mode: str, other: str
+) -> None:
+    with pytest.raises(SystemExit, match=r"error: .* was fitted with another .* leave .* out"):
+        run(folder, f"mode={mode}", f"{mode}.run={trained.dir}", "wandb.mode=disabled", other)
+
+
+def test_eval_refuses_a_probe_of_other_weights(folder: Path, trained: Finished, tmp_path: Path) -> None:
+    altered = shutil.copytree(trained.dir, tmp_path / "altered")
+    config = altered / "config.yaml"
+    text = config.read_text()
+    assert "\n  seed: 0\n" in text.partition("model:")[2]
+    head, _, tail = text.partition("model:")
+    config.write_text(head + "model:" + tail.replace("\n  seed: 0\n", "\n  seed: 1\n", 1))
+    with pytest.raises(SystemExit, match="was fitted on the backbone weights random:0, those at hand are random:1"):
+        run(folder, "mode=eval", f"eval.run={altered}", "wandb.mode=disabled")
+
+
+def test_vis_shows_the_run(folder: Path, trained: Finished) -> None:
+    finished = run(folder, "mode=vis", f"vis.run={trained.dir}", "vis.image=1", "wandb.mode=disabled")
+    endings = sorted(p.suffix for p in finished.dir.glob("test-0-0000001_*"))
+    assert endings == [".gif", ".json", ".png", ".safetensors"]
+    facts = json.loads(next(finished.dir.glob("test-*.json")).read_text())
+    assert facts["layers"] == ["embed", 0, 1] and facts["run"] == str(trained.dir)
+
+
+# ----------------------------------------------------------------------------------------------------- data, protocols
+
+
+def test_check_data_counts(folder: Path) -> None:
+    finished = run(folder, *TINY, "mode=check_data")
+    assert [(r["split"], r["images"]) for r in finished.records()] == [("train", 16), ("val", 8), ("test", 8)]
+    assert (finished.dir / "check_data.json").exists()
+
+
+@pytest.fixture(scope="module")
+def ade20k(folder: Path) -> list[str]:
+    """A tiny tree of the full release."""
+    write_ade20k_tree(folder / "ade", n_train=2, n_val=2, n_test=2, size=(96, 128))
+    return [*MODEL, *FIT, "dataset=ade20k", f"dataset.root={folder}/ade", "model.layers=[0]"]
+
+
+@pytest.mark.parametrize("protocol", ["clean", "object_binding_2025", "object_binding_2026"])
+def test_ade20k_under_every_protocol(folder: Path, ade20k: list[str], protocol: str) -> None:
+    finished = run(folder, *ade20k, f"protocol={protocol}", "protocol.selection.patches=64")
+    assert {r["protocol"] for r in finished.records()} == {protocol} and finished.objective is not None
+    fits = {"clean": 4}.get(protocol, 2)  # seeds × pairs seen
+    assert len(finished.records("history.jsonl")[0]["val_loss"]) == fits
+
+
+def write_folder(root: Path) -> list[str]:
+    """Twelve scenes as a user's own folder of images."""
+    with configured("dataset.n_train=12") as cfg:
+        scenes = instantiate(cfg.dataset, split="train")
+    for kind in ("images", "identity", "class"):
+        (root / kind).mkdir(parents=True)
+    for i in range(12):
+        scene = scenes[i]
+        Image.fromarray(scene.image.permute(1, 2, 0).numpy()).save(root / "images" / f"{i:02d}.png")
+        for kind in ("identity", "class"):
+            Image.fromarray(scene.labels[kind].to(torch.uint8).numpy()).save(root / kind / f"{i:02d}.png")
+    (root / "classes.txt").write_text("".join(f"{name}\n" for name in scenes.classes[1:]))
+    splits = ["dataset.val_fraction=0.34", "dataset.test_fraction=0.34"]
+    return [*MODEL, *FIT, "dataset=folder", f"dataset.root={root}", *splits, "model.layers=[0]"]
+
+
+def test_a_folder_of_ones_own_images(tmp_path: Path) -> None:
+    asked = write_folder(tmp_path / "mine")
+    checked = run(tmp_path, *asked, "mode=check_data")
+    assert sum(r["readable"] for r in checked.records()) == 12
+    first = run(tmp_path, *asked)
+    assert {r["dataset"] for r in first.records()} == {"folder"} and first.objective is not None
+
+    # Another picture in its place: nothing of the first run may be taken for a result on it.
+    old = (first.dir / "metrics.jsonl").read_bytes()
+    for path in sorted((tmp_path / "mine" / "images").iterdir()):
+        Image.open(path).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(path)
+    second = run(tmp_path, *asked)
+    assert second.dir == first.dir and (first.dir / "superseded-1" / "metrics.jsonl").read_bytes() == old
+    assert (second.dir / "metrics.jsonl").read_bytes() != old
+    assert "were moved to superseded-1" in (second.dir / "log.txt").read_text()
+
+    # A file cut short is named; on request it is left out and counted.
+    broken = tmp_path / "mine" / "images" / "03.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    with pytest.raises(SystemExit, match=r"error: .*03.*dataset\.on_error=skip"):
+        run(tmp_path, *asked)
+    with pytest.raises(SystemExit, match=r"error: 1 unreadable scenes, first 03"):
+        run(tmp_path, *asked, "mode=check_data")
+    run(tmp_path, *asked, "dataset.on_error=skip")
+    Image.new("L", (7, 5)).save(tmp_path / "mine" / "identity" / "05.png")
+    with pytest.raises(SystemExit, match=r"error: 2 unreadable scenes"):
+        run(tmp_path, *asked, "mode=check_data")
+    assert "05.png is 7x5 pixels, its image 96x96" in (checked.dir / "log.txt").read_text()
+
+
+# -------------------------------------------------------------------------------------------------------- the mirror
+
+
+class Mirror:
+    """Stands for a W&B run."""
+
+    def __init__(self, **given: Any) -> None:
+        self.given, self.logged, self.exit_code = given, [], None
+
+    def define_metric(self, *_args: Any, **_kwargs: Any) -> None:
+        pass
+
+    def log(self, values: dict[str, float]) -> None:
+        self.logged.append(values)
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+
+
+@pytest.fixture
+def mirrors(monkeypatch: pytest.MonkeyPatch) -> list[Mirror]:
+    import wandb
+
+    opened: list[Mirror] = []
+
+    def init(**given: Any) -> Mirror:
+        opened.append(Mirror(**given))
+        return opened[-1]
+
+    monkeypatch.setattr(wandb, "init", init)
+    return opened
+
+
+def test_the_mirror_gets_the_curve_and_is_closed(folder: Path, mirrors: list[Mirror]) -> None:
+    finished = run(folder, *SHORT, "wandb.mode=offline", "wandb.project=mine", "seed=7")
+    (mirror,) = mirrors
+    assert mirror.exit_code == 0 and mirror.given["project"] == "mine" and mirror.given["dir"] == finished.dir
+    assert [values["layer_index"] for values in mirror.logged] == [0, 1]
+    assert max(v["probe/is_same_object/all/auroc"] for v in mirror.logged) == finished.objective
+
+
+def test_a_failed_run_is_marked_as_such(folder: Path, mirrors: list[Mirror], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="there is no layer 9"):
+        run(folder, *TINY, "model.layers=[9]", "wandb.mode=offline")
+    assert [mirror.exit_code for mirror in mirrors] == [1]
+
+    def interrupt(*_args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainer.run", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, *TINY, "wandb.mode=offline")
+    assert [mirror.exit_code for mirror in mirrors] == [1, 1]
+
+
+def test_only_extraction_is_shared_by_ranks_and_only_the_first_is_mirrored(
+    folder: Path, mirrors: list[Mirror], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="error: mode=train runs in one process; torchrun shares the work of mode=extract"):
+        run(folder, *TINY, "wandb.mode=offline")
+    assert mirrors == []
