@@ -9,11 +9,13 @@ timm itself converts (DINOv3, OpenAI CLIP, open_clip, I-JEPA …). Heads are lef
 from __future__ import annotations
 
 import argparse
+import ctypes
 import difflib
 import functools
 import hashlib
 import json
 import math
+import os
 import pickle
 import re
 import socket
@@ -31,6 +33,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.layers import Mlp
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
@@ -115,6 +118,49 @@ def random_model(name: str, kwargs: str, image_size: Size, seed: int) -> nn.Modu
         if key.rpartition(".")[2] in ("gamma", "gamma_1", "gamma_2"):
             nn.init.ones_(parameter)
     return model
+
+
+# ---------------------------------------------------------------------------------------------------- on a CPU
+
+
+def tune_for_cpu(model: nn.Module) -> None:
+    """Make the forward pass faster on a CPU without changing what is computed (up to rounding).
+
+    In bfloat16, where the matrix products are so fast that everything else shows, oneDNN adds the biases and computes
+    GELU inside the products (measured on AMX: 0.58 -> 0.65 of the matmul rate; in float32 it gains nothing and is left
+    alone). The modules and their weights stay as they are, only their `forward` is another.
+    """
+    _keep_freed_memory()
+    if next(model.parameters()).dtype != torch.bfloat16 or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return
+    for block in model.blocks:
+        for module in block.modules():
+            if type(module) is nn.Linear:
+                module.forward = functools.partial(_linear, module, "none", "")
+        mlp = getattr(block, "mlp", None)
+        if type(mlp) is Mlp and isinstance(mlp.act, nn.GELU):
+            mlp.fc1.forward = functools.partial(_linear, mlp.fc1, "gelu", mlp.act.approximate)
+            mlp.act = nn.Identity()
+
+
+def _linear(module: nn.Linear, after: str, algorithm: str, x: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, module.weight, module.bias, after, [], algorithm)
+
+
+def _keep_freed_memory() -> None:
+    """Ask glibc to reuse the memory of one pass for the next: giving it back costs 10 to 20 % of a pass in page faults.
+
+    Settings of the environment (MALLOC_…) have precedence; other C libraries are left alone.
+    """
+    if sys.platform != "linux" or any(key.startswith("MALLOC_") for key in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+        for option, value in ((mmap_threshold, 1 << 30), (trim_threshold, 2**31 - 1), (top_pad, 1 << 26)):
+            mallopt(option, value)
 
 
 # ---------------------------------------------------------------------------------------------------- from a hub

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from backbone_weights import file_digest, find_file, hub_model, load_weights, random_model, skeleton
+from backbone_weights import file_digest, find_file, hub_model, load_weights, random_model, skeleton, tune_for_cpu
 from errors import UserError
 
 Layer = int | str
@@ -249,6 +249,8 @@ class TimmViT(Backbone):
             file = find_file(options.weights, options.rebuild)
             load_weights(model, file, part=options.weights_part, dynamic=facts.dynamic_size, say=say)
         model = _cast(model.eval().requires_grad_(False), dtype).to(device)
+        if device.type == "cpu":
+            tune_for_cpu(model)
         if options.compile:
             for block in model.blocks:  # one region per block: quick to compile, and hooks stay outside
                 block.forward = torch.compile(block.forward)

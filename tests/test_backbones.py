@@ -217,6 +217,19 @@ def test_low_precision_keeps_rotary_positions_exact() -> None:
     assert rough.model.rope.periods.dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    "name", ["vit_small_patch16_224", "vit_base_patch16_clip_quickgelu_224", "vit_small_patch16_dinov3"]
+)
+def test_the_fast_path_of_a_cpu_computes_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = quiet(config(name, dtype="bfloat16"))
+    monkeypatch.setattr(backbones, "tune_for_cpu", lambda model: None)
+    plain, exact = quiet(config(name, dtype="bfloat16")), quiet(config(name))
+    images = torch.randn(2, 3, 48, 32)
+    a, b, c = (backbone(images, [1])[0].patch.float() for backbone in (tuned, plain, exact))
+    assert (a - c).norm() < 1.2 * (b - c).norm(), "no further from float32 than without it"
+    assert all(torch.equal(x, y) for x, y in zip(tuned.parameters(), plain.parameters(), strict=True))
+
+
 def test_resolve_layers() -> None:
     assert resolve_layers("all", 3) == ["embed", 0, 1, 2]
     assert resolve_layers([-1, 0, "embed", 2], 3) == ["embed", 0, 2]
