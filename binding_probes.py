@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from errors import UserError
 from probes import FitAxes, Probe
 
-POOL_BYTES = 2**23  # of pools held at once by the attention probe (measured: fits a processor's cache)
+POOL_ELEMENTS = 2**21  # of pools taken at once by the attention probe (measured: they fit a processor's cache)
 
 
 def seen_bits(n_bits: int, device: torch.device) -> Tensor:
@@ -331,14 +331,17 @@ class AttentionQuadratic(BindingProbe):
         self.bias = self.draw(n_bits)
         self.factor_bias = self.constant(2, rank, n_bits) if linear_term else None
 
-    def pooled_factors(self, tokens: Tensor, code: Tensor, base: Tensor, offsets: Tensor | None, weight: Tensor) -> Tensor:
+    def pooled_factors(
+        self, tokens: Tensor, layer: int, code: Tensor, base: Tensor, offsets: Tensor | None, weight: Tensor
+    ) -> Tensor:
         """What the pools of some images of one fit give to the two factors of the form.
 
         A query is a sum of a base and of what each known bit adds, and so is its score with a token: tokens meet the K
         bases and K additions once, and the sums over known bits are taken of scores instead of queries.
 
         Args:
-            tokens: [b, T, D], CLS first; it is left out of the pools by a weight of zero.
+            tokens: [1, b, T, D] of one layer, CLS first; it is left out of the pools by a weight of zero.
+            layer: which layer of the stack.
             code: [b, K].
             base: [K, D] queries before any bit is known.
             offsets: [K, D] what a known bit adds to the queries of the bits after it.
@@ -347,6 +350,7 @@ class AttentionQuadratic(BindingProbe):
         Returns:
             float32 [b, K, 2 r].
         """
+        tokens = self.prepare(tokens, slice(layer, layer + 1))[0]
         vectors = base if offsets is None else torch.cat([base, offsets])
         scores = (tokens @ vectors.mT.to(tokens.dtype))[:, 1:].float()  # [b, N, K or 2 K]
         if offsets is not None:
@@ -358,8 +362,7 @@ class AttentionQuadratic(BindingProbe):
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
         """See the module. Pools are taken over some images at a time and taken again for the gradient."""
-        x = self.prepare(x)
-        n_layers, n_images, _, dim = x.shape
+        n_layers, _, _, dim = x.shape
         base, offsets = self.query_base, self.query_bits
         if self.query_map is not None:
             base = base @ self.query_map.mT
@@ -367,17 +370,19 @@ class AttentionQuadratic(BindingProbe):
         # unbind, not indexing: its gradient stacks the parts instead of adding S L zero-padded ones.
         bases, weights = base.flatten(0, 1).unbind(), self.weight_pool.flatten(0, 1).flatten(-2).unbind()
         all_offsets = [None] * len(bases) if offsets is None else offsets.flatten(0, 1).unbind()
-        size = max(1, POOL_BYTES // (self.n_bits * dim * x.element_size()))
+        size = max(1, POOL_ELEMENTS // (self.n_bits * dim))
         fits = []
         for fit, (base, offsets, weight) in enumerate(zip(bases, all_offsets, weights, strict=True)):
+            layer = fit % n_layers
+            own = (base, offsets, weight)
             parts = [
-                checkpoint(self.pooled_factors, t, c, base, offsets, weight, use_reentrant=False, preserve_rng_state=False)
-                for t, c in zip(x[fit % n_layers].split(size), code.split(size), strict=True)
+                checkpoint(self.pooled_factors, t, layer, c, *own, use_reentrant=False, preserve_rng_state=False)
+                for t, c in zip(x[layer : layer + 1].split(size, dim=1), code.split(size), strict=True)
             ]
             fits.append(torch.cat(parts))  # [B, K, 2 r]
         factors = torch.stack(fits).unflatten(0, (-1, n_layers)).transpose(3, 4).unflatten(3, (2, self.rank))
         if self.weight_class is not None:
-            factors = factors + self.from_image(x[:, :, :1], self.weight_class)  # [S, L, B, 2, r, K]
+            factors = factors + self.from_image(self.prepare(x[:, :, :1]), self.weight_class)  # [S, L, B, 2, r, K]
         if self.weight_bits is not None:
             factors = factors + self.from_bits(code, self.weight_bits)
         if self.factor_bias is not None:

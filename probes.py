@@ -118,10 +118,10 @@ class Probe(nn.Module):
         self.token_scale.copy_(1 / std)
         self.token_shift.copy_(-mean / std)
 
-    def prepare(self, x: Tensor) -> Tensor:
-        """Tokens [L, B, T, D] as the products read them: standardised in float32, then cast."""
+    def prepare(self, x: Tensor, layers: slice = slice(None)) -> Tensor:
+        """Tokens [L, B, T, D] of these layers as the products read them: standardised in float32, then cast."""
         if self.needs_statistics:
-            x = torch.addcmul(self.token_shift[:, None, None], x.float(), self.token_scale[:, None, None])
+            x = torch.addcmul(self.token_shift[layers, None, None], x.float(), self.token_scale[layers, None, None])
         return x.to(resolve_matmul_dtype(self.matmul_dtype, x.device, self.dim)).contiguous()
 
     def save(self, path: Path, **facts: Any) -> None:

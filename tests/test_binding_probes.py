@@ -227,6 +227,16 @@ def test_checkpoint_holds_everything(mode: str, tmp_path: Path) -> None:
     assert torch.equal(again(*batch(probe)), probe(*batch(probe)))
 
 
+@every
+def test_statistics_are_those_of_each_layer(mode: str) -> None:
+    plain, standardised = scramble(build(mode)), scramble(build(mode, standardize=True))
+    x, code = batch(plain)
+    mean, std = torch.randn(2, DIM), torch.rand(2, DIM) + 0.5
+    standardised.set_statistics(mean, std)
+    expected = plain((x - mean[:, None, None]) / std[:, None, None], code)
+    torch.testing.assert_close(standardised(x, code), expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("mode", ["linear", "dnn", "quadratic_concat", "quadratic_concat_reuse", "attention_quadratic"])
 def test_bfloat16_products_stay_close(mode: str) -> None:
     probe = scramble(build(mode))
@@ -256,7 +266,7 @@ def test_pools_taken_in_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) ->
         return (out, *torch.autograd.grad(out.square().sum(), list(probe.parameters())))
 
     whole = run()
-    monkeypatch.setattr(binding_probes, "POOL_BYTES", 2 * K * DIM * 4)
+    monkeypatch.setattr(binding_probes, "POOL_ELEMENTS", 2 * K * DIM)
     for a, b in zip(run(), whole, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
 
