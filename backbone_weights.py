@@ -28,7 +28,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
+import huggingface_hub.constants
+import huggingface_hub.errors
 import timm
 import torch
 from safetensors import SafetensorError
