@@ -102,7 +102,7 @@ def pixels_position(cfg: DictConfig, samples: dict[str, PatchSample]) -> Control
 
 def random(cfg: DictConfig, samples: dict[str, PatchSample]) -> Control | None:
     """The probe on the same architecture with random weights; None when the backbone itself is random."""
-    if not cfg.model.pretrained and not cfg.model.weights:
+    if not cfg.model.pretrained:
         return None
     return Control("random", cfg.probe, _with_model(cfg, samples, pretrained=False, weights=None, digest=None))
 
