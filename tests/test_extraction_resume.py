@@ -66,7 +66,7 @@ def test_a_killed_extraction_resumes_to_the_same_bytes(tmp_path: Path, whole: di
     overrides = ["dataset.n=24", "dataset.widths=[32,56]", "dataset.seconds=0.01"]
     moments = random.Random(0)
     shards = lambda: len(list((tmp_path / "tokens").glob("*/shards/*.json")))
-    seen = [0]
+    seen, kills = [0], 0
     while seen[-1] < 4:  # of 6
         process = start(tmp_path, *overrides)
         if len(seen) > 1:  # the first is killed while it starts or labels, the others once they have written something
@@ -74,9 +74,9 @@ def test_a_killed_extraction_resumes_to_the_same_bytes(tmp_path: Path, whole: di
         time.sleep(moments.uniform(0, 0.06))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        assert process.exitcode == -signal.SIGKILL
+        kills += process.exitcode == -signal.SIGKILL  # on a busy machine one may have finished before it was hit
         seen.append(shards())
-    assert len(seen) > 2
+    assert kills >= 2
     process = start(tmp_path, *overrides)
     process.join()
     assert process.exitcode == 0 and token_files(tmp_path / "tokens") == whole
