@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
@@ -122,6 +123,7 @@ def test_fate_loss_is_the_mean_over_pairs_and_episodes():
                 logit = (left[b, i] @ right[b, j] + left[b, j] @ right[b, i]) / (2 * 4**0.5) + model.fate_bias
                 for e in range(3):
                     weight = 1.0 if moved[b, i, e] or moved[b, j, e] else 0.25
+                    weight *= 4.0 if moved[b, i].any() and moved[b, j].any() else 1.0
                     target = (moved[b, i, e] == moved[b, j, e]).float()
                     total += weight * torch.nn.functional.binary_cross_entropy_with_logits(logit, target)
                     weights += weight
@@ -225,3 +227,15 @@ def test_unknown_option_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         pretrain.main(["--lerning-rate", "1"])
     assert stop.value.code == 2 and "--lerning-rate" in capsys.readouterr().err
+
+
+def test_published_file_is_the_one_described_and_configured():
+    about = json.loads((ROOT / "weights/demo_vit.json").read_text())
+    weights = ROOT / "weights/demo_vit.safetensors"
+    assert pretrain.digest(weights) == about["digest"] and weights.stat().st_size == about["bytes"] <= 8_000_000
+    VisionTransformer(**about["architecture"]).load_state_dict({k: v.float() for k, v in load_file(weights).items()})
+    assert pretrain.Recipe(**about["recipe"]) == pretrain.Recipe()  # the script as it stands makes this file
+    config = OmegaConf.load(ROOT / "cfgs/model/demo_vit.yaml")
+    assert config.weights == "weights/demo_vit.safetensors" and config.digest == about["digest"]
+    assert {**config.kwargs, "num_classes": 0} == about["architecture"]
+    assert ([config.mean] * 3, [config.std] * 3) == (about["mean"], about["std"])
