@@ -1,0 +1,179 @@
+"""Mistakes get one sentence that says what is wrong, what is valid and what to do; nothing unread passes silently."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from program import FIT, MODEL, ROOT, TINY, configured, run
+
+import options
+from errors import UserError
+
+
+def explained(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> str:
+    """The sentence for a command that cannot even be composed."""
+    monkeypatch.setattr(sys, "argv", ["main.py", *overrides])
+    with pytest.raises((HydraException, ValueError)) as caught, initialize_config_dir(str(ROOT / "cfgs"), version_base="1.3"):
+        compose("config", list(overrides))
+    return options.explain(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["mode=nonsense"], r"unknown mode 'nonsense'; valid: check_data, eval, .*train_class"),
+        (["model=nonsense"], r"unknown model 'nonsense'; valid: augreg_base, .*timm$"),  # no _defaults
+        (["dataset=nonsense"], r"unknown dataset 'nonsense'; valid: ade20k, .*scenes"),
+        (["protocol=nonsense"], r"unknown protocol 'nonsense'; valid: clean, object_binding_2025"),
+        (["experiment=nonsense"], r"unknown experiment 'nonsense'; valid: "),
+        (["hydra/launcher=nonsense"], r"unknown hydra/launcher 'nonsense'; valid: .*slurm"),
+        (["modle=demo_vit"], r"unknown option 'modle'; valid keys at the top: cache, controls, .*model"),
+        (["probe.nonsense=1"], r"unknown option 'probe.nonsense'; valid keys of probe: hidden, .*rank"),
+        (["trainer={lrr: 1}"], r"unknown option 'trainer.lrr'"),
+        (["trainer.lr.x=1"], r"unknown option 'trainer.lr.x'; trainer.lr is a plain value"),
+        (["dataset=ade20k", "dataset.n_train=3"], r"unknown option 'dataset.n_train'; valid keys of dataset: .*root"),
+        (["model=siglip_base", "model.kwargs.depth=2"], r"of model.kwargs: none; .* added with \+model.kwargs.<key>=…"),
+        (["foo"], r"Error parsing override 'foo' missing EQUAL at '<EOF>'$"),
+    ],
+)
+def test_what_cannot_be_composed_is_explained(monkeypatch: pytest.MonkeyPatch, overrides: list[str], said: str) -> None:
+    sentence = explained(monkeypatch, *overrides)
+    assert re.search(said, sentence) and "\n" not in sentence
+
+
+@pytest.fixture(scope="module")
+def composed() -> DictConfig:
+    with initialize_config_dir(str(ROOT / "cfgs"), version_base="1.3"):
+        return compose("config")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("trainer.epochs", "abc", "a whole number of at least 1"),
+        ("trainer.epochs", 0, "a whole number of at least 1"),
+        ("trainer.epochs", 1.5, "a whole number of at least 1"),
+        ("trainer.batch_size", True, "a whole number of at least 1"),
+        ("trainer.batch_size", [4], "a whole number"),
+        ("trainer.lr", "abc", "a number of at least 0"),
+        ("trainer.lr", float("nan"), "a number of at least 0"),
+        ("trainer.lr", -1, "a number of at least 0"),
+        ("trainer.seeds", 0, "a whole number of at least 1 or a list of them"),
+        ("trainer.seeds", [0, "a"], "a whole number of at least 0 or a list of them"),
+        ("seed", -1, "a whole number of at least 0"),
+        ("threads", "many", "a whole number of at least 0"),
+        ("probe.standardize", "maybe", "true or false"),
+        ("cache.workers", None, "a whole number of at least 0"),
+        ("vis.image", "first", "a whole number of at least 0"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(composed: DictConfig, key: str, value: object, expected: str) -> None:
+    cfg = composed.copy()
+    OmegaConf.update(cfg, key, value, merge=False)
+    with pytest.raises(UserError, match=rf"^{key}: got .*, expected {expected}"):
+        options.check(cfg)
+
+
+@pytest.mark.parametrize(("key", "value"), [("trainer.seeds", [0, 5]), ("trainer.lr", 1), ("cache.max_gb", 1), ("seed", 0)])
+def test_values_of_the_right_kind_pass(composed: DictConfig, key: str, value: object) -> None:
+    cfg = composed.copy()
+    OmegaConf.update(cfg, key, value, merge=False)
+    options.check(cfg)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("+unknown=1", r"\+unknown=1 adds an option that nothing reads; valid keys at the top: cache, "),
+        ("+trainer.foo=1", r"\+trainer.foo=1 adds an option that nothing reads; valid keys of trainer: batch_size, "),
+        ("++probe.foo=1", r"nothing reads; valid keys of probe"),
+        ("~wandb", r"~wandb takes an option away, and all of them are needed"),
+        ("trainer=foo", r"trainer is a block of options, got foo; set them one by one, such as trainer.seeds=3"),
+    ],
+)
+def test_what_nobody_reads_is_refused(override: str, said: str) -> None:
+    with configured(override) as cfg, pytest.raises(UserError, match=said):
+        options.check(cfg)
+
+
+def test_architecture_and_data_set_may_get_keys_their_files_do_not_list() -> None:
+    with configured("+model.kwargs.class_token=true", "+dataset.foo=1") as cfg:
+        options.check(cfg)  # timm and the data set refuse by name what they do not know
+
+
+# What is wrong only in the light of model or data: the whole program runs into it.
+WRONG = [
+    (["probe.mode=nonsense"], r"unknown probe.mode 'nonsense'; valid: linear, .*dot_product"),
+    (["mode=train_class", "probe.mode=quadratic"], r"needs a pointwise probe; valid: class_linear"),
+    (["probe.mode=class_linear"], r"needs a pairwise probe; valid: linear"),
+    (["probe.mode=attention"], r"no block comes after layer 1; set model.layers=\[embed,0\]"),
+    (["probe.matmul_dtype=nonsense"], r"unknown probe.matmul_dtype 'nonsense'; valid: auto"),
+    (["controls=[nonsense]"], r"unknown control 'nonsense'; valid .*position, .*cosine"),
+    (["controls=nonsense"], r"unknown control 'nonsense'"),
+    (["trainer.schedule=nonsense"], r"unknown trainer.schedule 'nonsense'; valid: constant"),
+    (["trainer.optimizer=nonsense"], r"unknown trainer.optimizer 'nonsense'; valid: adamw"),
+    (["wandb.mode=nonsense"], r"unknown wandb.mode 'nonsense'; valid: online, offline, disabled"),
+    (["protocol.pairs.loss=nonsense"], r"unknown protocol.pairs.loss 'nonsense'; valid: upper"),
+    (["protocol.pairs.accuracy=nonsense"], r"unknown protocol.pairs.accuracy 'nonsense'; valid: upper"),
+    (["protocol.pairs.fit=[nonsense]"], r"protocol.pairs.fit names 'nonsense'; valid: all, foreground"),
+    (["protocol.geometry.kind=nonsense"], r"unknown protocol.geometry.kind=nonsense; valid: cover"),
+    (["model.layers=[7]"], r"there is no layer 7, expected all, embed, -2…1"),
+    (["model.image_size=97"], r"model.image_size=97 x 97 does not fit .* multiples of its patch size 16, such as 96"),
+    (["model.output_mode=cls"], r"keeps no patches and mode=train scores pairs of patches"),
+    (["mode=extract", "model.name=vit_base_patch16_siglip_224", "model.output_mode=cls"], r"needs a class token and"),
+    (["model.output_mode=nonsense"], r"model.output_mode"),
+    (["model.dtype=nonsense"], r"model.dtype=nonsense is unknown"),
+    (["+model.kwargs.nonsense=1"], r"does not take model.kwargs"),
+    (["model.name=nonsense"], r"timm has no model nonsense"),
+    (["cache.dtype=nonsense"], r"cache.dtype=nonsense is unknown"),
+    (["cache.max_gb=1e-9"], r"cache.max_gb is 1e-09"),
+    (["device=nonsense"], r"device=nonsense is unknown|no CUDA device"),
+    (["dataset.size=8"], r"dataset.size: got 8"),
+    (["+dataset.nonsense=1"], r"unexpected keyword argument 'nonsense'"),
+    (["mode=eval"], r"no finished run of mode train"),
+    (["mode=vis", "vis.run=/nowhere"], r"/nowhere is not a run directory"),
+    (["output_dir=/proc/nowhere"], r"cannot create the run directory .* set output_dir=…"),
+    (["cache.dir=/proc/nowhere"], r"cannot be written .* set cache.dir"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "said"), WRONG, ids=lambda value: value[-1] if isinstance(value, list) else "")
+def test_bad_input_is_one_sentence(tmp_path: Path, overrides: list[str], said: str) -> None:
+    with pytest.raises(SystemExit, match=rf"^error: .*{said}") as caught:
+        run(tmp_path, *TINY, *overrides)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+@pytest.mark.parametrize("override", ["device=cuda", "model.attention=xformers"])
+def test_what_needs_cuda_says_so(tmp_path: Path, override: str) -> None:
+    with pytest.raises(SystemExit, match="error: .*CUDA"):
+        run(tmp_path, *TINY, override)
+
+
+def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:
+    ade = [*MODEL, *FIT, "dataset=ade20k"]
+    challenge = tmp_path / "ADEChallengeData2016"
+    (challenge / "images" / "training").mkdir(parents=True)
+    (challenge / "annotations").mkdir()
+    for root, said in [
+        (None, "dataset.root has no value; give it one on the command line: dataset.root=…"),
+        ("/nowhere", "dataset.root: got /nowhere, which is no folder; expected"),
+        (tmp_path, "expected the full release ADE20K_2021_17_01"),
+    ]:
+        with pytest.raises(SystemExit, match=f"^error: .*{said}"):
+            run(tmp_path, *ade, *([] if root is None else [f"dataset.root={root}"]))
+    with pytest.raises(SystemExit, match=r"error: .*/nowhere.* expected one with images/ and identity/"):
+        run(tmp_path, *MODEL, *FIT, "dataset=folder", "dataset.root=/nowhere")
+
+
+def test_a_data_set_of_codes_is_not_asked_for_objects(tmp_path: Path) -> None:
+    codes = [*MODEL, *FIT, "dataset=colorshape", "dataset.n_train=4", "dataset.n_val=2", "dataset.n_test=2"]
+    for mode in ("patches", "all"):
+        with pytest.raises(SystemExit, match="error: .*(pixel labels|tells no objects apart)"):
+            run(tmp_path, *codes, f"model.output_mode={mode}")
