@@ -124,15 +124,18 @@ class SymmetricForm(torch.autograd.Function):
         n_layers, n_images, n_tokens, dim = x.shape
         blocks, n_part = SymmetricForm.cuts(x)
         half = (grad + grad.mT).mul_(0.5 * dim**-0.5).to(x.dtype)  # [S, L, B, T, T]
-        out = torch.zeros(len(grad), n_layers, dim, dim, device=x.device)
+        out = torch.empty(len(grad), n_layers, dim, dim, device=x.device)
         buffer = x.new_empty(dim * n_part * n_tokens)
         for layer, s in itertools.product(range(n_layers), range(len(grad))):
-            for part, scores in zip(x[layer].split(n_part), half[s, layer].split(n_part), strict=True):
+            parts = zip(x[layer].split(n_part), half[s, layer].split(n_part), strict=True)
+            for number, (part, scores) in enumerate(parts):
                 # Channels lead in z, tokens of all images follow: the large product then reads both its sides in order.
                 z = buffer[: part.numel()].view(dim, len(part), n_tokens)
                 torch.bmm(part.mT, scores, out=z.transpose(0, 1))
                 for start, stop in blocks:
-                    out[s, layer, start:stop, start:] += torch.mm(z.view(dim, -1)[start:stop], part.view(-1, dim)[:, start:])
+                    product = torch.mm(z.view(dim, -1)[start:stop], part.view(-1, dim)[:, start:])
+                    block = out[s, layer, start:stop, start:]
+                    block.add_(product) if number else block.copy_(product)
             for start, stop in blocks:
                 out[s, layer, stop:, start:stop] = out[s, layer, start:stop, stop:].mT.contiguous()
         return None, out
