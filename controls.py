@@ -177,10 +177,16 @@ def build_controls(
     for name in names:
         control = CONTROLS[name](cfg, samples) if name in fitting else None
         if control is not None:
-            built.append(control)
+            built.append(control if control.seeds else control._replace(seeds=control_seeds(cfg)))
         elif asked != "all":
             say(f"note: control {name} does not apply to this run and is left out")
     return built
+
+
+def control_seeds(cfg: DictConfig) -> list[int]:
+    """The first `trainer.control_seeds` seeds of the probe."""
+    seeds = cfg.trainer.seeds
+    return list(range(seeds) if isinstance(seeds, int) else seeds)[: cfg.trainer.control_seeds]
 
 
 def _similarity(mode: str, cfg: DictConfig, samples: dict[str, PatchSample]) -> Control | None:

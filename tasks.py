@@ -180,6 +180,11 @@ class Task:
 
     def refuse(self, probe: Probe, sample: PatchSample) -> None:
         """Refuse a loaded probe that cannot be asked about a sample (layers and width are known to fit)."""
+        if probe.recipe["mode"] != self.cfg.probe.mode:
+            raise UserError(
+                f"the checkpoint holds a {probe.recipe['mode']} probe and its run was of probe.mode={self.cfg.probe.mode}; "
+                "name the run it was fitted in with eval.run=…"
+            )
 
     def introduce(self, samples: Mapping[str, PatchSample], run: Any) -> None:
         """Say and record what a reader must know of the splits before any score."""
@@ -288,6 +293,16 @@ class Class(Task):
     def build_probe(self, probe_cfg: Mapping, sample: PatchSample, layers: Sequence, **given: Any) -> Probe:
         """A stack with one output per class of the data set."""
         return super().build_probe(probe_cfg, sample, layers, n_classes=len(sample.meta["classes"]), **given)
+
+    def refuse(self, probe: Probe, sample: PatchSample) -> None:
+        """Also refuse a data set of other classes."""
+        super().refuse(probe, sample)
+        fitted, found = probe.facts["classes"], list(sample.meta["classes"])
+        if fitted != found:
+            raise UserError(
+                f"the checkpoint names {len(fitted) - 1} classes ({', '.join(fitted[1:4])} …), these images have "
+                f"{len(found) - 1} ({', '.join(found[1:4])} …); score it on data of the same classes"
+            )
 
     def outputs_per_token(self, sample: PatchSample, n_tokens: int, probe_cfg: Mapping) -> int:
         """Pair scores outweigh the classes."""

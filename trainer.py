@@ -239,12 +239,12 @@ def build_optimizer(probe: Probe, trainer: Mapping) -> torch.optim.Optimizer:
     named = [(n, p) for n, p in probe.named_parameters() if p.requires_grad]
     lr, decay = float(trainer["lr"]), float(trainer["weight_decay"])
     if optimizer_name(trainer) == "adam":
-        return torch.optim.Adam([p for _, p in named], lr=lr, weight_decay=decay, foreach=True)
+        return torch.optim.Adam([p for _, p in named], lr=lr, weight_decay=decay, fused=True)
     groups = [
         {"params": [p for n, p in named if "bias" not in n], "weight_decay": decay},
         {"params": [p for n, p in named if "bias" in n], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, foreach=True)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=True)
 
 
 def fit(
@@ -318,12 +318,12 @@ def fit(
             save_state(state_file, probe, optimizer, best, progress)
             saved = time.monotonic()
     bar.close()
-    made_on = train.meta.get("facts", {}).get("weights")
-    probe.save(checkpoint_path(run.dir, name, f"last.{number:02d}"), backbone=made_on)
+    made_on = {"backbone": train.meta.get("facts", {}).get("weights"), "classes": list(train.meta.get("classes", ()))}
+    probe.save(checkpoint_path(run.dir, name, f"last.{number:02d}"), **made_on)
     with torch.no_grad():
         for n, p in probe.named_parameters():
             p.copy_(best[n])
-    probe.save(checkpoint_path(run.dir, name, f"best.{number:02d}"), backbone=made_on, best_epoch=progress.best_epoch.tolist())
+    probe.save(checkpoint_path(run.dir, name, f"best.{number:02d}"), **made_on, best_epoch=progress.best_epoch.tolist())
     return probe
 
 
