@@ -103,7 +103,7 @@ class Scenes:
         split: str,
         *,
         size: int | Sequence[int] = 96,
-        n_train: int = 1000,
+        n_train: int = 800,
         n_val: int = 100,
         n_test: int = 300,
         seed: int = 0,
