@@ -167,6 +167,34 @@ def test_eval_refuses_a_probe_of_other_weights(folder: Path, trained: Finished, 
         run(folder, "mode=eval", f"eval.run={altered}", "wandb.mode=disabled")
 
 
+def test_eval_refuses_a_checkpoint_of_another_probe_and_names_what_is_missing(
+    folder: Path, trained: Finished, tmp_path: Path
+) -> None:
+    mixed = shutil.copytree(trained.dir, tmp_path / "mixed")
+    linear = run(folder, *TINY, "probe.mode=linear")
+    shutil.rmtree(mixed / "checkpoints")
+    asked = ["mode=eval", f"eval.run={mixed}", "wandb.mode=disabled"]
+    with pytest.raises(SystemExit, match="holds no best checkpoint of probe"):
+        run(folder, *asked)
+    shutil.copytree(linear.dir / "checkpoints", mixed / "checkpoints")
+    with pytest.raises(SystemExit, match="holds a linear probe and its run was of probe.mode=quadratic; name the run"):
+        run(folder, *asked)
+    file = next((mixed / "checkpoints" / "probe").glob("best*"))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(SystemExit, match=rf"the checkpoint {file} cannot be read .* name another or repeat the fit"):
+        run(folder, *asked)
+
+
+def test_a_class_read_out_is_not_asked_for_other_classes(folder: Path, tmp_path: Path) -> None:
+    fitted = run(folder, *SHORT, "mode=train_class")
+    root = tmp_path / "mine"
+    write_folder(root)
+    (root / "classes.txt").write_text("".join(f"thing {i}\n" for i in range(20)))
+    asked = ["mode=eval", f"eval.run={fitted.dir}", "wandb.mode=disabled", "dataset=folder", f"dataset.root={root}"]
+    with pytest.raises(SystemExit, match=r"the checkpoint names 8 classes .* these images have 20 \(thing 0, thing 1"):
+        run(tmp_path, *asked, "dataset.test_fraction=0.5")
+
+
 def test_vis_shows_the_run(folder: Path, trained: Finished) -> None:
     finished = run(folder, "mode=vis", f"vis.run={trained.dir}", "vis.image=1", "wandb.mode=disabled")
     endings = sorted(p.suffix for p in finished.dir.glob("test-0-0000001_*"))
