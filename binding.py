@@ -39,7 +39,7 @@ from tasks import Batch, Scores, Task
 
 LADDER = "ladder"
 LABELS = {"Y": ("object_code",), "F": ("feature_code",), "Y_given_F": ("feature_code", "object_code")}
-WEAK = 0.5  # an F probe that reads less than this share of H(F) is flagged (our choice)
+WEAK = 0.25  # an F probe that reads less than this share of H(F) is flagged (our choice)
 N_EXAMPLES = 4
 
 

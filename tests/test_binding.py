@@ -247,7 +247,8 @@ def test_what_is_doubtful_is_flagged_and_not_clipped() -> None:
 # ---------------------------------------------------------------------------------------------------------- end to end
 
 TINY = [
-    "model.kwargs={img_size: 48, patch_size: 16, embed_dim: 16, depth: 2, num_heads: 2}", "model.layers=[embed,-1]",
+    "model.kwargs={img_size: 48, patch_size: 16, embed_dim: 16, depth: 2, num_heads: 2}", "model.pretrained=false",
+    "model.layers=[embed,-1]",
     "dataset.image_size=48", "dataset.obj_size=8", "dataset.n_train=48", "dataset.n_val=16", "dataset.n_test=24",
     "trainer.epochs=2", "trainer.batch_size=16", "trainer.checkpoint_seconds=0", "threads=1", "controls=none",
 ]  # fmt: skip
@@ -273,7 +274,7 @@ def test_the_default_run_compares_class_token_and_all_tokens(default_run: Run) -
         ("cls-quadratic_concat", "embed", "mean"), ("all-attention_quadratic", 1, "mean"), ("all-attention_quadratic", 1, 0),
     }  # fmt: skip
     for record in scores:
-        assert record["prior"] == "balanced_8" and record["H_Y_given_F"] == pytest.approx(13.15, abs=0.01)
+        assert record["prior"] == "balanced_5" and record["H_Y_given_F"] == pytest.approx(6.49, abs=0.01)
         metrics = record["metrics"]
         assert metrics["ratio"] * record["H_Y_given_F"] == pytest.approx(metrics["binding_information"], rel=1e-5)
         assert metrics["information_Y"] == pytest.approx(record["H_Y"] - metrics["loss_Y"])
@@ -281,7 +282,7 @@ def test_the_default_run_compares_class_token_and_all_tokens(default_run: Run) -
         if record["seed"] == "mean":
             assert all(low <= metrics[key] <= high for key, (low, high) in record["interval"].items())
     log = (default_run.dir / "log.txt").read_text()
-    assert "all attention_quadratic" in log and "prior balanced_8" in log and "pooling 48 of 48" in log
+    assert "all attention_quadratic" in log and "prior balanced_5" in log and "pooling 48 of 48" in log
     for file in ("layers.png", "layers.csv", "training-cls-quadratic_concat.png", "decoded-all-attention_quadratic.png"):
         assert (default_run.dir / file).stat().st_size > 0
 
@@ -290,14 +291,14 @@ def test_splits_are_reported_before_any_score(default_run: Run) -> None:
     records = read_records(default_run.dir / "metrics.jsonl")
     splits = {r["split"]: r for r in records if r["kind"] == "split"}
     assert list(splits) == ["train", "val", "test"] and [r["n"] for r in splits.values()] == [48, 16, 24]
-    assert splits["test"]["H_F"] == pytest.approx(math.log2(37)) and splits["test"]["prior"] == "balanced_8"
+    assert splits["test"]["H_F"] == pytest.approx(math.log2(100)) and splits["test"]["prior"] == "balanced_5"
     overlap = next(r for r in records if r["kind"] == "splits")
     assert overlap["overlap"]["test in train"] == {"F": 0.0, "Y": 0.0}
 
 
 def test_decoded_objects_are_named(default_run: Run) -> None:
     examples = json.loads((default_run.dir / "decoded-cls-quadratic_concat.json").read_text())
-    assert len(examples) == 4 and all(len(e["true"]) == 8 for e in examples)
+    assert len(examples) == 4 and all(len(e["true"]) == 5 for e in examples)
     names = {f"{c} {s}" for c in ("red", "blue", "green", "yellow", "purple", "orange")
              for s in ("circle", "square", "triangle", "diamond", "pentagon", "hexagon")}  # fmt: skip
     assert {name for e in examples for name in (*e["true"], *e["predicted"])} <= names
@@ -357,7 +358,7 @@ def test_a_killed_run_resumes_to_identical_records(
 def test_other_probes_and_data_run_too(default_run: Run, overrides: list[str]) -> None:
     run = run_tiny(default_run.dir.parents[1], *overrides)
     record = next(r for r in read_records(run.dir / "metrics.jsonl") if r["kind"] == "score")
-    assert record["name"] == "probe" and record["prior"] in ("balanced_8", "uniform<=4")
+    assert record["name"] == "probe" and record["prior"] in ("balanced_5", "uniform<=4")
     mode = record["probe"]
     assert record["probe_F"] == ("quadratic_concat" if mode.endswith("_reuse") else "linear")
     assert ("lower_bound" in record["metrics"]) == ("binding.conditional=true" in overrides)
