@@ -168,11 +168,15 @@ def fit_stack(control: Control, task: Task, cfg: DictConfig, run: Run, device: t
     step = layers_per_stack(task, control.probe, train, cfg.trainer, device)
     probes = []
     for number, first in enumerate(range(0, len(layers), step)):
-        chunk = layers[first : first + step]
+        chunk, name = layers[first : first + step], part_name(control.name, task)
+        done = checkpoint_path(run.dir, name, f"best.{number:02d}")
+        if done.exists():  # written last: this very fit is complete, the directory is that of its configuration and code
+            probes.append(load_probe(done, task.probes).to(device))
+            continue
         probe = task.build_probe(control.probe, train, chunk, say=run.say).to(device)
         if probe.needs_statistics:
             probe.set_statistics(*token_statistics(train, chunk, cfg.trainer.batch_size))
-        probes.append(fit(probe, task, train, val, cfg, run, name=part_name(control.name, task), number=number))
+        probes.append(fit(probe, task, train, val, cfg, run, name=name, number=number))
     return probes
 
 
