@@ -10,7 +10,7 @@ import torch
 from ade20k_tree import write_ade20k_tree
 from hydra.utils import instantiate
 from PIL import Image
-from program import FIT, MODEL, ROOT, TINY, Finished, configured, run
+from program import FIT, MODEL, ROOT, SCENES, TINY, Finished, configured, run
 
 import main
 import options
@@ -81,6 +81,16 @@ def test_a_finished_run_is_shown_again_without_a_backbone_or_a_new_record(
     before = (trained.dir / "metrics.jsonl").read_bytes(), (trained.dir / "history.jsonl").read_bytes()
     assert run(folder, *TINY, "controls=all") == trained
     assert before == ((trained.dir / "metrics.jsonl").read_bytes(), (trained.dir / "history.jsonl").read_bytes())
+
+
+def test_the_embedded_backbone_is_found_from_any_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    finished = run(folder, *SCENES, *FIT, "model.layers=[7]", "controls=[random]")
+    records = {r["name"]: r for r in finished.records() if (r["seed"], r["block"]) == ("mean", "all")}
+    assert records.keys() == {"probe", "random"} and records["probe"]["metrics"] != records["random"]["metrics"]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
