@@ -339,7 +339,7 @@ class Binding(Task):
         if self.cfg.binding.conditional:
             names, titles = [*names, "lower_bound", "ratio_lower"], [*titles, "lower bound", "ratio ≥"]
         body: list[list[str]] = []
-        warnings: dict[str, list[str]] = {}
+        warnings: dict[str, dict[str, list[str]]] = {}
         for scored in summary:
             block = scored.scores[0]
             means = {key: mean_over_seeds(e, len(scored.seeds)).value for key, e in block.metrics.items()}
@@ -358,7 +358,7 @@ class Binding(Task):
                 label += {"random": ", random weights", "pixels": ", raw pixels"}.get(scored.name.split("/")[-1], "")
                 body.append([label, str(layer), *cells])
                 for text in block.flag({key: float(value[index]) for key, value in means.items()}):
-                    warnings.setdefault(text, []).append(f"{label} layer {layer}")
+                    warnings.setdefault(text, {}).setdefault(label, []).append(str(layer))
         block, seeds = summary[0].scores[0], len(summary[0].seeds)
         given = ", ".join(f"{name} {_bits(block.facts[key])}" for name, key in (
             ("H(Y)", "H_Y"), ("H(F)", "H_F"), ("H(Y|F)", "H_Y_given_F"),
@@ -367,7 +367,10 @@ class Binding(Task):
             f"bits per image, {block.counts['n_images']} images, prior {block.facts['prior']}: {given}; "
             f"mean over {seeds} seed{'s' * (seeds > 1)}, ± half of the 95 % interval over images and seeds"
         )
-        flagged = [f"warning: {text}: {'; '.join(where)}" for text, where in warnings.items()]
+        flagged = [
+            f"warning: {text}: " + "; ".join(f"{label}, layer {', '.join(layers)}" for label, layers in where.items())
+            for text, where in warnings.items()
+        ]
         return "\n".join([format_table(["tokens and probe", "layer", *titles], body), note, *flagged])
 
     def illustrate(self, scored: Scored, stacks: Sequence[Sequence[Probe]], sample: PatchSample, run: Run) -> None:
