@@ -38,7 +38,7 @@ _NOT_IN_HASH = ("debug", "resume", "output_dir", "wandb", "threads")
 RESULT_FILES = ("metrics.jsonl", "history.jsonl", "layers.csv", "layers.png", "checkpoints")
 TRAIN_MODES = ("train", "train_class", "train_identity", "train_binding")
 WANDB_MODES = ("online", "offline", "disabled")
-_RECORD_KEY = ("kind", "name", "split", "layer", "seed", "question", "readout", "block", "epoch")
+_RECORD_KEY = ("kind", "name", "split", "layer", "seed", "question", "readout", "block", "epoch", "fingerprint")
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
