@@ -6,7 +6,7 @@ The schema is the configuration itself: `cfgs/config.yaml` has every option with
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,19 @@ from errors import UserError
 CONFIGS = Path(__file__).parent / "cfgs"
 # Blocks whose reader refuses by name what it does not know: only there a key may be added.
 OPEN = ("dataset", "model.kwargs")
-# Numbers that may also be given as a list.
+# Numbers that may also be given as a list, and what else is taken where a number stands; names that may be lists.
 LISTS = ("trainer.seeds",)
+ALSO: dict[str, tuple] = {"protocol.selection.patches": ("all",), "protocol.selection.per_visit": (None,)}
+NAMES = ("controls", "model.layers")
+LIMIT = 2**31  # of whole numbers
 
 
 def check(cfg: DictConfig) -> None:
     """Refuse what nobody would read and values of another kind than their default.
 
     A whole default takes whole numbers (of at least 1 if it is itself), a decimal one numbers of at least 0, true or
-    false only these two.
+    false only these two, a list a list, a text a text. Which text is checked where it is looked up; a data set checks
+    its options itself.
 
     Raises:
         UserError: the first option that does not fit.
@@ -39,19 +43,34 @@ def check(cfg: DictConfig) -> None:
             raise UserError(f"{override} takes an option away, and all of them are needed; set {key}=… instead")
         if override.startswith("+") and not key.startswith(tuple(f"{block}." for block in OPEN)):
             raise UserError(f"{override} adds an option that nothing reads; {valid_keys(key.rpartition('.')[0])}")
-    for key, default in _leaves(OmegaConf.to_container(OmegaConf.load(CONFIGS / "config.yaml"))):
+    for key, default in _defaults():
         block, _, _ = key.rpartition(".")
         if block and not isinstance(OmegaConf.select(cfg, block), DictConfig):
             raise UserError(f"{block} is a block of options, got {cfg[block]}; set them one by one, such as {key}={default}")
-        given = OmegaConf.select(cfg, key)
-        values = list(given) if key in LISTS and isinstance(given, ListConfig) else [given]
-        kind, least = _kind_of(default, isinstance(given, ListConfig))
-        if any(not _fits(value, default, least) for value in values):
-            raise UserError(f"{key}: got {given}, expected {kind}{' or a list of them' if key in LISTS else ''}")
+        default = 1 if default is None and key in ALSO else default
+        given, listed = OmegaConf.select(cfg, key), key in LISTS
+        if key in NAMES:
+            continue
+        kind, fits = _kind(default, least=0 if listed and isinstance(given, ListConfig) else 1)
+        values = list(given) if listed and isinstance(given, ListConfig) else [given]
+        also = ALSO.get(key, ())
+        if not all(fits(value) or value in also for value in values):
+            other = " or a list of them" if listed else "".join(f" or {'null' if v is None else v}" for v in also)
+            other += f", below {LIMIT}" if isinstance(given, int) and given >= LIMIT else ""
+            raise UserError(f"{key}: got {given!r}, expected {kind}{other}")
 
 
-def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of nested blocks, without what is Hydra's own."""
+def _defaults() -> Iterator[tuple[str, Any]]:
+    """Dotted keys and defaults of the files whose options are checked here."""
+    files = [("", "config"), ("model.", "model/_defaults")]
+    if HydraConfig.initialized():
+        files.append(("", f"protocol/{HydraConfig.get().runtime.choices['protocol']}"))
+    for prefix, name in files:
+        yield from _leaves(OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml")), prefix)
+
+
+def _leaves(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested blocks, without what is Hydra's own; an empty block is open."""
     for key, value in node.items():
         if isinstance(value, Mapping) and key != "hydra":
             yield from _leaves(value, f"{prefix}{key}.")
@@ -59,21 +78,23 @@ def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _kind_of(default: Any, in_list: bool) -> tuple[str, float]:
-    """In words what an option with this default takes, and the least number among it."""
+def _kind(default: Any, least: int) -> tuple[str, Callable[[Any], bool]]:
+    """What an option with this default takes, in words and as a test; `least` of whole numbers, or 0 if that is the default."""
     if isinstance(default, bool):
-        return "true or false", 0
-    least = 0 if in_list or not isinstance(default, int) else min(default, 1)
-    return f"a {'whole ' if isinstance(default, int) else ''}number of at least {least}", least
-
-
-def _fits(value: Any, default: Any, least: float) -> bool:
-    if isinstance(default, bool):
-        return isinstance(value, bool)
+        return "true or false", lambda value: isinstance(value, bool)
+    if isinstance(default, list):
+        return f"a list, such as [{', '.join(map(str, default))}]", lambda value: isinstance(value, ListConfig)
+    if isinstance(default, str) and default != "???":
+        return f"a text, such as {default}", lambda value: isinstance(value, str) and value != ""
     if not isinstance(default, int | float):
-        return True  # names and lists: checked where they are looked up
-    kinds = int if isinstance(default, int) else int | float
-    return isinstance(value, kinds) and not isinstance(value, bool) and least <= value < math.inf
+        return "", lambda value: True
+    whole, least = isinstance(default, int), min(default, least) if isinstance(default, int) else 0
+    numbers = int if whole else int | float
+
+    def fits(value: Any) -> bool:
+        return isinstance(value, numbers) and not isinstance(value, bool) and least <= value < (LIMIT if whole else math.inf)
+
+    return f"a {'whole ' if whole else ''}number of at least {least}", fits
 
 
 def explain(error: Exception) -> str:
@@ -85,6 +106,10 @@ def explain(error: Exception) -> str:
         options = re.search(r"Available options in '[\w/]+': (.*?)(?: Config search path:|$)", text)
         names = [name for name in sorted(options[1].split()) if not name.startswith("_")] if options else ["none"]
         return f"unknown {group} '{name}'; valid: {', '.join(names)}"
+    added = re.search(r"^(\S+) appears more than once in the final|^Multiple values for (\w+)\.", text)
+    if added:
+        group = added[1] or added[2]
+        return f"{group} is there already; choose with {group}=…, without a +"
     key = re.search(r"Could not override '([^']+)'", text)
     if key:
         # A block given as a whole names the block; the key inside it that does not exist is told by the cause.

@@ -99,6 +99,8 @@ class Task:
         self.seeds = list(range(seeds)) if isinstance(seeds, int) else [int(s) for s in seeds]
         if not self.seeds:
             raise UserError(f"trainer.seeds is {seeds}, expected a number of at least 1 or a list of seeds")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"trainer.seeds names a seed twice, got {self.seeds}; the fits of one seed are equal")
         self.stack = [StackEntry(seed, "all") for seed in self.seeds]
         self.tokens_per_visit: int | None = cfg.protocol.selection.get("per_visit")
         self.check_probe(cfg)

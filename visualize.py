@@ -409,7 +409,10 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     probes = [load_probe(file) for file in results.checkpoint_files(directory, "probe", "best")]
     maps = score_maps(fitted, probes, dataset[int(vis.image)], vis.pixel)
     folder = Path(vis.out) if vis.out else run.dir
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder vis.out={folder}: {error.strerror}; name another") from error
     for path in write_score_maps(maps, folder, gif=bool(vis.gif), facts={"run": str(directory), "split": vis.split}):
         run.say(str(path))
     return {"own_score": [float(m[maps.anchor]) for m in maps.patch_scores]}

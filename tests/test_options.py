@@ -38,6 +38,8 @@ def explained(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> str:
         (["trainer.lr.x=1"], r"unknown option 'trainer.lr.x'; trainer.lr is a plain value"),
         (["dataset=ade20k", "dataset.n_train=3"], r"unknown option 'dataset.n_train'; valid keys of dataset: .*root"),
         (["model=siglip_base", "model.kwargs.depth=2"], r"of model.kwargs: none; .* added with \+model.kwargs.<key>=…"),
+        (["+mode=train"], r"mode is there already; choose with mode=…, without a \+"),
+        (["+experiment=binding_grid"], r"experiment is there already; choose with experiment=…, without a \+"),
         (["foo"], r"Error parsing override 'foo' missing EQUAL at '<EOF>'$"),
     ],
 )
@@ -66,6 +68,9 @@ def composed() -> DictConfig:
         ("trainer.seeds", 0, "a whole number of at least 1 or a list of them"),
         ("trainer.seeds", [0, "a"], "a whole number of at least 0 or a list of them"),
         ("seed", -1, "a whole number of at least 0"),
+        ("seed", 2**31, "a whole number of at least 0, below 2147483648"),
+        ("output_dir", "", "a text, such as outputs"),
+        ("cache.dir", 2024, "a text, such as cache"),
         ("threads", "many", "a whole number of at least 0"),
         ("probe.standardize", "maybe", "true or false"),
         ("cache.workers", None, "a whole number of at least 0"),
@@ -93,11 +98,26 @@ def test_values_of_the_right_kind_pass(composed: DictConfig, key: str, value: ob
         ("+trainer.foo=1", r"\+trainer.foo=1 adds an option that nothing reads; valid keys of trainer: batch_size, "),
         ("++probe.foo=1", r"nothing reads; valid keys of probe"),
         ("~wandb", r"~wandb takes an option away, and all of them are needed"),
+        ("protocol.selection.patches=few", r"patches: got 'few', expected a whole number of at least 1 or all$"),
+        ("protocol.selection.per_visit=abc", r"expected a whole number of at least 1 or null$"),
+        ("protocol.selection.seed=abc", r"expected a whole number of at least 0"),
+        ("protocol.selection.min_purity=abc", r"expected a number of at least 0"),
+        ("protocol.geometry.antialias=maybe", r"expected true or false"),
+        ("protocol.pairs.fit=all", r"protocol.pairs.fit: got 'all', expected a list, such as \[all, foreground\]"),
+        ("protocol.labels.ignore=0", r"expected a list, such as \[-1\]"),
+        ("model.pretrained=maybe", r"model.pretrained: got 'maybe', expected true or false"),
+        ("model.seed=abc", r"expected a whole number of at least 0"),
         ("trainer=foo", r"trainer is a block of options, got foo; set them one by one, such as trainer.seeds=3"),
     ],
 )
 def test_what_nobody_reads_is_refused(override: str, said: str) -> None:
     with configured(override) as cfg, pytest.raises(UserError, match=said):
+        options.check(cfg)
+
+
+def test_words_that_stand_for_numbers_pass() -> None:
+    words = ["protocol.selection.patches=all", "protocol.selection.per_visit=null"]
+    with configured("protocol=object_binding_2026", *words) as cfg:
         options.check(cfg)
 
 
@@ -136,6 +156,7 @@ WRONG = [
     (["dataset.size=8"], r"dataset.size: got 8"),
     (["+dataset.nonsense=1"], r"unexpected keyword argument 'nonsense'"),
     (["mode=eval"], r"no finished run of mode train"),
+    (["trainer.seeds=[1,1]"], r"trainer.seeds names a seed twice"),
     (["mode=vis", "vis.run=/nowhere"], r"/nowhere is not a run directory"),
     (["output_dir=/proc/nowhere"], r"cannot create the run directory .* set output_dir=…"),
     (["cache.dir=/proc/nowhere"], r"cannot be written .* set cache.dir"),
