@@ -60,9 +60,7 @@ def create(name: str, kwargs: str, image_size: Size, **options: Any) -> tuple[nn
     """
     extra = json.loads(kwargs)
     if "global_pool" in extra:
-        raise UserError(
-            "model.kwargs.global_pool changes the norms of a model, leave it out: pooling is model.output_mode"
-        )
+        raise UserError("model.kwargs.global_pool changes the norms of a model, leave it out: pooling is model.output_mode")
     build = functools.partial(timm.create_model, name, num_classes=0, **options)
     sized = {"img_size": image_size} if image_size else {}
     told = " and ".join([f"model.kwargs={extra}"] * bool(extra) + [f"model.image_size={image_size}"] * bool(sized))
@@ -121,18 +119,19 @@ def random_model(name: str, kwargs: str, image_size: Size, seed: int) -> nn.Modu
     return model
 
 
-# ---------------------------------------------------------------------------------------------------- on a CPU
+# ---------------------------------------------------------------------------------------------------- made faster
 
 
-def tune_for_cpu(model: nn.Module) -> None:
+def tune_for_cpu(model: nn.Module, fuse: bool) -> None:
     """Make the forward pass faster on a CPU without changing what is computed (up to rounding).
 
     In bfloat16, where the matrix products are so fast that everything else shows, oneDNN adds the biases and computes
     GELU inside the products (measured on AMX: 0.58 -> 0.65 of the matmul rate; in float32 it gains nothing and is left
-    alone). The modules and their weights stay as they are, only their `forward` is another.
+    alone). The modules and their weights stay as they are, only their `forward` is another. Not to `fuse` is for
+    torch.compile, which does the same in its own way and stumbles over ours.
     """
     _keep_freed_memory()
-    if next(model.parameters()).dtype != torch.bfloat16 or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not fuse or next(model.parameters()).dtype != torch.bfloat16 or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return
@@ -144,6 +143,27 @@ def tune_for_cpu(model: nn.Module) -> None:
         if type(mlp) is Mlp and isinstance(mlp.act, nn.GELU):
             mlp.fc1.forward = functools.partial(_linear, mlp.fc1, "gelu", mlp.act.approximate)
             mlp.act = nn.Identity()
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile one region per block, at its first use: quick to compile, and hooks stay outside.
+
+    Raises:
+        UserError: (at the first forward pass) the machine has nothing to compile with.
+    """
+    from torch._dynamo.exc import TorchDynamoException  # takes most of a second, and few compile
+
+    def checked(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            return forward(*args, **kwargs)
+        except TorchDynamoException as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(
+                f"model.compile=true, and this machine cannot compile the backbone ({reason}): set model.compile=false"
+            ) from error
+
+    for block in model.blocks:
+        block.forward = functools.partial(checked, torch.compile(block.forward))
 
 
 def _linear(module: nn.Linear, after: str, algorithm: str, x: Tensor) -> Tensor:
@@ -333,9 +353,7 @@ def _adapt(
             state |= {"reg_token": registers, "pos_embed": position[:, 1:]}
             state["cls_token"] = state["cls_token"] + position[:, :1]
         if any(".mlp.w12." in key for key in state):
-            state = {
-                key.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2."): state[key] for key in state
-            }
+            state = {key.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2."): state[key] for key in state}
         if hasattr(model.blocks[0], "ls1") and not isinstance(model.blocks[0].ls1, nn.Identity):
             state = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", key): value for key, value in state.items()}
     _meet_grid(model, state.get("pos_embed"), dynamic, say)

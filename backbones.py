@@ -21,7 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from backbone_weights import file_digest, find_file, hub_model, load_weights, random_model, skeleton, tune_for_cpu
+from backbone_weights import (
+    compile_blocks,
+    file_digest,
+    find_file,
+    hub_model,
+    load_weights,
+    random_model,
+    skeleton,
+    tune_for_cpu,
+)
 from errors import UserError
 
 Layer = int | str
@@ -75,9 +84,7 @@ class BackboneFacts:
 
     def as_dict(self) -> dict[str, Any]:
         """The facts as JSON-able values."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
-        }
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,16 +206,12 @@ class TimmViT(Backbone):
         model, dynamic = skeleton(options.name, options.kwargs, options.image_size)
         norms = [name for name in ("norm", "fc_norm") if _is_norm(getattr(model, name, None))]
         if options.norm and not norms:
-            raise UserError(
-                f"model.norm=true and {options.name} has no norm after its last block, set model.norm=false"
-            )
+            raise UserError(f"model.norm=true and {options.name} has no norm after its last block, set model.norm=false")
         native = json.loads(options.kwargs).get("img_size") or model.pretrained_cfg["input_size"][1:]
         native = (native, native) if isinstance(native, int) else tuple(native)
         (patch_size, patch_width), image_size = model.patch_embed.patch_size, options.image_size or native
         if patch_size != patch_width:
-            raise UserError(
-                f"{options.name} has patches of {patch_size} x {patch_width}, only square ones are supported"
-            )
+            raise UserError(f"{options.name} has patches of {patch_size} x {patch_width}, only square ones are supported")
         if any(side < patch_size or side % patch_size for side in image_size):
             raise UserError(
                 f"model.image_size={_by(image_size)} does not fit {options.name}, expected multiples of its patch size "
@@ -250,10 +253,9 @@ class TimmViT(Backbone):
             load_weights(model, file, part=options.weights_part, dynamic=facts.dynamic_size, say=say)
         model = _cast(model.eval().requires_grad_(False), dtype).to(device)
         if device.type == "cpu":
-            tune_for_cpu(model)
+            tune_for_cpu(model, fuse=not options.compile)
         if options.compile:
-            for block in model.blocks:  # one region per block: quick to compile, and hooks stay outside
-                block.forward = torch.compile(block.forward)
+            compile_blocks(model)
         return cls(facts, model, options).eval()
 
     def read(self, images: Tensor, layers: Sequence[Layer], grid: tuple[int, int]) -> list[Tensor]:
@@ -313,9 +315,7 @@ def backbone_facts(model_cfg: Mapping[str, Any]) -> BackboneFacts:
     return SOURCES[options.source].describe(options)
 
 
-def load_backbone(
-    model_cfg: Mapping[str, Any], device: torch.device | str, say: Callable[[str], None] = print
-) -> Backbone:
+def load_backbone(model_cfg: Mapping[str, Any], device: torch.device | str, say: Callable[[str], None] = print) -> Backbone:
     """The frozen backbone on a device; `say` hears what was left out of or resampled in a weight file.
 
     Raises:
@@ -347,9 +347,7 @@ def resolve_layers(spec: Any, depth: int) -> list[Layer]:
             found.add(layer % depth)
         else:
             numbers = f", {-depth}…{depth - 1}" if depth else ""
-            raise UserError(
-                f"model.layers: there is no layer {layer!r}, expected all, embed{numbers} or a list of these"
-            )
+            raise UserError(f"model.layers: there is no layer {layer!r}, expected all, embed{numbers} or a list of these")
     if not found:
         raise UserError("model.layers is empty, name at least one layer or all")
     return ["embed" if layer < 0 else layer for layer in sorted(found)]

@@ -230,8 +230,7 @@ class PairScores:
                 "majority": Estimate(0.5 + sign * (rate.value - 0.5), sign[:, None] * rate.influence),
             }
         distance = [
-            {**row, "auroc": _stack([fit["distance"][i]["auroc"] for fit in fits])}
-            for i, row in enumerate(fits[0]["distance"])
+            {**row, "auroc": _stack([fit["distance"][i]["auroc"] for fit in fits])} for i, row in enumerate(fits[0]["distance"])
         ]
         counts = {"n_pairs": n[0].sum(), "n_positive": positive[0].sum(), "n_images": (n[0] > 0).sum()}
         return Block(metrics, {key: int(count) for key, count in counts.items()}, distance)

@@ -180,9 +180,7 @@ def fit_stack(control: Control, task: Task, cfg: DictConfig, run: Run, device: t
     return probes
 
 
-def layers_per_stack(
-    task: Task, probe_cfg: Mapping, sample: PatchSample, trainer: Mapping, device: torch.device
-) -> int:
+def layers_per_stack(task: Task, probe_cfg: Mapping, sample: PatchSample, trainer: Mapping, device: torch.device) -> int:
     """How many layers fit into `trainer.max_gb` at once (at least one): tokens, scores and four copies of the weights."""
     n_layers, _, n_tokens, dim = sample.tokens.shape
     n_stack, batch = len(task.stack), int(trainer.batch_size)
@@ -202,15 +200,17 @@ def token_statistics(sample: PatchSample, layers: Sequence, batch_size: int) -> 
     index = [list(sample.tokens.layers).index(layer) for layer in layers]
     n_images = sample.tokens.shape[1]
     valid = sample.labels.get("valid")
-    total, square, count = 0.0, 0.0, 0.0
+    total, square = torch.zeros(2, len(index), sample.tokens.shape[-1], dtype=torch.float64)
+    count = 0.0
     for first in range(0, n_images, batch_size):
         images = torch.arange(first, min(first + batch_size, n_images))
-        x = sample.tokens.gather(images, index).double()  # [L, B, T, D]
-        weight = torch.ones(x.shape[1:3]) if valid is None else valid[images]
-        weight = weight.to(x.dtype)[None, :, :, None]
-        total = total + (x * weight).sum((1, 2))
-        square = square + (x.square() * weight).sum((1, 2))
-        count = count + weight.sum()
+        weight = torch.ones(len(images), sample.tokens.shape[2]) if valid is None else valid[images]
+        weight = weight.flatten().to(torch.float64)  # [B T]
+        for row, layer in enumerate(index):  # one at a time: float64 copies of all layers at once are large
+            x = sample.tokens.gather(images, [layer])[0].flatten(0, 1).to(weight)  # [B T, D]
+            total[row] += weight @ x
+            square[row] += weight @ x.square_()
+        count += float(weight.sum())
     mean = total / count
     std = (square / count - mean.square()).clamp_min(0).sqrt()
     std = torch.where(std > 1e-6 * (1 + mean.abs()), std, torch.ones_like(std))
@@ -439,7 +439,5 @@ def concatenate(blocks: Sequence[Scores], n_seeds: int) -> Scores:
         return Estimate(*(torch.cat(fields, 1).flatten(0, 1) for fields in zip(*parts, strict=True)))
 
     metrics = {key: join([b.metrics[key] for b in blocks]) for key in blocks[0].metrics}
-    distance = [
-        {**row, "auroc": join([b.distance[i]["auroc"] for b in blocks])} for i, row in enumerate(blocks[0].distance)
-    ]
+    distance = [{**row, "auroc": join([b.distance[i]["auroc"] for b in blocks])} for i, row in enumerate(blocks[0].distance)]
     return blocks[0]._replace(metrics=metrics, distance=distance)

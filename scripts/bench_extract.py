@@ -182,9 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
     batches = max(2, round(options.seconds * options.batch / forward / options.batch))
     n_images = options.images or batches * options.batch
     rows = []
-    print(
-        f"{'round':>5}{'images':>8}{'images/s':>10}{'MB/s':>8}{'matmul TFLOP/s':>16}{'of it: all':>12}{'forward alone':>15}"
-    )
+    print(f"{'round':>5}{'images':>8}{'images/s':>10}{'MB/s':>8}{'matmul TFLOP/s':>16}{'of it: all':>12}{'forward alone':>15}")
     for number in range(options.rounds):
         once = mock.patch.object(activation, "load_backbone", lambda *_: backbone)  # it is built once, above
         with tempfile.TemporaryDirectory() as folder, once:

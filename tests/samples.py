@@ -18,10 +18,7 @@ def planted_sample(
     codes = torch.randn(n_images, 5, dim, generator=rng)
     signal = codes.gather(1, identity[..., None].expand(-1, -1, dim))
     tokens = torch.stack(
-        [
-            (signal if i else 0) + noise * torch.randn(n_images, n_tokens, dim, generator=rng)
-            for i in range(len(layers))
-        ]
+        [(signal if i else 0) + noise * torch.randn(n_images, n_tokens, dim, generator=rng) for i in range(len(layers))]
     )
     side = int(n_tokens**0.5)
     index = torch.arange(n_tokens)

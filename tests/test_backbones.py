@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
 import backbone_weights
 import backbones
@@ -128,9 +130,7 @@ def test_the_geometry_test_notices_a_shift() -> None:
             assert_lights_one_cell(wrong, 14)
 
 
-@pytest.mark.parametrize(
-    "name", ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3", "vit_base_patch16_siglip_224"]
-)
+@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3", "vit_base_patch16_siglip_224"])
 def test_layers_are_the_block_outputs_in_the_order_asked(name: str) -> None:
     backbone = quiet(config(name))
     size, seen = backbone.facts.patch_size, {}
@@ -143,9 +143,7 @@ def test_layers_are_the_block_outputs_in_the_order_asked(name: str) -> None:
     assert torch.equal(backbone(images, ["embed"])[0].patch, tokens[1].patch)
 
 
-@pytest.mark.parametrize(
-    "name", ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3", "vit_base_patch16_siglip_224"]
-)
+@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3", "vit_base_patch16_siglip_224"])
 def test_the_last_layer_with_norm_is_what_timm_calls_features(name: str) -> None:
     backbone = quiet(config(name, norm=True))
     images = torch.randn(2, 3, 4 * backbone.facts.patch_size, 2 * backbone.facts.patch_size)
@@ -217,17 +215,37 @@ def test_low_precision_keeps_rotary_positions_exact() -> None:
     assert rough.model.rope.periods.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    "name", ["vit_small_patch16_224", "vit_base_patch16_clip_quickgelu_224", "vit_small_patch16_dinov3"]
-)
+@pytest.mark.parametrize("name", ["vit_small_patch16_224", "vit_base_patch16_clip_quickgelu_224", "vit_small_patch16_dinov3"])
 def test_the_fast_path_of_a_cpu_computes_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tuned = quiet(config(name, dtype="bfloat16"))
-    monkeypatch.setattr(backbones, "tune_for_cpu", lambda model: None)
+    monkeypatch.setattr(backbones, "tune_for_cpu", lambda model, fuse: None)
     plain, exact = quiet(config(name, dtype="bfloat16")), quiet(config(name))
     images = torch.randn(2, 3, 48, 32)
     a, b, c = (backbone(images, [1])[0].patch.float() for backbone in (tuned, plain, exact))
     assert (a - c).norm() < 1.2 * (b - c).norm(), "no further from float32 than without it"
     assert all(torch.equal(x, y) for x, y in zip(tuned.parameters(), plain.parameters(), strict=True))
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="compiling for a CPU needs a C++ compiler")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_compiled_blocks_compute_the_same(dtype: str, tolerance: float) -> None:
+    compiled, plain = (quiet(config("vit_small_patch16_224", dtype=dtype, compile=on)) for on in (True, False))
+    images = torch.randn(2, 3, 48, 32)
+    for a, b in zip(compiled(images, ["embed", 0, 1]), plain(images, ["embed", 0, 1]), strict=True):
+        assert (a.patch - b.patch).float().norm() < tolerance * b.patch.float().norm()
+
+
+def test_a_machine_that_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def refuse(*args: Any) -> None:
+            raise TorchDynamoException("InvalidCxxCompiler: none found\n\nSet TORCHDYNAMO_VERBOSE=1")
+
+        return refuse
+
+    monkeypatch.setattr(torch, "compile", lacking)
+    backbone = quiet(config("vit_small_patch16_224", compile=True))
+    with pytest.raises(UserError, match=r"compile the backbone \(InvalidCxxCompiler: none found\): set model.compile="):
+        backbone(torch.randn(1, 3, 32, 32), [0])
 
 
 def test_resolve_layers() -> None:
@@ -359,9 +377,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[dict, dict], Any], dict]] = {
     "dinov2_hub_reg.pth": ("vit_small_patch14_reg4_dinov2", lambda a, b: hub_layout(a, True), {}),
     "deit3_full.pth": (
         "deit3_small_patch16_224",
-        lambda a, b: {
-            "model": {key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): a[key] for key in a}
-        },
+        lambda a, b: {"model": {key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): a[key] for key in a}},
         {},
     ),
     "dinov3.safetensors": ("vit_small_patch16_dinov3", lambda a, b: a, {}),
@@ -416,8 +432,7 @@ def test_a_position_grid_of_another_size_is_resampled_once(tmp_path: Path) -> No
     cfg = config("vit_small_patch16_224", pretrained=True, weights=str(saved(tmp_path / "a.safetensors", small)))
     backbone = load_backbone(cfg, "cpu", say=said.append)
     assert said == [
-        "a.safetensors: position embeddings of a 3 x 3 grid where the model has 14 x 14: "
-        "resampled (bicubic, antialiased)"
+        "a.safetensors: position embeddings of a 3 x 3 grid where the model has 14 x 14: resampled (bicubic, antialiased)"
     ]
     images = torch.zeros(1, 3, 48, 48)
     plain = backbone.model.patch_embed(images).flatten(1, 2)
@@ -460,9 +475,7 @@ def test_damaged_foreign_and_missing_files(tmp_path: Path) -> None:
     assert "not loaded for safety" in refusal({"model": Path("x")})
     assert "expected a dictionary" in refusal([torch.zeros(1)])
     assert "none that are recognised" in refusal({"epoch": 3})
-    assert "holds no teacher, it has student" in refusal(
-        {backbone_weights.ANCHOR: torch.zeros(1)}, weights_part="teacher"
-    )
+    assert "holds no teacher, it has student" in refusal({backbone_weights.ANCHOR: torch.zeros(1)}, weights_part="teacher")
     assert "model.weights_part=both is unknown" in refusal({}, weights_part="both")
     with pytest.raises(UserError, match="there is no weight file none.pth, make it with: python make.py,"):
         backbone_facts(config(pretrained=True, weights="none.pth", rebuild="python make.py"))

@@ -324,9 +324,7 @@ class Stop(Exception):
     """Stands for a kill."""
 
 
-def test_a_killed_run_resumes_to_identical_records(
-    default_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_resumes_to_identical_records(default_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = trainer.mean_loss, []
 
     def kill_later(*args, **kwargs):

@@ -46,9 +46,9 @@ def test_every_mode_composes_and_names_an_entry(path: Path) -> None:
 
 def test_the_default_run_leaves_records_curve_checkpoints_and_provenance(trained: Finished) -> None:
     records = trained.records()
-    assert {r["name"] for r in records} == {
-        "probe", "position", "pixels", "pixels_position", "class_oracle", "cosine", "dot_product",
-    }  # fmt: skip ; the backbone is random already, so there is no control of that name
+    # The backbone is random already, so there is no control of that name.
+    controls = {"position", "pixels", "pixels_position", "class_oracle", "cosine", "dot_product"}
+    assert {r["name"] for r in records} == {"probe"} | controls
     assert {(r["protocol"], r["model"], r["dataset"], r["probe"]) for r in records} == {
         ("clean", "demo_vit", "scenes", "quadratic")
     }
@@ -83,9 +83,7 @@ def test_a_finished_run_is_shown_again_without_a_backbone_or_a_new_record(
     assert before == ((trained.dir / "metrics.jsonl").read_bytes(), (trained.dir / "history.jsonl").read_bytes())
 
 
-def test_the_embedded_backbone_is_found_from_any_folder(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_embedded_backbone_is_found_from_any_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     finished = run(folder, *SCENES, *FIT, "model.layers=[7]", "controls=[random]")
     records = {r["name"]: r for r in finished.records() if (r["seed"], r["block"]) == ("mean", "all")}
