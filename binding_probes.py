@@ -31,6 +31,7 @@ from errors import UserError
 from probes import FitAxes, Probe
 
 POOL_ELEMENTS = 2**21  # of pools taken at once by the attention probe (measured: they fit a processor's cache)
+KEPT_ELEMENTS = 2**24  # of all pools and scores of a step that are kept for the gradient; beyond, they are computed again
 
 
 def seen_bits(n_bits: int, device: torch.device) -> Tensor:
@@ -360,9 +361,13 @@ class AttentionQuadratic(BindingProbe):
         pools = torch.bmm(nn.functional.pad(attention, (0, 0, 1, 0)).mT, tokens)  # [b, K, D]
         return torch.bmm(pools.transpose(0, 1), weight.to(tokens.dtype)).transpose(0, 1).float()
 
+    def pooled_again(self, *inputs: Any) -> Tensor:
+        """`pooled_factors` that keeps nothing for the gradient and is computed again for it."""
+        return checkpoint(self.pooled_factors, *inputs, use_reentrant=False, preserve_rng_state=False)
+
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
-        """See the module. Pools are taken over some images at a time and taken again for the gradient."""
-        n_layers, _, _, dim = x.shape
+        """See the module. Large pools are taken over some images at a time, and taken again for the gradient."""
+        n_layers, n_images, n_tokens, dim = x.shape
         base, offsets = self.query_base, self.query_bits
         if self.query_map is not None:
             base = base @ self.query_map.mT
@@ -371,12 +376,14 @@ class AttentionQuadratic(BindingProbe):
         bases, weights = base.flatten(0, 1).unbind(), self.weight_pool.flatten(0, 1).flatten(-2).unbind()
         all_offsets = [None] * len(bases) if offsets is None else offsets.flatten(0, 1).unbind()
         size = max(1, POOL_ELEMENTS // (self.n_bits * dim))
+        small = len(bases) * n_images * self.n_bits * (dim + 4 * n_tokens) <= KEPT_ELEMENTS
+        pooled = self.pooled_factors if small else self.pooled_again
         fits = []
         for fit, (base, offsets, weight) in enumerate(zip(bases, all_offsets, weights, strict=True)):
             layer = fit % n_layers
             own = (base, offsets, weight)
             parts = [
-                checkpoint(self.pooled_factors, t, layer, c, *own, use_reentrant=False, preserve_rng_state=False)
+                pooled(t, layer, c, *own)
                 for t, c in zip(x[layer : layer + 1].split(size, dim=1), code.split(size), strict=True)
             ]
             fits.append(torch.cat(parts))  # [B, K, 2 r]

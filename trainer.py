@@ -51,19 +51,20 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     device, kind = set_up(cfg), find_task(cfg.task)
     tasks = {name: kind(own) for name, own in kind.rows(cfg)}  # all of them first: a wrong setting costs no extraction
     opened: dict[str, dict[str, PatchSample]] = {}
-    for name, task in sorted(tasks.items(), key=lambda row: row[1].cfg.model.output_mode != "all"):
-        # Whole images first: class and pooled tokens are then taken from what is stored.
-        opened[name] = {split: open_sample(task.cfg, split, say=run.say) for split in SPLITS}
-        task.check(opened[name])
+    # Whole images first, here and for the controls: class and pooled tokens are then taken from what is stored.
+    whole_first = sorted(tasks, key=lambda name: tasks[name].cfg.model.output_mode != "all")
+    for name in whole_first:
+        opened[name] = {split: open_sample(tasks[name].cfg, split, say=run.say) for split in SPLITS}
+        tasks[name].check(opened[name])
     run.rest_on({name: {split: fingerprints(s) for split, s in samples.items()} for name, samples in opened.items()})
-    next(iter(tasks.values())).introduce(next(iter(opened.values())), run)
+    next(iter(tasks.values())).introduce(opened[next(iter(tasks))], run)
+    controls = {name: build_controls(tasks[name].cfg, opened[name], tasks[name].controls, run.say) for name in whole_first}
     summary: list[Scored] = []
     for name, task in tasks.items():
-        own, samples = task.cfg, opened.pop(name)
-        controls = build_controls(own, samples, task.controls, say=run.say)
+        own, samples, beside = task.cfg, opened.pop(name), controls.pop(name)
         if len(tasks) > 1:
-            controls = [control._replace(name=f"{name}/{control.name}") for control in controls]
-        for control in (Control(name, own.probe, samples), *controls):
+            beside = [control._replace(name=f"{name}/{control.name}") for control in beside]
+        for control in (Control(name, own.probe, samples), *beside):
             asked = task if control.seeds is None else kind(own, control.seeds)
             parts = asked.parts() if control.probe is not None else []
             stacks = [fit_stack(control, part, own, run, device) for part in parts]

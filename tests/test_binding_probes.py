@@ -257,7 +257,7 @@ def test_tokens_of_any_mode_are_read_end_to_end() -> None:
     torch.testing.assert_close(probe(x, code), joined(x.flatten(2).unsqueeze(2), code))
 
 
-def test_pools_taken_in_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pools_taken_in_parts_and_taken_again_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     probe = scramble(build("attention_quadratic"))
     x, code = batch(probe, n_images=5)
 
@@ -267,6 +267,7 @@ def test_pools_taken_in_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) ->
 
     whole = run()
     monkeypatch.setattr(binding_probes, "POOL_ELEMENTS", 2 * K * DIM)
+    monkeypatch.setattr(binding_probes, "KEPT_ELEMENTS", 0)
     for a, b in zip(run(), whole, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
 
