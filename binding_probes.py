@@ -39,6 +39,11 @@ def seen_bits(n_bits: int, device: torch.device) -> Tensor:
     return torch.ones(n_bits, n_bits, device=device).triu(1)
 
 
+def widen(x: Tensor) -> Tensor:
+    """Products of reduced precision as float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class BindingProbe(Probe):
     """Base of the probes of a code.
 
@@ -68,6 +73,13 @@ class BindingProbe(Probe):
         self.n_bits, self.n_tokens, self.condition_readout, self.init_std = n_bits, n_tokens, condition_readout, init_std
         self.n_inputs = dim * n_tokens + (n_bits if condition_readout else 0)
 
+    def prepare(self, x: Tensor, layers: slice = slice(None)) -> Tensor:
+        """As for every probe; one in float64 (`double()`) computes in float64 throughout."""
+        if next(self.parameters()).dtype != torch.float64:
+            return super().prepare(x, layers)
+        x = x.double()
+        return x * self.token_scale[layers, None, None] + self.token_shift[layers, None, None] if self.needs_statistics else x
+
     def matrix(self, *shape: int, n_inputs: int | None = None) -> nn.Parameter:
         """A normal parameter [S, L, *shape]."""
         return self.draw(*shape, std=(n_inputs or self.n_inputs) ** -0.5 if self.init_std is None else self.init_std)
@@ -79,7 +91,7 @@ class BindingProbe(Probe):
     def from_image(self, x: Tensor, weight: Tensor) -> Tensor:
         """Prepared tokens [L, B, T, D] through weight [S, L, Z, ...] -> float32 [S, L, B, ...]."""
         z = x.flatten(2)  # [L, B, Z]
-        return torch.matmul(z, weight.flatten(3).to(x.dtype)).float().unflatten(-1, weight.shape[3:])
+        return widen(torch.matmul(z, weight.flatten(3).to(x.dtype))).unflatten(-1, weight.shape[3:])
 
     def from_bits(self, code: Tensor, weight: Tensor, head_axis: int = -1) -> Tensor:
         """Bits [B, K] through weight [S, L, K, ...], of which head k reads the rows i < k -> float32 [S, L, B, ...].
@@ -170,7 +182,7 @@ class DNN(BindingProbe):
             out = nn.functional.gelu(out)
             if self.training and self.dropout:
                 out = out * self.keep(out.shape, x.detach(), code, depth)
-            out = torch.matmul(out.to(tokens.dtype), weight.to(tokens.dtype)).float() + bias[:, :, :, None]
+            out = widen(torch.matmul(out.to(tokens.dtype), weight.to(tokens.dtype))) + bias[:, :, :, None]
         return out.squeeze(-1).transpose(2, 3)
 
 
@@ -353,13 +365,14 @@ class AttentionQuadratic(BindingProbe):
         """
         tokens = self.prepare(tokens, slice(layer, layer + 1))[0]
         vectors = base if offsets is None else torch.cat([base, offsets])
-        scores = (tokens @ vectors.mT.to(tokens.dtype))[:, 1:].float()  # [b, N, K or 2 K]
+        scores = widen((tokens @ vectors.mT.to(tokens.dtype))[:, 1:])  # [b, N, K or 2 K]
         if offsets is not None:
             scores, added = scores.chunk(2, dim=-1)
-            scores = scores + (added * (code.to(added.dtype) - 0.5).unsqueeze(1)) @ seen_bits(self.n_bits, added.device)
+            seen = seen_bits(self.n_bits, added.device).to(added.dtype)
+            scores = scores + (added * (code.to(added.dtype) - 0.5).unsqueeze(1)) @ seen
         attention = (scores * self.temperature).softmax(1).to(tokens.dtype)
         pools = torch.bmm(nn.functional.pad(attention, (0, 0, 1, 0)).mT, tokens)  # [b, K, D]
-        return torch.bmm(pools.transpose(0, 1), weight.to(tokens.dtype)).transpose(0, 1).float()
+        return widen(torch.bmm(pools.transpose(0, 1), weight.to(tokens.dtype)).transpose(0, 1))
 
     def pooled_again(self, *inputs: Any) -> Tensor:
         """`pooled_factors` that keeps nothing for the gradient and is computed again for it."""

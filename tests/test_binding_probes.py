@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import binding_probes
+from binding import bits_per_image
 from binding_probes import BINDING_PROBES, seen_bits
 from errors import UserError
 from probes import Probe, build_probe, load_probe
@@ -59,10 +60,10 @@ def stack_factors(*weights: Tensor) -> Tensor:
     return torch.stack(weights, dim=1)
 
 
-def published(case: dict) -> Probe:
+def published(case: dict, dtype: torch.dtype) -> Probe:
     """The published parameters, whose keys and axes the golden file describes, in ours."""
     hyper, conditioned = case["hyper"], case["use_conditioned_query"]
-    p = {k: torch.tensor(v) for k, v in case["params"].items()}
+    p = {k: torch.tensor(v, dtype=dtype) for k, v in case["params"].items()}
     attention = case["type"] == "attention_quadratic"
     dim = hyper.get("token_dim", case["z_dim"])
     knobs = {"condition_query": conditioned} if attention else {"condition_readout": conditioned}
@@ -70,7 +71,7 @@ def published(case: dict) -> Probe:
     probe = build_probe(
         {**cfg, "matmul_dtype": "float32"}, seeds=[0], layers=[0], dim=dim, table=BINDING_PROBES,
         n_bits=case["out_dim"], n_tokens=case["z_dim"] // dim, groups=hyper.get("feature_dims"),
-    )  # fmt: skip
+    ).to(dtype)  # fmt: skip
     z, k = case["z_dim"], case["out_dim"]
     if case["type"] == "linear":
         put(probe.weight_image, p["Wz.weight"].mT)
@@ -115,17 +116,21 @@ def published(case: dict) -> Probe:
     return probe.eval()
 
 
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-4), (torch.float64, 1e-9)], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c["name"])
-def test_published_logits_and_gradients(case: dict) -> None:
-    probe = published(case)
-    z = torch.tensor(case["z"], requires_grad=True)
-    y = torch.tensor(case["y"])
+def test_published_logits_and_gradients(case: dict, dtype: torch.dtype, rtol: float) -> None:
+    probe = published(case, dtype)
+    z = torch.tensor(case["z"], dtype=dtype, requires_grad=True)
+    y = torch.tensor(case["y"], dtype=dtype)
     logits = probe(z.view(1, len(z), probe.n_tokens, probe.dim), y)[0, 0]
-    torch.testing.assert_close(logits, torch.tensor(case["logits"]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits, torch.tensor(case["logits"], dtype=dtype), rtol=rtol, atol=0.1 * rtol)
     loss = F.binary_cross_entropy_with_logits(logits, y)
     loss.backward()
-    assert loss.item() == pytest.approx(case["bce_mean_nats"], rel=1e-5)
-    torch.testing.assert_close(z.grad, torch.tensor(case["dloss_dz"]), rtol=1e-4, atol=1e-6)
+    assert loss.item() == pytest.approx(case["bce_mean_nats"], rel=0.1 * rtol)
+    bits = bits_per_image(logits.double(), y.double())
+    assert bits.mean().item() == pytest.approx(case["bits_per_sample"], rel=rtol)
+    assert ((logits > 0) == (y > 0)).double().mean().item() == pytest.approx(case["bit_accuracy"])
+    torch.testing.assert_close(z.grad, torch.tensor(case["dloss_dz"], dtype=dtype), rtol=rtol, atol=0.01 * rtol)
     # Weights that an unconditioned published probe stores but never reads do not exist here.
     conditioned, k = case["use_conditioned_query"], case["out_dim"]
     dead = 0 if conditioned else {"linear": k * k, "attention_quadratic": k * probe.dim}.get(case["type"], 0)
