@@ -83,26 +83,26 @@ def test_published_schedule(case: dict) -> None:
 @pytest.mark.parametrize("case", GOLDEN["metrics"]["one_epoch_training"])
 def test_published_epoch_of_adam(case: dict) -> None:
     """Accumulation as published by hand: the loop has none, since one batch of both sizes has the same gradient."""
-    probe = BINDING_PROBES["linear"](FitAxes([0], [0]), 3, n_bits=2, matmul_dtype="float32")
+    probe = BINDING_PROBES["linear"](FitAxes([0], [0]), 3, n_bits=2, matmul_dtype="float32").double()
     names = {"bias": "bias", "weight_image": "Wz.weight", "weight_bits": "Wy.weight"}
     with torch.no_grad():
         for ours, theirs in names.items():
-            value = torch.tensor(case["init"][theirs])
+            value = torch.tensor(case["init"][theirs], dtype=torch.float64)
             getattr(probe, ours).copy_(value if ours == "bias" else value.mT)
     settings = {"optimizer": "adam", "lr": case["lr"], "weight_decay": case["weight_decay"]}
     optimizer, part = trainer.build_optimizer(probe, settings), Binding(configure("probe.mode=linear")).parts()[0]
     for number, batch in enumerate(case["batches"], start=1):
         code = torch.tensor(batch["y"])
         asked = Batch(torch.arange(len(code)), None, {"object_code": code})
-        logits = part.logits(probe, torch.tensor(batch["z"])[None, :, None], asked)
+        logits = part.logits(probe, torch.tensor(batch["z"], dtype=torch.float64)[None, :, None], asked)
         (part.loss(logits, asked).sum() / case["grad_accum_steps"]).backward()
         if number % case["grad_accum_steps"] == 0 or number == len(case["batches"]):
             optimizer.step()
             optimizer.zero_grad()
     for ours, theirs in names.items():
         found = getattr(probe, ours)[0, 0]
-        expected = torch.tensor(case["after_one_epoch"][theirs])
-        torch.testing.assert_close(found if ours == "bias" else found.mT, expected, atol=2e-6, rtol=1e-5)
+        expected = torch.tensor(case["after_one_epoch"][theirs], dtype=torch.float64)
+        torch.testing.assert_close(found if ours == "bias" else found.mT, expected, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("case", GOLDEN["tokens"]["modes"])
