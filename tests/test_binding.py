@@ -23,6 +23,7 @@ from metrics import Estimate, interval_over_seeds, mean_estimate, resample
 from probes import FitAxes
 from results import Run, open_run, read_records
 from tasks import Batch, find_task
+from windows import cut_windows, plan_geometry
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = {name: json.loads((ROOT / f"tests/golden/binding/{name}.json").read_text()) for name in ("metrics", "tokens")}
@@ -116,6 +117,17 @@ def test_published_output_modes(case: dict) -> None:
         cls, mean = _kept(split, None, "pooled", facts, torch.float32)[0].view(n, 2, -1).unbind(1)
         for found, name in ((cls, "cls"), (mean, "mean_spatial"), (torch.cat([cls, mean], 1), "cls_mean")):
             torch.testing.assert_close(found, torch.tensor(case[name]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("case", GOLDEN["tokens"]["preprocess"])
+def test_published_resize_and_normalisation(case: dict) -> None:
+    """With the geometry the published experiments name; pixels are scaled in 8 bits here, so they enter as numbers."""
+    image, size = torch.tensor(case["image_chw"]) * 255, case["target"]
+    rules = configure("experiment=binding_grid").protocol.geometry
+    geometry = plan_geometry(image.shape[1:], geometry=rules, patch_size=2, image_size=[size, size])
+    options = {"mean": case["mean"], "std": case["std"], "interpolation": "bicubic", "antialias": rules.antialias}
+    (found,) = cut_windows(image, geometry, **options)
+    torch.testing.assert_close(found, torch.tensor(case["normalized"]), atol=2e-6, rtol=0)
 
 
 # ------------------------------------------------------------------------------------------------------- the estimator
@@ -420,6 +432,15 @@ def test_settings_that_cannot_be_met(overrides: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         for _, own in Binding.rows(cfg):
             Binding(own)
+
+
+def test_the_grid_is_one_saved_sweep() -> None:
+    """49 pairs of numbers of colours and shapes, the published probe, nothing else to name on the command line."""
+    with initialize_config_dir(str(ROOT / "cfgs"), version_base="1.3"):
+        overrides = ["mode=train_binding", "experiment=binding_grid"]
+        cfg = compose("config", overrides, return_hydra_config=True)
+    assert dict(cfg.hydra.sweeper.params) == {f"dataset.n_{kind}": "1,2,3,4,5,6,7" for kind in ("colors", "shapes")}
+    assert cfg.probe.rank == 16 and cfg.probe.init_std == 0.02 and not cfg.protocol.geometry.antialias
 
 
 def test_data_without_codes_and_models_without_class_token_are_refused() -> None:
