@@ -18,6 +18,7 @@ H(Y|F) are those of the law the data set names (`prior` in every record), exact,
 import importlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,8 @@ LADDER = "ladder"
 LABELS = {"Y": ("object_code",), "F": ("feature_code",), "Y_given_F": ("feature_code", "object_code")}
 WEAK = 0.25  # an F probe that reads less than this share of H(F) is flagged (our choice)
 N_EXAMPLES = 4
+NAME = re.compile(r"[\w=+-][\w .=+-]*")  # of a row of the ladder
+CONTROL_LABELS = {"random": "random weights", "pixels": "raw pixels"}
 
 
 def bits_per_image(logits: Tensor, code: Tensor) -> Tensor:
@@ -238,6 +241,11 @@ class Binding(Task):
         for number, entry in enumerate(OmegaConf.to_container(cfg.binding, resolve=True)["ladder"] or [], start=1):
             changes = dict(entry)
             name = changes.pop("name", None)
+            if name is not None and (not NAME.fullmatch(str(name)) or str(name) in CONTROL_LABELS):
+                raise UserError(
+                    f"binding.ladder, entry {number}: got name '{name}', expected letters, digits, spaces and . _ = + - (it "
+                    f"names files), and none of {', '.join(CONTROL_LABELS)}"
+                )
             try:
                 own = OmegaConf.merge(cfg, changes)
             except OmegaConfBaseException as error:
@@ -339,7 +347,7 @@ class Binding(Task):
         if self.cfg.binding.conditional:
             names, titles = [*names, "lower_bound", "ratio_lower"], [*titles, "lower bound", "ratio ≥"]
         body: list[list[str]] = []
-        warnings: dict[str, dict[str, list[str]]] = {}
+        warnings: dict[str, dict[str, list[str]]] = {}  # text -> row -> layers
         for scored in summary:
             block = scored.scores[0]
             means = {key: mean_over_seeds(e, len(scored.seeds)).value for key, e in block.metrics.items()}
@@ -353,36 +361,48 @@ class Binding(Task):
                         cells.append(f"{float(means[name][index]):.{digits}f} ±{(high - low) / 2:.{digits}f}")
                     else:
                         cells.append("–")
-                facts = block.facts
-                label = f"{facts['output_mode']} {facts['probe']}"
-                label += {"random": ", random weights", "pixels": ", raw pixels"}.get(scored.name.split("/")[-1], "")
+                label = row_label(scored.name, block.facts)
                 body.append([label, str(layer), *cells])
                 for text in block.flag({key: float(value[index]) for key, value in means.items()}):
                     warnings.setdefault(text, {}).setdefault(label, []).append(str(layer))
-        block, seeds = summary[0].scores[0], len(summary[0].seeds)
+        block, seeds = summary[0].scores[0], sorted({len(scored.seeds) for scored in summary}, reverse=True)
         given = ", ".join(f"{name} {_bits(block.facts[key])}" for name, key in (
             ("H(Y)", "H_Y"), ("H(F)", "H_F"), ("H(Y|F)", "H_Y_given_F"),
         ))  # fmt: skip
         note = (
             f"bits per image, {block.counts['n_images']} images, prior {block.facts['prior']}: {given}; "
-            f"mean over {seeds} seed{'s' * (seeds > 1)}, ± half of the 95 % interval over images and seeds"
+            f"mean over {seeds[0]} seed{'s' * (seeds[0] > 1)}{f' (controls {seeds[-1]})' if len(seeds) > 1 else ''}, "
+            "± half of the 95 % interval over images and seeds"
         )
-        flagged = [
-            f"warning: {text}: " + "; ".join(f"{label}, layer {', '.join(layers)}" for label, layers in where.items())
-            for text, where in warnings.items()
-        ]
-        return "\n".join([format_table(["tokens and probe", "layer", *titles], body), note, *flagged])
+        readers = {(f["probe"], f["probe_F"]) for f in (scored.scores[0].facts for scored in summary)}
+        swapped = [f"F is read by {other}, Y by {mode}" for mode, other in sorted(readers) if mode != other]
+        flagged = []
+        for text, where in warnings.items():
+            places = "; ".join(f"{label}, layer {', '.join(layers)}" for label, layers in where.items())
+            everywhere = len(body) > 1 and sum(map(len, where.values())) == len(body)
+            flagged.append(f"warning: {text}: {'every row' if everywhere else places}")
+        return "\n".join([format_table(["tokens and probe", "layer", *titles], body), "; ".join([note, *swapped]), *flagged])
 
     def illustrate(self, scored: Scored, stacks: Sequence[Sequence[Probe]], sample: PatchSample, run: Run) -> None:
         """Training curves of the row, and what its best layer reads from a few test images."""
         figures = importlib.import_module("visualize_binding")  # here: no fit depends on matplotlib
-        history = [record for record in read_records(run.dir / "history.jsonl") if record["name"].startswith(f"{scored.name}/")]
+        names = {f"{scored.name}/{part.name}" for part in self._parts}  # not those of its controls, fitted by an earlier run
+        history = [record for record in read_records(run.dir / "history.jsonl") if record["name"] in names]
         n_bits = {part.name: sample.labels[part.labels[-1]].shape[1] for part in self._parts}
         figures.write_training_curves(history, n_bits, run.dir / f"training-{scored.name}.png")
         examples = decoded_examples(scored, stacks[0], sample, self.cfg)
         plain = [{k: v for k, v in example.items() if k != "image"} for example in examples]
         write_atomically(run.dir / f"decoded-{scored.name}.json", json.dumps(plain, indent=1) + "\n")
         figures.write_examples(examples, run.dir / f"decoded-{scored.name}.png")
+
+
+def row_label(name: str, facts: Mapping[str, Any]) -> str:
+    """What a row of the table is called: tokens and probe, or the name it was given in `binding.ladder`; then its control."""
+    row, _, control = name.rpartition("/")
+    plain = f"{facts['output_mode']} {facts['probe']}"
+    label = row or ("" if control in CONTROL_LABELS else control)
+    label = plain if label in ("", "probe", plain.replace(" ", "-")) else label
+    return label + (f", {CONTROL_LABELS[control]}" if control in CONTROL_LABELS else "")
 
 
 def suspicions(values: Mapping[str, float], feature_entropy: float | None) -> list[str]:

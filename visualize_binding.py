@@ -17,6 +17,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from results import write_atomically
@@ -26,11 +27,14 @@ DPI = 160
 # Okabe and Ito's colours, told apart with any colour vision.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 FOUND, MISSED, INVENTED = "#009E73", "#777777", "#D55E00"
+CONTROLS = {"random": "random weights", "pixels": "raw pixels"}
+CODES = {"Y": "objects Y", "F": "features F", "Y_given_F": "objects Y, the features F known"}
+N_NAMES = 24  # of one example; a code may have hundreds of bits
 N_PANELS = 4  # of the layer curve: the first columns, losses say the same once more
 
 
 def draw_layer_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[Sequence[str]]) -> Figure:
-    """Information by layer with intervals, one panel per column, one line per probe or control.
+    """Information by layer with intervals, one panel per column; a colour per probe, its controls broken in that colour.
 
     Args:
         rows: "name", "layer", "layer_index", "question", "readout", "block", "metric", "value", "low", "high".
@@ -39,33 +43,46 @@ def draw_layer_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[Sequen
     columns = [c for c in columns if any(row["metric"] == c[3] for row in rows)][:N_PANELS]
     names = list(dict.fromkeys(row["name"] for row in rows))
     layers = sorted({row["layer"] for row in rows}, key=lambda layer: -1 if layer == "embed" else int(layer))
+    across, down = min(len(columns), 2), math.ceil(len(columns) / 2)
+    below = math.ceil(len(names) / 2)  # lines of the legend
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.6 * min(len(columns), 2), 3.0 * math.ceil(len(columns) / 2)), layout="constrained")
+        figure = Figure(figsize=(4.6 * across, 2.9 * down + 0.2 * below + 0.2), layout="constrained")
         for panel, (question, readout, block, metric, title) in enumerate(columns):
-            axes = figure.add_subplot(math.ceil(len(columns) / 2), min(len(columns), 2), panel + 1)
+            axes = figure.add_subplot(down, across, panel + 1)
             for number, name in enumerate(names):
                 mine = [row for row in rows if row["name"] == name and row["metric"] == metric]
                 chosen = [row for row in mine if (row["question"], row["readout"], row["block"]) == (question, readout, block)]
-                _draw_line(axes, chosen, layers, name, number)
-            axes.axhline(0, color="0.6", lw=0.6)
+                _draw_line(axes, chosen, layers, names, number)
+            axes.axhline(0, color="0.6", lw=0.6, zorder=0)
             axes.set_title(title, loc="left", fontweight="bold")
-            axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
+            step = math.ceil(len(layers) / 14)
+            shown = range(len(layers) - 1, -1, -step)  # the last one always
+            axes.set_xticks(shown, [str(layers[i]) for i in shown])
             axes.set_xlabel("layer (block whose output is read)")
             axes.margins(x=0.08)
-            if panel == 0:
-                axes.legend(frameon=False, fontsize=8)
+        # Filled column by column: those in full lines left, controls right of them.
+        lines = sorted(zip(*figure.axes[0].get_legend_handles_labels(), names, strict=True), key=lambda line: "/" in line[2])
+        handles, labels, _ = zip(*lines, strict=True)
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 2), frameon=False, fontsize=8)
     return figure
 
 
-def _draw_line(axes: Axes, rows: Sequence[Mapping[str, Any]], layers: Sequence[int | str], name: str, number: int) -> None:
+def _draw_line(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], layers: Sequence[int | str], names: Sequence[str], number: int
+) -> None:
     rows = [row for row in rows if row["value"] is not None and math.isfinite(row["value"])]
     rows = sorted(rows, key=lambda row: row["layer_index"])
-    x = [layers.index(row["layer"]) for row in rows]
+    apart = 0.24 / max(1, len(names) - 1) * (number - (len(names) - 1) / 2)  # so that no interval hides another
+    x = [layers.index(row["layer"]) + apart for row in rows]
     value = [row["value"] for row in rows]
     error = [[row["value"] - row["low"] for row in rows], [row["high"] - row["value"] for row in rows]]
-    style = "--" if "/" in name or name in ("random", "pixels") else "-"
-    label = {"random": "random weights", "pixels": "raw pixels"}.get(name, name.replace("/", ", "))
-    axes.errorbar(x, value, error, color=COLORS[number % len(COLORS)], ls=style, marker="o", ms=4, capsize=2, label=label)
+    row, _, control = names[number].rpartition("/")
+    probes = [name for name in names if "/" not in name and name not in CONTROLS]
+    row, control = (row, control) if row or control in CONTROLS else (control, "")
+    color = COLORS[probes.index(row) % len(COLORS)] if row in probes else COLORS[-1]  # a run of one probe: its controls
+    style = {"": "-", "random": "--"}.get(control, ":")
+    label = ", ".join(part for part in (row, CONTROLS.get(control, control)) if part).replace("_", " ")
+    axes.errorbar(x, value, error, color=color, ls=style, marker="o", ms=4, capsize=2, lw=1.4, elinewidth=0.9, label=label)
 
 
 def draw_training_curves(history: Sequence[Mapping[str, Any]], n_bits: Mapping[str, int]) -> Figure:
@@ -77,23 +94,41 @@ def draw_training_curves(history: Sequence[Mapping[str, Any]], n_bits: Mapping[s
         n_bits: length of every code.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.4 * len(n_bits), 3.2), layout="constrained")
+        n_lines = max(1, max(len(r["layer"].split(", ")) for r in history)) if history else 1
+        figure = Figure(figsize=(4.0 * len(n_bits) + 0.9 * math.ceil(n_lines / 9), 3.2), layout="constrained")
         for panel, (code, bits) in enumerate(n_bits.items()):
             axes, number = figure.add_subplot(1, len(n_bits), panel + 1), 0
             mine = [record for record in history if record["name"].split("/")[-1] == code]
-            for cut in dict.fromkeys(record["layer"] for record in mine):
+            cuts = {cut: cut.strip("[]").split(", ") for cut in dict.fromkeys(record["layer"] for record in mine)}
+            colors = line_colors(sum(map(len, cuts.values())))
+            for cut, layers in cuts.items():
                 records = sorted((r for r in mine if r["layer"] == cut), key=lambda r: r["epoch"])
-                for i, layer in enumerate(cut.strip("[]").split(", ")):
-                    color = COLORS[number % len(COLORS)]
+                marker = "o" if len(records) < 3 else None  # a line of one point is none
+                for i, layer in enumerate(layers):
                     for key, style in (("train_loss", "--"), ("val_loss", "-")):
                         values = [sum(row[i] for row in r[key]) / len(r[key]) * bits / math.log(2) for r in records]
                         label = f"layer {layer}".replace("'", "") if style == "-" else None
-                        axes.plot([r["epoch"] for r in records], values, style, color=color, lw=1.2, label=label)
+                        hollow = {"marker": marker, "ms": 4, "mfc": None if style == "-" else "white"}
+                        axes.plot(
+                            [r["epoch"] for r in records], values, style, color=colors[number], lw=1.2, label=label, **hollow
+                        )
                     number += 1
-            axes.set_title(f"{code.replace('_', ' ')}: bits per image", loc="left", fontweight="bold")
-            axes.set_xlabel("epoch (full: validation, dashed: training)")
-            axes.legend(frameon=False, fontsize=8)
+            axes.set_title(CODES.get(code, code), loc="left", fontweight="bold")
+            axes.set_ylabel("cross-entropy, bits per image")
+            axes.set_xlabel("epoch (full: validation, broken: training)")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            if marker:
+                axes.set_xlim(0.5, len(records) + 0.5)
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        across = math.ceil(len(labels) / 9)
+        figure.legend(handles, labels, loc="outside center right", ncols=across, frameon=False, fontsize=8)
     return figure
+
+
+def line_colors(n: int) -> list[Any]:
+    """Colours of n layers: told apart while they are few, else from first to last along one scale."""
+    scale = matplotlib.colormaps["viridis"]
+    return list(COLORS[:n]) if n <= len(COLORS) else [scale(0.95 * i / (n - 1)) for i in range(n)]
 
 
 def draw_examples(examples: Sequence[Mapping[str, Any]]) -> Figure:
@@ -102,7 +137,7 @@ def draw_examples(examples: Sequence[Mapping[str, Any]]) -> Figure:
     Args:
         examples: "key", "layer", "true" and "predicted" names, "image" [3, H, W] uint8.
     """
-    lines = max(len(set(e["true"]) | set(e["predicted"])) for e in examples) + 1
+    lines = min(max(len(set(e["true"]) | set(e["predicted"])) for e in examples), N_NAMES + 1) + 1
     text_height = 0.14 * lines
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(2.6 * len(examples), 2.7 + text_height), layout="constrained")
@@ -120,6 +155,8 @@ def draw_examples(examples: Sequence[Mapping[str, Any]]) -> Figure:
             shown += [(name, "missed", MISSED) for name in true if name not in predicted]
             shown += [(name, "not there", INVENTED) for name in predicted if name not in true]
             axes.text(0, 1, f"{len(true)} objects, {len(predicted)} read", fontsize=7, fontweight="bold", va="top")
+            if len(shown) > N_NAMES:
+                shown[N_NAMES:] = [(f"and {len(shown) - N_NAMES} more", "found", "black")]
             for row, (name, what, color) in enumerate(shown, start=1):
                 mark = "" if what == "found" else f"  ({what})"
                 axes.text(0, 1 - row / lines, name + mark, fontsize=7, color=color, va="top")

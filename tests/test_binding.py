@@ -11,16 +11,19 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+import binding
 import trainer
+import visualize_binding
 from activation import PatchSample, StackedTokens, _kept
 from backbones import Tokens
-from binding import Binding, CodeScorer, binding_estimates, decode, suspicions
+from binding import Binding, CodeScorer, binding_estimates, decode, row_label, suspicions
 from binding_probes import BINDING_PROBES
 from controls import Control
 from datasets.codes import Groups, uniform_up_to
 from errors import UserError
 from metrics import Estimate, interval_over_seeds, mean_estimate, resample
 from probes import FitAxes
+from report import Scored
 from results import Run, open_run, read_records
 from tasks import Batch, find_task
 from windows import cut_windows, plan_geometry
@@ -332,6 +335,28 @@ def test_eval_scores_the_run_again(default_run: Run, tmp_path: Path) -> None:
         assert after[name] == pytest.approx(before[name], abs=1e-6)
 
 
+def test_the_training_curve_of_a_row_leaves_out_its_controls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished run that is shown again has their epochs in its history too."""
+    run, drawn = open_test_run(tmp_path), []
+    for name in ("row/Y", "row/F", "row/random/Y", "row/random/F"):
+        run.write({"kind": "epoch", "name": name, "layer": "[0]", "epoch": 1}, file="history.jsonl")
+    monkeypatch.setattr(visualize_binding, "write_training_curves", lambda history, *_: drawn.extend(history))
+    monkeypatch.setattr(visualize_binding, "write_examples", lambda *_: None)
+    monkeypatch.setattr(binding, "decoded_examples", lambda *_: [])
+    Binding(configure("probe.mode=linear")).illustrate(Scored("row", [0], [0], []), [[]], grid_samples("Y")["test"], run)
+    assert [record["name"] for record in drawn] == ["row/Y", "row/F"]
+
+
+def test_rows_of_a_ladder_are_told_apart() -> None:
+    facts = {"output_mode": "cls", "probe": "quadratic_concat"}
+    names = {
+        "probe": "cls quadratic_concat", "random": "cls quadratic_concat, random weights",
+        "cls-quadratic_concat": "cls quadratic_concat", "cls-quadratic_concat/pixels": "cls quadratic_concat, raw pixels",
+        "rank 4": "rank 4", "rank 4/random": "rank 4, random weights",
+    }  # fmt: skip
+    assert {name: row_label(name, facts) for name in names} == names
+
+
 class Stop(Exception):
     """Stands for a kill."""
 
@@ -424,6 +449,8 @@ def test_what_the_command_line_says_wins(overrides: list[str]) -> None:
         (["binding.ladder=[]"], "binding.ladder is empty"),
         (["binding.ladder=[{probe: {mode: linear, ranc: 3}}]"], "binding.ladder, entry 1: .*ranc"),
         (["binding.ladder=[{probe: {mode: linear}}, {probe: {mode: linear}}]"], "entry 2: 'cls-linear' is there twice"),
+        (["binding.ladder=[{name: a/b, probe: {mode: linear}}]"], "entry 1: got name 'a/b', expected letters"),
+        (["binding.ladder=[{name: random, probe: {mode: linear}}]"], "got name 'random'"),
         (["trainer.seeds=[]"], "trainer.seeds"),
     ],
 )

@@ -1,0 +1,75 @@
+"""Figures of mode=train_binding: what a reader must be able to tell apart is told apart."""
+
+import math
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from visualize_binding import N_NAMES, draw_examples, draw_layer_curve, draw_training_curves, line_colors
+
+COLUMNS = [("binding", "", "images", "ratio", "binding ratio"), ("binding", "", "images", "loss_Y", "L_Y, bits")]
+
+
+def curve(names: list[str], layers: list) -> Figure:
+    rows = [
+        {"name": name, "layer": layer, "layer_index": index, "question": "binding", "readout": "", "block": "images",
+         "metric": metric, "value": 0.1 * index, "low": 0.1 * index - 0.1, "high": 0.1 * index + 0.1}
+        for name in names for index, layer in enumerate(layers) for metric in ("ratio", "loss_Y")
+    ]  # fmt: skip
+    return draw_layer_curve(rows, COLUMNS)
+
+
+def history(n_epochs: int, layers: list) -> list[dict]:
+    loss = [[0.5] * len(layers)] * 2  # two seeds
+    return [
+        {"name": f"probe/{code}", "layer": str(layers), "epoch": epoch, "train_loss": loss, "val_loss": loss}
+        for code in ("Y", "F") for epoch in range(1, n_epochs + 1)
+    ]  # fmt: skip
+
+
+def test_a_control_has_the_colour_of_its_probe_and_no_interval_hides_another() -> None:
+    names = ["cls-linear", "cls-linear/random", "all-attention_quadratic", "all-attention_quadratic/random"]
+    figure = curve(names, ["embed", 3, 7])
+    lines = [container.lines[0] for container in figure.axes[0].containers]
+    colors = [line.get_color() for line in lines]
+    assert colors[0] == colors[1] != colors[2] == colors[3]
+    assert [line.get_linestyle() for line in lines] == ["-", "--", "-", "--"]
+    assert len({float(line.get_xdata()[0]) for line in lines}) == 4
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels[2:] == [f"{label}, random weights" for label in labels[:2]]  # probes left, their controls beside them
+
+
+def test_a_run_of_one_probe_tells_its_controls_from_it() -> None:
+    lines = [container.lines[0] for container in curve(["probe", "random", "pixels"], [0, 1]).axes[0].containers]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 3
+
+
+def test_the_last_of_many_layers_has_a_tick() -> None:
+    labels = [text.get_text() for text in curve(["probe"], ["embed", *range(40)]).axes[0].get_xticklabels()]
+    assert "39" in labels and len(labels) <= 14
+
+
+def test_many_layers_keep_colours_of_their_own() -> None:
+    assert len({str(color) for n in (3, 25) for color in line_colors(n)}) == 28
+    figure = draw_training_curves(history(4, ["embed", *range(24)]), {"Y": 9, "F": 6})
+    drawn = {str(line.get_color()) for line in figure.axes[0].lines}
+    assert len(drawn) == 25 and len(figure.legends[0].get_texts()) == 25
+
+
+def test_a_single_epoch_is_visible_and_losses_are_bits() -> None:
+    (axes, _) = draw_training_curves(history(1, [3]), {"Y": 9, "F": 6}).axes
+    assert all(line.get_marker() == "o" for line in axes.lines) and "bits" in axes.get_ylabel()
+    for line in axes.lines:
+        assert line.get_ydata() == pytest.approx([0.5 * 9 / math.log(2)])
+
+
+def test_examples_stay_readable_where_a_code_has_hundreds_of_bits() -> None:
+    image = torch.zeros(3, 8, 12, dtype=torch.uint8)
+    many = [f"thing {i}" for i in range(300)]
+    examples = [{"key": "a", "layer": 3, "true": many[:2], "predicted": many[1:], "image": image},
+                {"key": "b", "layer": 3, "true": [], "predicted": [], "image": image}]  # fmt: skip
+    figure = draw_examples(examples)
+    told = [text.get_text() for text in figure.axes[1].texts]
+    assert told[0] == "2 objects, 299 read" and told[1:3] == ["thing 1", "thing 0  (missed)"]
+    assert told[-1] == f"and {300 - N_NAMES} more" and len(told) == N_NAMES + 2 and figure.get_figheight() < 8
