@@ -309,10 +309,9 @@ class Binding(Task):
         run.say(format_table(titles, rows))
         shares = [f"{pair}: F {share['F']:.0%}, Y {share['Y']:.0%}" for pair, share in found["overlap"].items()]
         run.say("codes that occur in both splits, share of images; " + "; ".join(shares))
-        run.write({"kind": "splits", "overlap": found["overlap"], "warnings": found["warnings"]})
         for split, sample in samples.items():
-            if sample.meta["report"].get("approximated_images"):
-                found["warnings"].append(f"{split}: {sample.meta['report']['approximated_images']} entropies are upper bounds")
+            found["warnings"] += [f"{split}: {text}" for text in sample.meta["report"].get("warnings", ())]
+        run.write({"kind": "splits", "overlap": found["overlap"], "warnings": found["warnings"]})
         for warning in found["warnings"]:
             run.say(f"warning: {warning}")
 

@@ -264,7 +264,7 @@ class _Labelled(Dataset):
         if self.whole and len(geometry.starts) > 1:
             return {
                 "fatal": f"{scene.key} takes {len(geometry.starts)} windows, the output modes of whole images need "
-                "one; use square images or model.output_mode=patches"
+                "one; set protocol.geometry.kind=stretch" + ("" if codes else " or model.output_mode=patches")
             }
         if codes:
             return {f"label.{name}": value.numpy() for name, value in scene.labels.items()}

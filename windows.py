@@ -82,14 +82,7 @@ def _cover(image_hw: tuple[int, int], patch: int, image_size: tuple[int, int]) -
     rounded to whole patches, which bends the aspect by less than half a patch and puts the patches of all windows on one
     lattice; an area then belongs to exactly one patch of the window that owns it.
     """
-    if min(image_hw) < patch:
-        raise UserError(
-            f"image of {image_hw[0]}×{image_hw[1]} pixels is smaller than a patch of {patch}×{patch}; use larger images "
-            "or a backbone with smaller patches"
-        )
-    if any(n % patch for n in image_size):
-        raise UserError(f"model.image_size={list(image_size)} is no multiple of the patch size {patch}; choose one that is")
-    (height, width), (h, w) = image_hw, (n // patch for n in image_size)
+    (height, width), (h, w) = image_hw, _patches_of(image_hw, patch, image_size)
     if h * width >= w * height:  # the height decides the scale
         rows, columns = h, max(w, round(width * h / height))
     else:
@@ -97,6 +90,27 @@ def _cover(image_hw: tuple[int, int], patch: int, image_size: tuple[int, int]) -
     starts = itertools.product(_spread(rows, h), _spread(columns, w))
     starts = tuple((y * patch, x * patch) for y, x in starts)
     return Geometry((rows * patch, columns * patch), starts, (h * patch, w * patch), (0, 0, 0, 0), (h, w), patch)
+
+
+def _stretch(image_hw: tuple[int, int], patch: int, image_size: tuple[int, int]) -> Geometry:
+    """One window that holds the whole image, its aspect bent to that of the backbone's input.
+
+    For what is asked of whole images, as published for binding information; of square images it is `cover`.
+    """
+    h, w = _patches_of(image_hw, patch, image_size)
+    return Geometry((h * patch, w * patch), ((0, 0),), (h * patch, w * patch), (0, 0, 0, 0), (h, w), patch)
+
+
+def _patches_of(image_hw: tuple[int, int], patch: int, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of patches of a window of the backbone's own size, for an image it can see."""
+    if min(image_hw) < patch:
+        raise UserError(
+            f"image of {image_hw[0]}×{image_hw[1]} pixels is smaller than a patch of {patch}×{patch}; use larger images "
+            "or a backbone with smaller patches"
+        )
+    if any(n % patch for n in image_size):
+        raise UserError(f"model.image_size={list(image_size)} is no multiple of the patch size {patch}; choose one that is")
+    return image_size[0] // patch, image_size[1] // patch
 
 
 def _spread(n: int, size: int) -> list[int]:
@@ -188,6 +202,7 @@ def _uniform_crops(
 
 GEOMETRIES: dict[str, Callable[..., Geometry]] = {
     "cover": _cover,
+    "stretch": _stretch,
     "two_windows": _two_windows,
     "uniform_crops": _uniform_crops,
 }

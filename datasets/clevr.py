@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,7 +45,8 @@ class Clevr(CodeScenes):
         num_total: scenes in the release; later numbers are not looked for.
         second_root_start: first scene number looked up below `<root>2` first; None for half of `num_total`.
         n_train, n_val, n_test: lengths of the three ranges of scene numbers, one after the other; the defaults are the
-            published 40 000 cut 80:20, and 5 000. A range that reaches beyond the release is clipped with a warning.
+            published 40 000 cut 80:20, and 5 000. A range that reaches beyond the release is clipped, which is
+            among the report's warnings.
         max_objects: M (or k) of the assumed law.
         prior: law of Y: "uniform<=M", "fixed_k", "independent_draws" or "empirical" (see `datasets.codes`).
         on_error: "raise", or "skip" to leave out scenes whose scene file is unreadable (named in the report);
@@ -94,8 +94,6 @@ class Clevr(CodeScenes):
                 f"{self.total} of dataset.num_total; lower dataset.n_train, n_val, or raise n_{self.split}"
             )
         self.requested = len(wanted)
-        if len(found) < len(wanted):
-            warnings.warn(f"clevr {self.split}: only {len(found)} of {len(wanted)} scenes exist, clipped", stacklevel=2)
         groups = Groups(list(VALUES.values()))
         self.max_objects = check_whole("max_objects", max_objects, 1, groups.n_objects)
         self.skipped: list[tuple[str, str]] = []
@@ -133,7 +131,13 @@ class Clevr(CodeScenes):
             "image_ids": [self.ids[0], self.ids[-1]],
             "requested": self.requested,
             "skipped": [list(pair) for pair in self.skipped],
+            "warnings": self._warnings(),
         }
+
+    def _warnings(self) -> list[str]:
+        found = len(self.ids) + len(self.skipped)
+        short = [f"only {found} of {self.requested} scenes exist"] if found < self.requested else []
+        return short + ([f"{len(self.skipped)} scene files cannot be read and are left out"] if self.skipped else [])
 
     def fingerprint(self) -> dict[str, Any]:
         """The codes, their law, and the image files as they lie on disk (names, sizes, times)."""

@@ -213,6 +213,7 @@ class OcclusionClevr(CodeScenes):
             "source": str(self.directory),
             "requested": self.requested,
             "dropped": [self.spec[i]["image_filename"] for i in self.dropped],
+            "warnings": [f"{len(self.dropped)} of {self.requested} images are missing and left out"] if self.dropped else [],
         }
 
     def fingerprint(self) -> dict[str, Any]:

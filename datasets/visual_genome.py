@@ -287,7 +287,13 @@ class VisualGenome(CodeScenes):
             "requested": self.lengths[self.split],
             "approximated_images": self.approximated[self.prior_name],
             **{f"approximated_images_{name}": number for name, number in self.approximated.items()},
+            "warnings": self._warnings(),
         }
+
+    def _warnings(self) -> list[str]:
+        number, wanted = self.approximated[self.prior_name], self.lengths[self.split]
+        bounds = [f"H(Y|F) of {number} of {len(self)} images is only an upper bound; raise dataset.budget"] if number else []
+        return bounds + ([f"only {len(self)} of {wanted} images exist"] if wanted and len(self) < wanted else [])
 
     def fingerprint(self) -> dict[str, Any]:
         """The codes, how they were weighed, and the image files as they lie on disk (names, sizes, times)."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 from torch import Tensor
 
 import binding
@@ -19,6 +20,7 @@ from backbones import Tokens
 from binding import Binding, CodeScorer, binding_estimates, decode, row_label, suspicions
 from binding_probes import BINDING_PROBES
 from controls import Control
+from datasets.clevr import VALUES
 from datasets.codes import Groups, uniform_up_to
 from errors import UserError
 from metrics import Estimate, interval_over_seeds, mean_estimate, resample
@@ -397,6 +399,39 @@ def test_other_probes_and_data_run_too(default_run: Run, overrides: list[str]) -
     mode = record["probe"]
     assert record["probe_F"] == ("quadratic_concat" if mode.endswith("_reuse") else "linear")
     assert ("lower_bound" in record["metrics"]) == ("binding.conditional=true" in overrides)
+
+
+def test_photographs_of_any_shape_are_seen_whole(tmp_path: Path) -> None:
+    """CLEVR's pictures are 480 x 320, those of Visual Genome as they come; F probe and control of pixels included."""
+    root, rng = tmp_path / "clevr", np.random.default_rng(0)
+    for folder in ("scenes_6obj", "images_6obj"):
+        (root / folder).mkdir(parents=True)
+    for number in range(24):
+        objects = [{name: values[rng.integers(len(values))] for name, values in VALUES.items()} for _ in range(6)]
+        (root / f"scenes_6obj/CLEVR_6obj_{number:06d}.json").write_text(json.dumps({"objects": objects}))
+        pixels = rng.integers(0, 256, (32 + number, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"images_6obj/CLEVR_6obj_{number:06d}.png")
+    counts = ["dataset.num_total=24", "dataset.n_train=12", "dataset.n_val=4", "dataset.n_test=9"]
+    tiny = [knob for knob in TINY if not knob.startswith(("dataset.", "controls"))]
+    knobs = [
+        *tiny,
+        *counts,
+        "dataset=clevr",
+        f"dataset.root={root}",
+        "probe.mode=multilinear_concat_reuse",
+        "controls=[pixels]",
+    ]
+    knobs += [f"output_dir={tmp_path}/out", f"cache.dir={tmp_path}/cache", "model.output_mode=mean_spatial"]
+    cfg = configure(*knobs, "protocol.geometry.kind=stretch")
+    with open_run(cfg) as run:
+        trainer.run(cfg, run)
+    scores = [r for r in read_records(run.dir / "metrics.jsonl") if r["kind"] == "score"]
+    assert {r["name"] for r in scores} == {"probe", "pixels"} and scores[0]["prior"] == "uniform<=6"
+    log = (run.dir / "log.txt").read_text()
+    assert "warning: test: only 8 of 9 scenes exist" in log and "F is read by quadratic_concat" in log
+    cover = configure(*knobs, "protocol.geometry.kind=cover")
+    with open_run(cover) as run, pytest.raises(UserError, match=r"2 windows.*set protocol.geometry.kind=stretch$"):
+        trainer.run(cover, run)
 
 
 def test_a_code_is_decoded_bit_after_bit() -> None:

@@ -280,6 +280,7 @@ def test_a_cache_of_the_published_program_is_adopted(tmp_path, alone):
         build(tmp_path, use_cache_only=True, **knobs)
     dropped = build(tmp_path, use_cache_only=True, missing_policy="drop", **knobs)
     assert dropped.ids == [0, 1, 3] and len(dropped) == 3
+    assert dropped.report()["warnings"] == ["1 of 4 images are missing and left out"]
 
 
 def test_other_settings_never_use_old_images(tmp_path, blender):

@@ -162,6 +162,7 @@ def test_approximated_images_are_counted(root):
     exact = VisualGenome("train", root=root, **KNOBS)
     report = data.report()
     assert report["approximated_images"] == report["approximated_images_vg_assignment"] == 4
+    assert report["warnings"] == ["H(Y|F) of 4 of 8 images is only an upper bound; raise dataset.budget"]
     assert (data.entropy >= exact.entropy - 1e-6).all()
 
 

@@ -102,6 +102,22 @@ def test_crops_of_2026_as_published(case: dict) -> None:
     assert geometry == plan("object_binding_2026", tuple(case["original_hw"]), patch, crop)  # follows from the backbone
 
 
+@pytest.mark.parametrize("image_hw", [(320, 480), (480, 320), (20, 700), (64, 64)])
+def test_stretch_sees_the_whole_image_in_one_window(image_hw: tuple[int, int]) -> None:
+    geometry = plan("clean", image_hw, 14, (28, 42), kind="stretch")
+    assert geometry.starts == ((0, 0),) and geometry.scaled == geometry.window == (28, 42) and geometry.grid == (2, 3)
+    image = torch.randint(0, 256, (3, *image_hw), generator=generator(), dtype=torch.uint8)
+    options = {"mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bilinear", "antialias": True}
+    (window,) = cut_windows(image, geometry, **options)
+    scaled = torch.nn.functional.interpolate(image[None], size=(28, 42), mode="bilinear", antialias=True)[0]
+    torch.testing.assert_close(window, scaled / 255)
+    assert plan("clean", image_hw, 14, 28, kind="stretch").scaled == (28, 28)
+    if image_hw[0] == image_hw[1]:
+        assert plan("clean", image_hw, 14, 28, kind="stretch") == plan("clean", image_hw, 14, 28)
+    with pytest.raises(UserError, match="smaller than a patch of 32"):
+        plan("clean", (20, 700), 32, 64, kind="stretch")
+
+
 @pytest.mark.parametrize("number", range(4))
 def test_patch_labels_of_2025_as_published(number: int) -> None:
     case = golden("patch_labels")["cases"][number]
@@ -254,7 +270,7 @@ def test_bad_geometry_is_one_sentence() -> None:
         plan("clean", (13, 90))
     with pytest.raises(UserError, match=r"image_size=\[100, 100\] is no multiple of the patch size 14"):
         plan("clean", (100, 100), 14, 100)
-    with pytest.raises(UserError, match="valid: cover, two_windows, uniform_crops"):
+    with pytest.raises(UserError, match="valid: cover, stretch, two_windows, uniform_crops"):
         plan("clean", (100, 100), kind="tiles")
     with pytest.raises(UserError, match="set protocol.geometry.window, protocol.geometry.stride"):
         plan("clean", (100, 100), kind="two_windows")
