@@ -473,6 +473,7 @@ class OcclusionClevr(CodeScenes):
             raise UserError(
                 f"{self.directory}: {len(numbers)} of {self.requested} images are missing and to draw them needs "
                 f"{' and '.join(lacking)}"
+                + ("; dataset.use_cache_only=true dataset.missing_policy=drop goes on without them" * (len(numbers) < self.requested))
             )
         lines = [_line({**self.spec[i], "digest": self._digest(i), "attempt": attempt}) for i in numbers]
         shares = [self.directory / name]
