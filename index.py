@@ -7,6 +7,7 @@ every backbone of one patch size and image size sees the same patches.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import queue
 import threading
@@ -18,20 +19,21 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from errors import UserError
+from errors import UserError, unwrap
 from patches import DroppedImage, Geometry, label_patches, owned_patches, plan_geometry, select_patches
 from store import digest, lock, plain, publish, rank, read_manifest, safe_name, wait
 
 FORMAT = 2  # raise it when the meaning of an indexed number changes: older directories are then left alone
 
 
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "None": "null"}  # in words
 SKIP_HINT = "; mend it, or leave it out with dataset.on_error=skip"
 T = TypeVar("T")
 
@@ -148,17 +150,15 @@ def build_dataset(cfg: Any, split: str) -> Any:
     Raises:
         UserError: what the data set itself reports, or the option it does not take.
     """
+    for name, parameter in inspect.signature(get_class(cfg.dataset._target_)).parameters.items():
+        given, kinds = cfg.dataset.get(name), str(parameter.annotation)
+        if isinstance(given, str) and not any(kind in kinds for kind in ("str", "Path", "Any", "_empty")):
+            told = " or ".join(KINDS.get(kind, kind) for kind in kinds.split(" | "))
+            raise UserError(f"dataset.{name}: got '{given}', expected {told}")
     try:
         return instantiate(cfg.dataset, split=split)
     except InstantiationException as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__
-        if cause is not None:
-            raise cause from None
-        if isinstance(error.__cause__, TypeError):
-            raise UserError(f"dataset: {error.__cause__}, see the files in cfgs/dataset for the options it takes") from error
-        raise
+        raise unwrap(error)  # noqa: B904  (its own cause stays)
 
 
 def content_id(image: Tensor) -> bytes:

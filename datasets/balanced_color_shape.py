@@ -20,6 +20,8 @@ from datasets.codes import Prior, check_whole
 from datasets.color_shape import ColorShape, published_streams
 from errors import UserError
 
+IDLE = {"distribution_mode", "f_split_max_attempt_factor"}  # knobs of ColorShape's own law
+
 
 class BalancedColorShape(ColorShape):
     """Scenes of `num_objects` coloured shapes that use a fixed number of colours and of shapes.
@@ -49,32 +51,22 @@ class BalancedColorShape(ColorShape):
         num_objects: int = 18,
         max_objects: int = 18,
         object_sample_max_attempts: int = 1000,
-        image_size: int = 256,
-        obj_size: int = 16,
-        margin: int = 4,
-        max_place_tries: int = 2000,
-        non_overlapping: bool = True,
-        background: Sequence[int] = (255, 255, 255),
-        seed: int = 0,
         split_mode: str = "f_ranked_three_way",
-        exclude_all_ones_f: bool = False,
-        f_split_hash_mod: int = 10,
         f_split_test_buckets: int | str | Sequence[int] = (0,),
-        f_split_val_buckets: int | str | Sequence[int] | None = None,
         f_split_salt: str = "balancedcolorshape_fsplit_v1",
         f_split_train_count: int | None = 522,
         f_split_val_count: int | None = 131,
         f_split_test_count: int | None = 131,
-        n_train: int = 39200,
-        n_val: int = 9800,
-        n_test: int = 9800,
-        sampling: str = "hashed",
-        on_error: str = "raise",
+        **others: Any,
     ) -> None:
+        if idle := sorted(IDLE & set(others)):
+            raise UserError(
+                f"dataset.{idle[0]} means nothing here, where every feature code is chosen and none refused; leave it out"
+            )
         self.num_objects = check_whole("num_objects", num_objects, 1)
         self.chosen = (
-            check_whole("candidate_colors_per_sample", candidate_colors_per_sample, 1, n_colors),
-            check_whole("candidate_shapes_per_sample", candidate_shapes_per_sample, 1, n_shapes),
+            check_whole("candidate_colors_per_sample", candidate_colors_per_sample, 1, check_whole("n_colors", n_colors, 1)),
+            check_whole("candidate_shapes_per_sample", candidate_shapes_per_sample, 1, check_whole("n_shapes", n_shapes, 1)),
         )
         a, b = self.chosen
         if not max(a, b) <= num_objects <= a * b:
@@ -89,28 +81,14 @@ class BalancedColorShape(ColorShape):
             split,
             n_colors=n_colors,
             n_shapes=n_shapes,
-            image_size=image_size,
-            obj_size=obj_size,
-            margin=margin,
-            max_place_tries=max_place_tries,
-            non_overlapping=non_overlapping,
-            background=background,
             max_objects=max_objects,
-            seed=seed,
             split_mode=split_mode,
-            exclude_all_ones_f=exclude_all_ones_f,
-            f_split_hash_mod=f_split_hash_mod,
             f_split_test_buckets=f_split_test_buckets,
-            f_split_val_buckets=f_split_val_buckets,
             f_split_salt=f_split_salt,
             f_split_train_count=f_split_train_count,
             f_split_val_count=f_split_val_count,
             f_split_test_count=f_split_test_count,
-            n_train=n_train,
-            n_val=n_val,
-            n_test=n_test,
-            sampling=sampling,
-            on_error=on_error,
+            **others,
         )
 
     def details(self, index: int) -> dict[str, Any]:

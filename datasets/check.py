@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from datasets.scene import Scene, UnreadableScene
+from datasets.scene import Scene, UnreadableScene, build
 from errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -189,21 +187,6 @@ def _projected(sizes: Counter, axis: int) -> Counter:
     return found
 
 
-def _build(cfg: Any, split: str) -> Any:
-    """The split's data set; what it reports comes through as its own UserError."""
-    try:
-        return instantiate(cfg.dataset, split=split)
-    except InstantiationException as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__
-        if cause is not None:
-            raise cause from None
-        if isinstance(error.__cause__, TypeError):
-            raise UserError(f"dataset: {error.__cause__}, see cfgs/dataset for the options it takes") from error
-        raise
-
-
 def walk(dataset: Any, split: str, workers: int) -> Tally:
     """Read every scene of a split, with a progress bar; nothing but counts is kept."""
     tally = Tally()
@@ -229,7 +212,7 @@ def run(cfg: Any, run: Any) -> dict[str, Any]:
     closed: dict[str, str] = {}
     for split in SPLITS:
         try:
-            dataset = _build(cfg, split)
+            dataset = build(cfg.dataset, split)
             facts = {"split": split, "images": len(dataset), "fingerprint": dataset.fingerprint()}
         except UserError as error:
             closed[split] = str(error)

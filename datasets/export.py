@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
@@ -31,7 +29,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets.codes import CodeScenes, Groups, split_name, split_report
-from datasets.scene import Scene, UnreadableScene, check_choice, file_fingerprint, read_image
+from datasets.scene import Scene, UnreadableScene, build, check_choice, file_fingerprint, read_image
 from errors import UserError
 
 FORMAT = 1
@@ -41,7 +39,7 @@ def run(cfg: Any, run: Any) -> dict[str, Any]:
     """Entry of `mode=export_data`: export the splits, print what a reader must know before comparing them."""
     labels = {}
     for split in cfg.export.splits:
-        dataset = _build(cfg.dataset, split)
+        dataset = build(cfg.dataset, split)
         directory = export(dataset, cfg.export.dir, workers=cfg.export.workers)
         labels[split] = _labels(dataset)
         run.say(f"{split}: {len(dataset)} images in {directory}")
@@ -51,17 +49,6 @@ def run(cfg: Any, run: Any) -> dict[str, Any]:
     for split, facts in report["splits"].items():
         run.write({"kind": "export", "split": split, **facts})
     return {"report": report}
-
-
-def _build(cfg: Any, split: str) -> Any:
-    """The data set of a split; Hydra wraps what a constructor raises, the user gets the sentence inside."""
-    try:
-        return instantiate(cfg, split=split)
-    except InstantiationException as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__
-        raise cause or error from None
 
 
 def export(dataset: Any, directory: str | os.PathLike, *, workers: int = 0) -> Path:

@@ -470,10 +470,10 @@ class OcclusionClevr(CodeScenes):
                 f"a checkout of clevr-dataset-gen (CLEVR_GEN_DIR or dataset.clevr_gen_dir, got {self.clevr_gen_dir})"
             )
         if lacking:
+            without = "; dataset.use_cache_only=true dataset.missing_policy=drop goes on without them"
             raise UserError(
                 f"{self.directory}: {len(numbers)} of {self.requested} images are missing and to draw them needs "
-                f"{' and '.join(lacking)}"
-                + ("; dataset.use_cache_only=true dataset.missing_policy=drop goes on without them" * (len(numbers) < self.requested))
+                f"{' and '.join(lacking)}{without if len(numbers) < self.requested else ''}"
             )
         lines = [_line({**self.spec[i], "digest": self._digest(i), "attempt": attempt}) for i in numbers]
         shares = [self.directory / name]

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from errors import UserError
+from errors import UserError, unwrap
 
 T = TypeVar("T")
 
@@ -47,6 +49,18 @@ class UnreadableScene(UserError):
         return type(self), (self.key, self.reason)  # so that it survives the way back from a worker process
 
 
+def build(cfg: Any, split: str) -> Any:
+    """The split of the data set a configuration names.
+
+    Raises:
+        UserError: what the data set itself reports, or the option it does not take.
+    """
+    try:
+        return instantiate(cfg, split=split)
+    except InstantiationException as error:
+        raise unwrap(error)  # noqa: B904  (its own cause stays)
+
+
 def check_choice(name: str, value: Any, valid: Iterable[str]) -> None:
     """Refuse a knob's value that is not among the valid ones.
 
@@ -54,7 +68,7 @@ def check_choice(name: str, value: Any, valid: Iterable[str]) -> None:
         UserError: naming the knob and the valid values.
     """
     if value not in (valid := list(valid)):
-        raise UserError(f"dataset {name}: got {value!r}, expected one of {', '.join(valid)}")
+        raise UserError(f"dataset.{name}: got {value!r}, expected one of {', '.join(valid)}")
 
 
 def spread(items: Sequence[T], limit: int | None) -> list[T]:

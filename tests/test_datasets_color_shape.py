@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image, ImageDraw
 
-from datasets.balanced_color_shape import BalancedColorShape
+from datasets.balanced_color_shape import IDLE, BalancedColorShape
 from datasets.codes import split_report
 from datasets.color_shape import COLORS, SHAPES, Board, ColorShape, draw_shape
 from datasets.export import Exported, export
@@ -282,8 +282,10 @@ def test_export_mode(tmp_path, capsys):
 def test_config_files_state_the_defaults():
     for cls in (ColorShape, BalancedColorShape):
         assert instantiate(config(cls.name), split="val").fingerprint() == cls("val").fingerprint()
-        knobs = set(inspect.signature(cls.__init__).parameters) - {"self", "split"}
-        assert set(config(cls.name)) - {"_target_"} == knobs
+        knobs = set(inspect.signature(cls.__init__).parameters)
+        if "others" in knobs:
+            knobs |= set(inspect.signature(ColorShape.__init__).parameters) - IDLE
+        assert set(config(cls.name)) - {"_target_"} == knobs - {"self", "split", "others"}
 
 
 @pytest.mark.parametrize(
@@ -320,6 +322,8 @@ def test_mistakes_are_named(knobs, word):
         ({"num_objects": 5}, "expected 6 to 36"),
         ({"candidate_colors_per_sample": 9}, "candidate_colors_per_sample"),
         ({"f_split_test_count": 130}, "sum to the 784"),
+        ({"n_colors": 5.5}, "dataset.n_colors: got 5.5, expected a whole number"),
+        ({"f_split_max_attempt_factor": 3}, "dataset.f_split_max_attempt_factor means nothing here"),
     ],
 )
 def test_balanced_mistakes_are_named(knobs, word):
