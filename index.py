@@ -150,8 +150,9 @@ def build_dataset(cfg: Any, split: str) -> Any:
     Raises:
         UserError: what the data set itself reports, or the option it does not take.
     """
-    for name, parameter in inspect.signature(get_class(cfg.dataset._target_)).parameters.items():
-        given, kinds = cfg.dataset.get(name), str(parameter.annotation)
+    own = [cls.__init__ for cls in reversed(get_class(cfg.dataset._target_).__mro__)]  # some name only what differs from a base
+    for name, parameter in (pair for init in own for pair in inspect.signature(init).parameters.items()):
+        given, kinds = cfg.dataset.get(name), getattr(parameter.annotation, "__name__", str(parameter.annotation))
         if isinstance(given, str) and not any(kind in kinds for kind in ("str", "Path", "Any", "_empty")):
             told = " or ".join(KINDS.get(kind, kind) for kind in kinds.split(" | "))
             raise UserError(f"dataset.{name}: got '{given}', expected {told}")

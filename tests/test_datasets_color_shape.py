@@ -18,6 +18,7 @@ from datasets.color_shape import COLORS, SHAPES, Board, ColorShape, draw_shape
 from datasets.export import Exported, export
 from datasets.scenes import Scenes
 from errors import UserError
+from index import build_dataset
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "binding"
@@ -329,6 +330,12 @@ def test_mistakes_are_named(knobs, word):
 def test_balanced_mistakes_are_named(knobs, word):
     with pytest.raises(UserError, match=word):
         BalancedColorShape("train", n_train=3, **knobs)
+
+
+def test_the_kind_of_an_inherited_knob_is_checked():
+    cfg = OmegaConf.create({"dataset": config("balancedcolorshape", exclude_all_ones_f="maybe")})
+    with pytest.raises(UserError, match="dataset.exclude_all_ones_f: got 'maybe', expected true or false"):
+        build_dataset(cfg, "train")
 
 
 def test_placement_that_fails_names_the_scene(tmp_path):
