@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from activation import PatchSample, build_dataset
-from binding_probes import BINDING_PROBES
+from binding_probes import BINDING_PROBES, check_knobs
 from datasets.codes import Groups, split_report
 from errors import UserError
 from metrics import Estimate, mean_estimate, mean_over_seeds
@@ -265,8 +265,9 @@ class Binding(Task):
         for name, mode in asked.items():
             if mode is not None and mode not in BINDING_PROBES:
                 raise UserError(f"unknown probe.{name} '{mode}'; valid: {', '.join([LADDER, *BINDING_PROBES])}")
-        modes = {"Y": settings["mode"], "F": (settings | feature_settings(settings, settings["F"]))["mode"]}
-        for code, mode in modes.items():
+        probes = {"Y": settings, "F": settings | feature_settings(settings, settings["F"])}
+        check_knobs({"": settings, "F.": settings["F"]})
+        for code, mode in ((code, probe["mode"]) for code, probe in probes.items()):
             if mode == "attention_quadratic" and cfg.model.output_mode != "all":
                 raise UserError(
                     f"probe.mode={mode} (for {code}) attends to patch tokens and model.output_mode={cfg.model.output_mode} "

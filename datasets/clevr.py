@@ -177,7 +177,7 @@ class Clevr(CodeScenes):
                     self.skipped.append((row.key, row.reason))
                 else:
                     pool.shutdown(cancel_futures=True)
-                    raise row
+                    raise UnreadableScene(row.key, f"{row.reason}; mend it, or leave it out with dataset.on_error=skip")
         if not rows:
             raise UserError(f"{self.root}: none of the {len(ids)} scene files can be read, first: {self.skipped[0][1]}")
         return list(rows), np.stack(list(rows.values()))
@@ -186,13 +186,15 @@ class Clevr(CodeScenes):
         path = self._locate(scene_id, "scenes_6obj", "json")
         try:
             code = self.groups.object_code(read_objects(path))
-            if code.sum() > self.max_objects:
-                raise ValueError(f"{int(code.sum())} different objects, more than dataset.max_objects={self.max_objects}")
-            return code
         except FileNotFoundError:
             return UnreadableScene(_stem(scene_id), f"scene file {path} is missing")
         except (OSError, ValueError) as error:
             return UnreadableScene(_stem(scene_id), f"{path}: {error}")
+        if code.sum() > self.max_objects:  # a mistake of the configuration, whatever on_error says of files
+            raise UserError(
+                f"{path}: {int(code.sum())} different objects, more than dataset.max_objects={self.max_objects}; raise it"
+            )
+        return code
 
 
 def read_objects(path: str | os.PathLike, values: Mapping[str, Sequence[str]] = VALUES) -> list[list[int]]:

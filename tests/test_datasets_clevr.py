@@ -112,9 +112,15 @@ def test_a_wrong_scene_names_file_object_and_field(root, change, word):
     assert data.ids == [0, 1, 3] and data.report()["skipped"][0][0] == "CLEVR_6obj_000002"
 
 
+def test_too_small_a_law_is_a_mistake_of_the_configuration(root):
+    for on_error in ("raise", "skip"):  # never a reason to leave scenes out
+        with pytest.raises(UserError, match=r"000000\.json: 5 different objects, more than dataset.max_objects=3; raise it"):
+            Clevr("train", root=root, on_error=on_error, max_objects=3, **KNOBS)
+
+
 def test_damaged_and_missing_files_are_named(root):
     scene_file(root).write_text('{"objects": [')
-    with pytest.raises(UserError, match=r"000002\.json: is not JSON"):
+    with pytest.raises(UserError, match=r"000002\.json: is not JSON .*; mend it, or leave it out with"):
         Clevr("train", root=root, **KNOBS)
     scene_file(root).write_text("[]")
     with pytest.raises(UserError, match=r"000002\.json: objects missing"):
