@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from backbones import BackboneFacts, Tokens, backbone_facts, load_backbone, resolve_dtype, resolve_layers
+from backbones import BackboneFacts, Tokens, backbone_facts, check_attention, load_backbone, resolve_dtype, resolve_layers
 from errors import UserError
 from index import Index, build_dataset, content_id, load_items, open_index, read_ahead
 from patches import cut_windows, plan_geometry
@@ -111,6 +111,7 @@ def open_sample(cfg: Any, split: str, *, say: Callable[[str], None] = print) -> 
         say = _silent
     dataset = build_dataset(cfg, split)
     facts = backbone_facts(cfg.model)
+    check_attention(cfg.model, choose_device(cfg.device))
     layers = resolve_layers(cfg.model.layers, facts.depth)
     if mode in ("cls", "cls_mean") and not facts.has_class_token:
         raise UserError(
@@ -186,6 +187,7 @@ def _open_store(
     """A store with all layers, the bytes this process wrote and the images it ran the backbone on to make it so."""
     store = _describe(cfg, dataset, split, index, facts, stored)
     known = store.read()
+    store.verify = store.verify or store.layer_bytes * len(layers) <= cfg.cache.ram_gb * 1e9  # read as a whole anyway
     lacking = store.missing(layers)
     if known and not lacking:
         return store, 0, 0

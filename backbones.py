@@ -242,7 +242,7 @@ class TimmViT(Backbone):
         """Built on the CPU, so that random weights do not depend on the device, then moved."""
         facts = cls.describe(options)
         dtype = resolve_dtype(options.dtype, device)
-        _check_attention(options, device)
+        check_attention(options, device)
         architecture = (options.name, options.kwargs, options.image_size)
         if options.pretrained and not options.weights:
             model = hub_model(*architecture, facts.weights, say)
@@ -460,7 +460,9 @@ def xformers_attention() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return memory_efficient_attention
 
 
-def _check_attention(options: Options, device: torch.device) -> None:
+def check_attention(model_cfg: Mapping[str, Any] | Options, device: torch.device) -> None:
+    """Refuse an attention the device does not have; cached activations need no backbone, and are asked this too."""
+    options = model_cfg if isinstance(model_cfg, Options) else Options.read(model_cfg)
     if options.attention == "sdpa":
         return
     if device.type != "cuda":

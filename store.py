@@ -121,7 +121,7 @@ class TokenStore:
         self.directory, self.facts, self.digest, self.cache = directory, facts, digest(facts), cache
         self.n_images, self.n_tokens, self.dim = n_images, n_tokens, dim
         self.dtype, self.code = DTYPES[facts["dtype"]]
-        self.itemsize = self.dtype.itemsize
+        self.itemsize, self.verify = self.dtype.itemsize, bool(cache.verify)
         self.layer_bytes = n_images * n_tokens * dim * self.itemsize  # of the numbers, without file headers
         widest = SHARD_BYTES // (n_tokens * dim * self.itemsize)
         self.shard_images = max(1, min(int(cache.shard_images), widest))
@@ -129,7 +129,7 @@ class TokenStore:
 
     def read(self) -> bool:
         """Take over the shard size of the directory; False if nothing is there yet."""
-        manifest = read_manifest(self.directory / "manifest.json", self.facts, False)
+        manifest = read_manifest(self.directory / "manifest.json", self.facts, bool(self.cache.repair))
         if manifest is not None:
             self.shard_images = manifest["shard_images"]
         return manifest is not None
@@ -191,12 +191,13 @@ class TokenStore:
             ) from None
 
     def missing(self, layers: Sequence[int | str], verify: bool | None = None) -> dict[int, list[int | str]]:
-        """Shards that lack layers, with those layers; sizes and headers are always checked, checksums if `verify`.
+        """Shards that lack layers, with those layers; sizes and headers are always checked, checksums if `verify`
+        (None: as this store is set).
 
         Raises:
             UserError: a damaged file, unless `cache.repair`, which counts it as missing.
         """
-        verify = self.cache.verify if verify is None else verify
+        verify = self.verify if verify is None else verify
         lacking: dict[int, list[int | str]] = {}
         for number in range(self.n_shards):
             entries, head = self.entries(number), self.head(number)

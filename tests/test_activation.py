@@ -225,6 +225,8 @@ def test_every_patch_can_be_kept_and_shorter_images_are_filled_up(tmp_path: Path
 def test_wrong_options_of_a_data_set_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unexpected keyword argument 'colour'"):
         open_sample(toy_config(tmp_path, "+dataset.colour=1".lstrip("+")), "train", say=quiet)
+    with pytest.raises(UserError, match=r"^dataset.n: got 'many', expected a whole number$"):
+        open_sample(toy_config(tmp_path, "dataset.n=many"), "train", say=quiet)
 
 
 def test_worker_processes_make_the_same_bytes(tmp_path: Path) -> None:
@@ -291,8 +293,10 @@ def test_damage_is_named_and_repaired_on_request(tmp_path: Path) -> None:
     file.write_bytes(b"x" + good[1:])
     check("header")
     file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    open_sample(toy_config(tmp_path), "train", say=quiet)  # sizes and headers only
-    check("00001.safetensors.*checksum", "cache.verify=true")
+    open_sample(toy_config(tmp_path, "cache.ram_gb=0"), "train", say=quiet)  # too large to read: sizes and headers only
+    check("00001.safetensors.*checksum")
+    file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    check("00001.safetensors.*checksum", "cache.verify=true", "cache.ram_gb=0")
     (directory / "shards" / "00002.json").write_text("{")
     check("00002.json is damaged")
     file.unlink()  # deleting is the other way to mend
@@ -304,6 +308,9 @@ def test_damage_is_named_and_repaired_on_request(tmp_path: Path) -> None:
     check("index.safetensors is damaged")
     manifest = directory / "manifest.json"
     text = manifest.read_text()
+    manifest.write_text("{")
+    check("manifest.json is damaged, .*cache.repair=true")
+    assert manifest.read_text() == text
     manifest.write_text(text.replace('"norm": false', '"norm": true'))
     with pytest.raises(UserError, match=r"holds another configuration \(norm differ"):
         open_sample(toy_config(tmp_path), "train", say=quiet)
