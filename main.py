@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import options
 from errors import UserError
-from results import open_run
+from results import interrupt_later, open_run
 
 # Hydra would print its own trace and exit; with this set it hands the exception to `cli`, which prints one sentence.
 os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -39,7 +39,9 @@ def main(cfg: DictConfig) -> float | None:
     try:
         options.check(cfg)
         with open_run(cfg) as run:
-            return resolve_entry(cfg.entry)(cfg, run).get("objective")
+            with interrupt_later():
+                entry = resolve_entry(cfg.entry)
+            return entry(cfg, run).get("objective")
     except UserError as error:
         if sweeping:  # the other jobs go on; Hydra raises the first failure at the end
             print(f"job {HydraConfig.get().job.num} failed: {error}", file=sys.stderr)

@@ -12,14 +12,17 @@ number is never taken over from other code. W&B is a mirror; these files are the
 
 import contextlib
 import csv
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -78,10 +81,11 @@ def _git(*arguments: str) -> str | None:
 
 def provenance() -> dict[str, Any]:
     """What a number was made with: commit, dirty flag, versions, machine."""
-    import numpy
-    import timm
-    import torch
-    import torchvision
+    with interrupt_later():
+        import numpy
+        import timm
+        import torch
+        import torchvision
 
     status = _git("status", "--porcelain")
     cpu = platform.processor() or platform.machine()
@@ -100,6 +104,36 @@ def provenance() -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+@contextlib.contextmanager
+def interrupt_later() -> Iterator[None]:
+    """Put Ctrl-C off until the end of the block: an import of torch that is broken off half-way kills the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def one_sentence_if_full(directory: Path) -> Iterator[None]:
+    """Say it in one sentence when the disk is full; what was written before stays and is continued."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"the disk is full, writing into {directory} failed; free some space or set output_dir, then repeat the command: "
+            "it goes on where it stopped"
+        ) from error
 
 
 class Run:
@@ -180,7 +214,8 @@ class Run:
     def close(self) -> None:
         """Close the files."""
         for file in (*self._files.values(), self._log):
-            file.close()
+            with contextlib.suppress(OSError):  # every line was flushed, so what fails here has failed before
+                file.close()
 
 
 def _record_key(record: Mapping[str, Any]) -> str:
@@ -291,7 +326,7 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create the run directory {directory}: {error.strerror}; set output_dir=…") from error
-    with open(directory / ".lock", "w") as lock:
+    with one_sentence_if_full(directory), open(directory / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -315,10 +350,12 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
             raise
         finally:
             run.facts["status"] = status
-            _write_facts(run)
-            if run.mirror is not None:
-                run.mirror.finish(exit_code=0 if status == "finished" else 1)
-            run.close()
+            try:
+                _write_facts(run)
+            finally:
+                if run.mirror is not None:
+                    run.mirror.finish(exit_code=0 if status == "finished" else 1)
+                run.close()
 
 
 def _write_facts(run: Run) -> None:

@@ -1,6 +1,8 @@
 """Runs and their files: nothing torn, nothing twice, the end of a run is told truly."""
 
+import errno
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,39 @@ def test_files_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="No space"):
         results.write_atomically(tmp_path / "file", "text")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results.os, "fsync", full)
+        with pytest.raises(UserError, match=f"the disk is full, writing into {tmp_path}.* failed; free some space"):
+            with results.open_run(configure(tmp_path)):
+                raise AssertionError("entered")
+    with pytest.raises(UserError, match="the disk is full"), results.open_run(configure(tmp_path)) as run:
+        run.write({"kind": "score", "layer": 1})
+        monkeypatch.setattr(results.os, "fsync", full)  # the facts cannot be written either
+        full(0)
+    monkeypatch.undo()
+    with results.open_run(configure(tmp_path)) as run:
+        run.write({"kind": "score", "layer": 2})
+    assert [r["layer"] for r in results.read_records(run.dir / "metrics.jsonl")] == [1, 2]
+
+
+def test_ctrl_c_waits_for_an_import() -> None:
+    steps = []
+    with pytest.raises(KeyboardInterrupt):
+        with results.interrupt_later():
+            signal.raise_signal(signal.SIGINT)
+            steps.append("imported")
+        steps.append("went on")
+    assert steps == ["imported"]
+    with results.interrupt_later():
+        pass
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_the_mirror_never_costs_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
