@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from torch.nn import functional as F
 
 from activation import PatchSample, open_sample
 from errors import UserError
@@ -55,18 +56,24 @@ class MadeTokens:
 
 
 def position(cfg: DictConfig, samples: dict[str, PatchSample]) -> Control | None:
-    """The probe on sine-cosine codes of window, row and column; None for a probe that needs a backbone's blocks."""
+    """The probe on sine-cosine codes of window, row and column; None for a probe that needs a backbone's blocks.
+
+    Row and column are those in the whole image: how far apart two patches lie, also in two windows, is then all there.
+    """
     if cfg.probe.mode == "attention":
         return None
     coded = {}
     for split, sample in samples.items():
-        read = lambda images, at=sample.position: position_code(at[images])[None]
+        at = sample.position
+        if "place" in sample.labels:
+            at = torch.cat([at[..., :1].float(), sample.labels["place"]], -1)
+        read = lambda images, at=at: position_code(at[images])[None]
         coded[split] = sample._replace(tokens=MadeTokens(read, "position", len(sample.keys)))
     return Control("position", cfg.probe, coded)
 
 
 def position_code(positions: Tensor, n_frequencies: int = 16) -> Tensor:
-    """Sine-cosine code of integer patch positions.
+    """Sine-cosine code of patch positions.
 
     Args:
         positions: [M, T, 3] window, row, column.
@@ -201,6 +208,12 @@ def _with_model(cfg: DictConfig, samples: dict[str, PatchSample], **changes: Any
     OmegaConf.update(other, "model", OmegaConf.merge(cfg.model, changes), merge=False)
     opened = {split: open_sample(other, split, say=lambda text: None) for split in samples}
     for split, sample in samples.items():
-        if not torch.equal(opened[split].position, sample.position):
+        other_position, n_more = opened[split].position, sample.position.shape[1] - opened[split].position.shape[1]
+        if n_more == 1 and cfg.model.output_mode == "all":  # pixels have no class token: zeros, which no task asks about
+            read = lambda images, x=opened[split].tokens: F.pad(x.gather(images), (0, 0, 1, 0))
+            made = MadeTokens(read, "embed", len(sample.keys))
+            opened[split] = opened[split]._replace(tokens=made, position=sample.position, labels=sample.labels)
+            other_position = torch.cat([sample.position[:, :1], other_position], 1)
+        if not torch.equal(other_position, sample.position):
             raise UserError(f"a control drew other patches than the probe on {split}; empty the cache folder {cfg.cache.dir}")
     return opened
