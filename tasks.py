@@ -21,7 +21,7 @@ from activation import PatchSample
 from backbones import backbone_facts, load_backbone, next_block_query_key, resolve_layers
 from errors import UserError
 from losses import agreement, class_loss, identity_loss, pair_bce
-from metrics import Estimate, PairScores, mean_estimate, pair_strata
+from metrics import Estimate, PairScores, pair_strata, ratio_estimate
 from probes import PROBES, Probe, Projections, build_probe
 
 
@@ -118,8 +118,8 @@ class Task:
         """Refuse a probe that is unknown or asks something else, and tokens it cannot be asked about."""
         if cfg.model.output_mode not in ("patches", "all"):
             raise UserError(
-                f"model.output_mode={cfg.model.output_mode} keeps no patches and mode={cfg.mode} scores pairs of patches; "
-                "set model.output_mode=patches"
+                f"model.output_mode={cfg.model.output_mode} and mode={cfg.mode} scores pairs of patches: expected patches or "
+                "all, set model.output_mode=patches"
             )
         if cfg.probe.mode not in PROBES:
             raise UserError(f"unknown probe.mode '{cfg.probe.mode}'; valid: {', '.join(PROBES)}")
@@ -371,7 +371,7 @@ class Scorer:
             strata[question], n_seeds * n_layers, threshold=0.0 if readout == "logit" else 0.5
         )
         self.questions = list(strata)
-        self.labels, self.n_images = labels, n_images
+        self.labels = labels
         self.right: list[Tensor] = []
 
     def add(self, batch: Batch, logits: Tensor) -> None:
@@ -380,8 +380,7 @@ class Scorer:
             self.add_pairs(batch, readout, scores)
         if self.task.kind == "pointwise" and isinstance(self.task, Class):
             hit = (logits.argmax(-1) == batch.labels["class"]) & batch.labels["valid"]
-            share = hit.float().sum(-1) / batch.labels["valid"].sum(-1).clamp_min(1)
-            self.right.append(share.flatten(0, 1).cpu())  # [S * L, B]
+            self.right.append(hit.sum(-1).flatten(0, 1).cpu())  # [S * L, B]
 
     def add_pairs(self, batch: Batch, readout: str, scores: Tensor) -> None:
         """Take in pair scores [S, L, B, T, T]: of a read-out, or made from labels alone."""
@@ -404,8 +403,8 @@ class Scorer:
             for block, scored in part.evaluate(names).items():
                 found.append(Scores(question, readout, block, scored.metrics, scored.counts, scored.distance))
         if self.right:
-            accuracy = mean_estimate(torch.cat(self.right, 1))
-            n_patches = int(self.labels["valid"].sum())
-            counts = {"n_patches": n_patches, "n_images": self.n_images}
+            asked = self.labels["valid"].sum(1)  # [M]; an image may have none
+            accuracy = ratio_estimate(torch.cat(self.right, 1), asked)
+            counts = {"n_patches": int(asked.sum()), "n_images": int((asked > 0).sum())}
             found.append(Scores("class", "argmax", "patches", {"accuracy": accuracy}, counts, []))
         return found

@@ -37,6 +37,7 @@ from tasks import Scores, Task, find_task
 
 SPLITS = ("train", "val", "test")
 OPTIMIZERS = ("adamw", "adam")
+CHECKPOINTS = ("best", "last")
 
 
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
@@ -84,6 +85,8 @@ def run_eval(cfg: DictConfig, run: Run) -> dict[str, Any]:
     """
     device = set_up(cfg)
     directory, split, which = run.source, cfg.eval.split, cfg.eval.checkpoint
+    if which not in CHECKPOINTS:
+        raise UserError(f"unknown eval.checkpoint '{which}'; valid: {', '.join(CHECKPOINTS)}")
     fitted = options.adopt(results.read_config(directory), cfg, directory)
     if "dataset" in options.named():
         run.identity["dataset"] = results.identify(cfg)["dataset"]

@@ -137,6 +137,8 @@ def test_eval_takes_another_split_checkpoint_or_data_set(folder: Path, trained: 
     of = lambda finished: [r["metrics"]["auroc"] for r in scores(finished) if (r["block"], r["seed"]) == ("all", "mean")]
     val = run(folder, *base, "eval.split=val")
     noisy = run(folder, *base, "dataset.noise=1")  # the rest of the run's own data set stays
+    with pytest.raises(SystemExit, match="unknown eval.checkpoint 'nonsense'; valid: best, last"):
+        run(folder, *base, "eval.checkpoint=nonsense")
     last = run(folder, *base, "eval.checkpoint=last")
     assert {r["split"] for r in val.records()} == {"val"} and of(val) != of(trained)
     assert of(noisy) != of(trained) and noisy.records()[0]["n_images"] == 8

@@ -188,3 +188,17 @@ def test_tokens_of_a_visit_are_redrawn_in_training_and_fixed_in_evaluation() -> 
     assert torch.equal(batch.labels["identity"], sample.labels["identity"][:8].gather(1, batch.visited))
     tokens = sample.tokens.gather(torch.arange(8), None)
     assert torch.equal(batch.tokens(sample, [0, 1], torch.device("cpu"))[1, 3], tokens[1, 3, batch.visited[3]])
+
+
+def test_an_image_without_a_valid_patch_has_no_part_in_the_class_accuracy() -> None:
+    cfg, sample = configure("mode=train_class"), planted_sample(n_images=4)
+    sample.labels["valid"][0], sample.labels["valid"][1, :8] = False, False
+    task = find_task("class")(cfg, [0])
+    scorer = task.scorer(sample, 1)
+    right = torch.nn.functional.one_hot(sample.labels["class"], 3).float()[None, None]  # [S, L, M, T, K]
+    right[:, :, 2] = right[:, :, 2].roll(1, -1)  # all of image 2 is wrong
+    for batch in task.batches(sample, 3, None):
+        scorer.add(batch, right[:, :, batch.images])
+    (found,) = [block for block in scorer.finish() if block.question == "class"]
+    assert float(found.metrics["accuracy"].value) == (8 + 16) / (8 + 16 + 16)
+    assert found.counts == {"n_patches": 40, "n_images": 3}
