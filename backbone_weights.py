@@ -16,13 +16,11 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import socket
 import sys
 import urllib.parse
 import urllib.request
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -32,7 +30,6 @@ import huggingface_hub.constants
 import huggingface_hub.errors
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import Mlp
 from timm.models import VisionTransformer
@@ -288,7 +285,9 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
             return load_file(file)
         with torch.serialization.safe_globals([argparse.Namespace]):  # MAE and DINO keep their options in one
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}), set model.weights to a readable file") from error
+    except Exception as error:  # whatever the readers stumble over in a file of another kind
         foreign = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         if foreign:
             raise UserError(

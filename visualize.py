@@ -32,7 +32,7 @@ from torch import Tensor
 
 import options
 import results
-from activation import build_dataset
+from activation import build_dataset, choose_device
 from backbones import load_backbone
 from errors import UserError
 from patches import DroppedImage, Geometry, PatchLabels, cut_windows, merge_scores, owned_patches, patch_labels, plan_geometry
@@ -268,10 +268,8 @@ def score_maps(cfg: DictConfig, probes: Sequence[Probe], scene: Any, pixel: Sequ
     """
     if "identity" not in scene.labels:
         raise UserError(f"{scene.key} has no identity map, score maps need one; name another dataset")
-    device = "cuda" if cfg.device == "auto" and torch.cuda.is_available() else str(cfg.device).replace("auto", "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device={device} was asked for but no CUDA device is visible; use device=cpu or device=auto")
-    backbone = load_backbone(cfg.model, torch.device(device))
+    device = choose_device(cfg.device)
+    backbone = load_backbone(cfg.model, device)
     facts, rules, image_hw = backbone.facts, cfg.protocol.geometry, tuple(scene.image.shape[-2:])
     try:
         geometry = plan_geometry(image_hw, geometry=rules, patch_size=facts.patch_size, image_size=facts.image_size)
@@ -377,7 +375,8 @@ def _draw_view(axes: Axes, maps: ScoreMaps, view: int) -> None:
 
 
 def color_identities(identity: Tensor) -> np.ndarray:
-    """A picture [H, W, 3] float of an identity map: background light grey, neighbours parted by white lines."""
+    """A picture [H, W, 3] float of an identity map: background and ignored light grey, neighbours parted by white lines."""
+    identity = identity.clamp(min=0)
     palette = [matplotlib.colors.to_rgb(c) for c in (BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, GREY)]
     tones = [np.array(palette), np.array(palette) * 0.6, 1 - (1 - np.array(palette)) * 0.5]
     ids, place = identity.unique(return_inverse=True)  # neighbours in number get unlike colours, whatever the ids are

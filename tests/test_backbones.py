@@ -471,6 +471,7 @@ def test_damaged_foreign_and_missing_files(tmp_path: Path) -> None:
         return str(caught.value)
 
     assert "damaged or no weight file" in refusal(b"not a zip file")
+    assert "damaged or no weight file" in refusal(b"root:x:0:0:root:/root:/bin/bash\nbin:x:1:1::/:/bin/sh\n")
     assert "damaged or no weight file" in refusal(b"\x10\0\0\0\0\0\0\0{", "w.safetensors")
     assert "not loaded for safety" in refusal({"model": Path("x")})
     assert "expected a dictionary" in refusal([torch.zeros(1)])

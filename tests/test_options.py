@@ -144,7 +144,7 @@ WRONG = [
     (["protocol.geometry.kind=nonsense"], r"unknown protocol.geometry.kind=nonsense; valid: cover"),
     (["model.layers=[7]"], r"there is no layer 7, expected all, embed, -2…1"),
     (["model.image_size=97"], r"model.image_size=97 x 97 does not fit .* multiples of its patch size 16, such as 96"),
-    (["model.output_mode=cls"], r"keeps no patches and mode=train scores pairs of patches"),
+    (["model.output_mode=cls"], r"mode=train scores pairs of patches: expected patches or all"),
     (["mode=extract", "model.name=vit_base_patch16_siglip_224", "model.output_mode=cls"], r"needs a class token and"),
     (["model.output_mode=nonsense"], r"model.output_mode"),
     (["model.dtype=nonsense"], r"model.dtype=nonsense is unknown"),
@@ -154,6 +154,8 @@ WRONG = [
     (["cache.max_gb=1e-9"], r"cache.max_gb is 1e-09"),
     (["device=nonsense"], r"device=nonsense is unknown|no CUDA device"),
     (["dataset.size=8"], r"dataset.size: got 8"),
+    (["dataset.noise=much"], r"dataset.noise: got 'much', expected a number"),
+    (["dataset.on_error=nonsense"], r"dataset.on_error: got 'nonsense', expected raise or skip"),
     (["+dataset.nonsense=1"], r"unexpected keyword argument 'nonsense'"),
     (["mode=eval"], r"no finished run of mode train"),
     (["trainer.seeds=[1,1]"], r"trainer.seeds names a seed twice"),
@@ -175,6 +177,11 @@ def test_bad_input_is_one_sentence(tmp_path: Path, overrides: list[str], said: s
 def test_what_needs_cuda_says_so(tmp_path: Path, override: str) -> None:
     with pytest.raises(SystemExit, match="error: .*CUDA"):
         run(tmp_path, *TINY, override)
+    if override.startswith("model"):  # nor is it passed over where everything is cached and no backbone is built
+        short = [*TINY, "mode=extract", "model.layers=[0]"]
+        run(tmp_path, *short)
+        with pytest.raises(SystemExit, match="error: .*CUDA"):
+            run(tmp_path, *short, override)
 
 
 def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:

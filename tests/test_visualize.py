@@ -321,6 +321,8 @@ def test_objects_have_colours_of_their_own_and_background_is_grey():
     assert len(np.unique(inside.round(6), axis=0)) == 20
     assert inside[0].tolist() == [0.93] * 3
     assert (visualize.color_identities(torch.full((2, 2), 4))[0, 0] != [0.93] * 3).any()
+    partly = visualize.color_identities(torch.tensor([[-1, -1, 0, 0, 0, 7, 7]]))  # ignored pixels are no object either
+    assert partly[0, 1].tolist() == partly[0, 3].tolist() == [0.93] * 3 != partly[0, 6].tolist()
 
 
 class FakeRun:
@@ -385,7 +387,12 @@ def test_mode_vis_names_what_is_missing(finished, tmp_path):
     finished.cfg.vis.image = 3
     with pytest.raises(UserError, match=r"vis.image=3, expected 0 … 2"):
         visualize.run(finished.cfg, run)
-    finished.cfg.vis.update(image=0, run=str(tmp_path / "nowhere"))
+    finished.cfg.update(device="nonsense")
+    finished.cfg.vis.update(image=0)
+    with pytest.raises(UserError, match=r"device=nonsense is unknown, expected auto"):
+        visualize.run(finished.cfg, run)
+    finished.cfg.update(device="cpu")
+    finished.cfg.vis.update(run=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="is not a run directory"):
         visualize.run(finished.cfg, run)
     for file in (finished.directory / "checkpoints/probe").iterdir():
