@@ -16,6 +16,7 @@ H(Y|F) are those of the law the data set names (`prior` in every record), exact,
 """
 
 import importlib
+import itertools
 import json
 import math
 import re
@@ -310,6 +311,10 @@ class Binding(Task):
         run.say(format_table(titles, rows))
         shares = [f"{pair}: F {share['F']:.0%}, Y {share['Y']:.0%}" for pair, share in found["overlap"].items()]
         run.say("codes that occur in both splits, share of images; " + "; ".join(shares))
+        for (one, first), (other, second) in itertools.combinations(samples.items(), 2):
+            if shared := sorted(set(first.keys) & set(second.keys)):
+                text = f"{one} and {other} share {len(shared)} images, such as {shared[0]}; scores on {other} flatter"
+                found["warnings"].append(text)
         for split, sample in samples.items():
             found["warnings"] += [f"{split}: {text}" for text in sample.meta["report"].get("warnings", ())]
         run.write({"kind": "splits", "overlap": found["overlap"], "warnings": found["warnings"]})

@@ -13,6 +13,6 @@ def unwrap(error: BaseException) -> BaseException:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UserError):
         cause = cause.__cause__
-    if cause is None and isinstance(error.__cause__, TypeError):
+    if cause is None and isinstance(error.__cause__, TypeError) and "argument" in str(error.__cause__):
         return UserError(f"dataset: {error.__cause__}, see the files in cfgs/dataset for the options it takes")
     return error if cause is None else cause

@@ -243,7 +243,8 @@ class VisualGenome(CodeScenes):
         self.seed, self.budget = check_whole("seed", seed, 0), check_whole("budget", budget, 0)
         lengths = {"train": n_train, "val": n_val, "test": n_test}
         self.lengths = {k: None if n is None else check_whole(f"n_{k}", n, 0) for k, n in lengths.items()}
-        self.stats = self._load(f"vg_stats_filtered_{attributes}.json", dict)
+        self._stats_file = f"vg_stats_filtered_{attributes}.json"
+        self.stats = self._load(self._stats_file, dict)
         self.records_file = f"attributes_filtered_{attributes}.json"
         records = self._load(self.records_file, list)
         groups = Groups(self._vocabulary())
@@ -326,13 +327,17 @@ class VisualGenome(CodeScenes):
     def _stat(self, *names: str) -> Any:
         found = next((self.stats[name] for name in names if name in self.stats), None)
         if found is None:
-            raise UserError(f"{self.folder}/vg_stats_filtered_{self.kind}.json: {' or '.join(names)} missing")
+            raise UserError(f"{self.folder / self._stats_file}: {' or '.join(names)} missing")
         return found
 
     def _vocabulary(self) -> list[list[str]]:
         """Categories and attributes; by (-occurrences, name) where the file counts them, else in its order."""
-        categories = list(self._stat("selected_object_classes"))
-        attributes = list(self._stat(f"selected_{self.kind}_attributes"))
+        categories, attributes = (
+            list(self._checked(self._stat(name), list, self._stats_file, name))
+            for name in ("selected_object_classes", f"selected_{self.kind}_attributes")
+        )
+        if not categories:
+            raise UserError(f"{self._stats_file}: selected_object_classes: got none, expected at least one name")
         none = "no_color" if self.kind == "color" else "no_attribute"
         if none not in attributes:
             attributes.append(none)
@@ -343,6 +348,7 @@ class VisualGenome(CodeScenes):
         ):
             times = self.stats.get(table)
             if isinstance(times, dict) and times:
+                times = {name: self._checked(n, int | float, self._stats_file, table, name) for name, n in times.items()}
                 names = sorted(names, key=lambda name: (-times.get(name, 0), name))
             groups.append(names)
         return groups
@@ -354,7 +360,7 @@ class VisualGenome(CodeScenes):
             listed = self._load("split_dataset.json", dict)
             if split not in listed:
                 raise UserError(f"{self.folder}/split_dataset.json: {split} missing, expected train, val and test")
-            wanted = set(listed[split])
+            wanted = set(self._checked(listed[split], list, "split_dataset.json", split))
             kept = [i for i, record in enumerate(records) if self._field(record, i, "image_id") in wanted]
             order = np.random.default_rng(self.seed + codes.SPLITS.index(split)).permutation(len(kept))
             chosen = [kept[i] for i in order[:number]]
@@ -383,6 +389,14 @@ class VisualGenome(CodeScenes):
                 raise UserError(f"{name} missing") from None
         return value
 
+    def _checked(self, value: Any, kind: Any, file: str, *path: str | int) -> Any:
+        """The value, if it is of its kind; else file and place are named."""
+        if isinstance(value, kind) and not isinstance(value, bool):
+            return value
+        place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".")
+        wanted = {list: "a list", dict: "a table"}.get(kind, "a number")
+        raise UserError(f"{self.folder / file}: {place}: got {str(value)[:40]!r}, expected {wanted}")
+
     def _pairs(self, record: Mapping, number: int) -> list[tuple[int, int]]:
         """(category, attribute) of every listed object of a known category, in the order of the file.
 
@@ -390,9 +404,11 @@ class VisualGenome(CodeScenes):
         """
         categories, attributes = self._numbers
         found = []
-        for i in range(len(self._field(record, number, "attributes"))):
+        objects = self._checked(self._field(record, number, "attributes"), list, self.records_file, number, "attributes")
+        for i in range(len(objects)):
             name = self._field(record, number, "attributes", i, "object_class")
-            listed = self._field(record, number, "attributes", i, f"attributes_{self.kind}")
+            path = ("attributes", i, f"attributes_{self.kind}")
+            listed = self._checked(self._field(record, number, *path), list, self.records_file, number, *path)
             if name in categories:
                 first = next((a for a in listed if a in attributes and a != self.none), self.none)
                 found.append((categories[name], attributes[first]))
@@ -412,9 +428,11 @@ class VisualGenome(CodeScenes):
             return counts
         table = self._stat("object_to_color_attribute_occurrences", "object_to_topk_attribute_occurrences")
         categories, attributes = self._numbers
-        for category, row in table.items():
-            for attribute, times in row.items():
+        where = (self._stats_file, f"object_to_{'color' if self.kind == 'color' else 'topk'}_attribute_occurrences")
+        for category, row in self._checked(table, dict, *where).items():
+            for attribute, times in self._checked(row, dict, *where, category).items():
                 if category in categories and attribute in attributes:
+                    times = self._checked(times, int | float, *where, category, attribute)
                     counts[categories[category], attributes[attribute]] = times
         return counts
 

@@ -313,6 +313,15 @@ def test_splits_are_reported_before_any_score(default_run: Run) -> None:
     assert overlap["overlap"]["test in train"] == {"F": 0.0, "Y": 0.0}
 
 
+def test_images_of_two_splits_at_once_are_a_warning(tmp_path: Path) -> None:
+    run, samples = open_test_run(tmp_path), grid_samples("Y", 1)
+    for split in ("train", "val"):
+        samples[split] = samples[split]._replace(keys=[f"{split}{i}" for i in range(15)] + ["both"])
+    Binding(configure("probe.mode=linear")).introduce(samples, run)
+    (warnings,) = (r["warnings"] for r in read_records(tmp_path / "metrics.jsonl") if r["kind"] == "splits")
+    assert [w for w in warnings if "share" in w] == ["train and val share 1 images, such as both; scores on val flatter"]
+
+
 def test_decoded_objects_are_named(default_run: Run) -> None:
     examples = json.loads((default_run.dir / "decoded-cls-quadratic_concat.json").read_text())
     assert len(examples) == 4 and all(len(e["true"]) == 5 for e in examples)

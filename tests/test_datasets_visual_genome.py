@@ -230,6 +230,43 @@ def test_mistakes_are_named(root):
         VisualGenome("train", root=root, **KNOBS)
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("vg_stats", lambda s: s.update(selected_object_classes="car"), "selected_object_classes: got 'car', expected a list"),
+        ("vg_stats", lambda s: s.update(selected_object_classes=[]), "selected_object_classes: got none"),
+        (
+            "vg_stats",
+            lambda s: s.update(selected_object_occurrences={"car": "x"}),
+            r"occurrences.car: got 'x'",
+        ),
+        (
+            "vg_stats",
+            lambda s: s.update(object_to_color_attribute_occurrences=[1]),
+            r"occurrences: got '\[1\]'",
+        ),
+        (
+            "vg_stats",
+            lambda s: s["object_to_color_attribute_occurrences"].update(z=3),
+            r"occurrences.z: got '3'",
+        ),
+        ("attributes", lambda s: s[1].update(attributes=None), r"\[1\].attributes: got 'None', expected a list"),
+        (
+            "attributes",
+            lambda s: s[0]["attributes"][0].update(attributes_color=None),
+            r"\[0\].attributes_color: got",
+        ),
+    ],
+)
+def test_a_value_of_the_wrong_kind_names_file_and_place(root, file, change, said):
+    path = next((root / "deprecated/meta_filtered_color_coco").glob(f"{file}_filtered_color.json"))
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"{path.name}: .*{said}"):
+        VisualGenome("train", root=root, **KNOBS)
+
+
 @pytest.mark.parametrize("name", ["vgcolor", "vgtopattr"])
 def test_config_files_state_the_defaults(name):
     config = OmegaConf.load(ROOT / f"cfgs/dataset/{name}.yaml")
