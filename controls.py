@@ -89,7 +89,8 @@ def position_code(positions: Tensor, n_frequencies: int = 16) -> Tensor:
 
 def pixels(cfg: DictConfig, samples: dict[str, PatchSample]) -> Control | None:
     """The probe on the normalised pixels of each patch; None for a probe that needs a backbone's blocks or class token."""
-    if cfg.probe.mode in ("attention", "attention_quadratic") or cfg.model.output_mode in ("cls", "cls_mean"):
+    modes = {cfg.probe.mode, (cfg.probe.get("F") or {}).get("mode")}  # binding may read features with a probe of its own
+    if modes & {"attention", "attention_quadratic"} or cfg.model.output_mode in ("cls", "cls_mean"):
         return None
     return Control("pixels", cfg.probe, _with_model(cfg, samples, source="pixels", layers=["embed"], norm=False))
 

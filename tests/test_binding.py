@@ -19,7 +19,7 @@ from activation import PatchSample, StackedTokens, _kept
 from backbones import Tokens
 from binding import Binding, CodeScorer, binding_estimates, decode, row_label, suspicions
 from binding_probes import BINDING_PROBES
-from controls import Control
+from controls import Control, pixels
 from datasets.clevr import VALUES
 from datasets.codes import Groups, uniform_up_to
 from errors import UserError
@@ -521,6 +521,12 @@ def test_the_grid_is_one_saved_sweep() -> None:
         cfg = compose("config", overrides, return_hydra_config=True)
     assert dict(cfg.hydra.sweeper.params) == {f"dataset.n_{kind}": "1,2,3,4,5,6,7" for kind in ("colors", "shapes")}
     assert cfg.probe.rank == 16 and cfg.probe.init_std == 0.02 and not cfg.protocol.geometry.antialias
+
+
+@pytest.mark.parametrize("knob", ["probe.mode", "probe.F.mode"])
+def test_pixels_have_no_class_token_to_attend_beside(knob: str) -> None:
+    cfg = configure("model.output_mode=all", "probe.mode=linear", f"{knob}=attention_quadratic")
+    assert pixels(cfg, {}) is None
 
 
 def test_data_without_codes_and_models_without_class_token_are_refused() -> None:
