@@ -303,8 +303,10 @@ class Binding(Task):
             facts = {**{("H_F_plug_in" if k == "H_F" else k): v for k, v in facts.items()}, **exact}
             more = {k: v for k, v in report.items() if k not in facts and isinstance(v, int | float | str)}
             run.write({"kind": "split", "split": split, **facts, **more})
+            support = f" of {report['support_F']}" if "support_F" in report else ""  # codes the split may hold
             rows.append([
-                split, str(facts["n"]), str(facts["distinct_F"]), str(facts["distinct_Y"]), f"{facts['largest_F_mass']:.1%}",
+                split, str(facts["n"]), f"{facts['distinct_F']}{support}", str(facts["distinct_Y"]),
+                f"{facts['largest_F_mass']:.1%}",
                 *(_bits(facts[name]) for name in ("E_H_Y_given_F", "H_F", "H_F_plug_in", "H_Y")), report["prior"],
             ])  # fmt: skip
         titles = ["split", "n", "distinct F", "distinct Y", "largest F", "E H(Y|F)", "H(F)", "H(F) plug-in", "H(Y)", "prior"]

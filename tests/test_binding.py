@@ -299,6 +299,7 @@ def test_the_default_run_compares_class_token_and_all_tokens(default_run: Run) -
         if record["seed"] == "mean":
             assert all(low <= metrics[key] <= high for key, (low, high) in record["interval"].items())
     log = (default_run.dir / "log.txt").read_text()
+    assert " of 240 " in log  # feature codes seen, of those the training split may hold
     assert "all attention_quadratic" in log and "prior balanced_5" in log and "pooling 48 of 48" in log
     for file in ("layers.png", "layers.csv", "training-cls-quadratic_concat.png", "decoded-all-attention_quadratic.png"):
         assert (default_run.dir / file).stat().st_size > 0
