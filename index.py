@@ -7,7 +7,6 @@ every backbone of one patch size and image size sees the same patches.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import queue
 import threading
@@ -18,22 +17,20 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import get_class, instantiate
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from errors import UserError, unwrap
+from datasets.scene import build
+from errors import UserError
 from patches import DroppedImage, Geometry, label_patches, owned_patches, plan_geometry, select_patches
 from store import digest, lock, plain, publish, rank, read_manifest, safe_name, wait
 
 FORMAT = 2  # raise it when the meaning of an indexed number changes: older directories are then left alone
 
 
-KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "None": "null"}  # in words
 SKIP_HINT = "; mend it, or leave it out with dataset.on_error=skip"
 T = TypeVar("T")
 
@@ -145,21 +142,8 @@ def open_index(
 
 
 def build_dataset(cfg: Any, split: str) -> Any:
-    """The data set of the configuration.
-
-    Raises:
-        UserError: what the data set itself reports, or the option it does not take.
-    """
-    own = [cls.__init__ for cls in reversed(get_class(cfg.dataset._target_).__mro__)]  # some name only what differs from a base
-    for name, parameter in (pair for init in own for pair in inspect.signature(init).parameters.items()):
-        given, kinds = cfg.dataset.get(name), getattr(parameter.annotation, "__name__", str(parameter.annotation))
-        if isinstance(given, str) and not any(kind in kinds for kind in ("str", "Path", "Any", "_empty")):
-            told = " or ".join(KINDS.get(kind, kind) for kind in kinds.split(" | "))
-            raise UserError(f"dataset.{name}: got '{given}', expected {told}")
-    try:
-        return instantiate(cfg.dataset, split=split)
-    except InstantiationException as error:
-        raise unwrap(error)  # noqa: B904  (its own cause stays)
+    """The data set of the configuration (`datasets.scene.build`)."""
+    return build(cfg.dataset, split)
 
 
 def content_id(image: Tensor) -> bytes:

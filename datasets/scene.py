@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import struct
 import zlib
@@ -13,13 +14,14 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from errors import UserError, unwrap
 
 T = TypeVar("T")
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "None": "null"}  # in words
 
 
 class Scene(NamedTuple):
@@ -53,8 +55,14 @@ def build(cfg: Any, split: str) -> Any:
     """The split of the data set a configuration names.
 
     Raises:
-        UserError: what the data set itself reports, or the option it does not take.
+        UserError: what the data set itself reports, the option it does not take, a word where a number belongs.
     """
+    own = [cls.__init__ for cls in reversed(get_class(cfg._target_).__mro__)]  # some name only what differs from a base
+    for name, parameter in (pair for init in own for pair in inspect.signature(init).parameters.items()):
+        given, kinds = cfg.get(name), getattr(parameter.annotation, "__name__", str(parameter.annotation))
+        if isinstance(given, str) and not any(kind in kinds for kind in ("str", "Path", "Any", "_empty")):
+            told = " or ".join(KINDS.get(kind, kind) for kind in kinds.split(" | "))
+            raise UserError(f"dataset.{name}: got '{given}', expected {told}")
     try:
         return instantiate(cfg, split=split)
     except InstantiationException as error:

@@ -18,7 +18,7 @@ ALLOWED = {
     "visualize_binding": {"results"},
     "visualize": {"activation", "backbones", "options", "probes", "patches", "results", "metrics"},
     "activation": {"patches", "backbones", "index", "store"},
-    "index": {"patches", "store"},
+    "index": {"patches", "store", "datasets"},
     "patches": {"windows"},
     "datasets": {"datasets"},
     "probes": {"forms"},

@@ -155,6 +155,7 @@ WRONG = [
     (["device=nonsense"], r"device=nonsense is unknown|no CUDA device"),
     (["dataset.size=8"], r"dataset.size: got 8"),
     (["dataset.noise=much"], r"dataset.noise: got 'much', expected a number"),
+    (["mode=check_data", "dataset.noise=much"], r"dataset.noise: got 'much', expected a number"),
     (["dataset.on_error=nonsense"], r"dataset.on_error: got 'nonsense', expected raise or skip"),
     (["+dataset.nonsense=1"], r"unexpected keyword argument 'nonsense'"),
     (["mode=eval"], r"no finished run of mode train"),
