@@ -39,7 +39,8 @@ ROOT = Path(__file__).parent
 _NOT_IN_HASH = ("debug", "resume", "output_dir", "wandb", "threads")
 # Of these a restart takes over what is there.
 RESULT_FILES = ("metrics.jsonl", "history.jsonl", "layers.csv", "layers.png", "checkpoints")
-TRAIN_MODES = ("train", "train_class", "train_identity", "train_binding")
+PATCH_MODES = ("train", "train_class", "train_identity")  # what they fit is asked about patches
+TRAIN_MODES = (*PATCH_MODES, "train_binding")
 WANDB_MODES = ("online", "offline", "disabled")
 _RECORD_KEY = ("kind", "name", "split", "layer", "seed", "question", "readout", "block", "epoch", "fingerprint")
 
@@ -277,7 +278,8 @@ def source_run(cfg: DictConfig) -> Path | None:
     block = cfg.get(cfg.mode)
     if not isinstance(block, DictConfig) or "run" not in block:
         return None
-    directory = Path(block.run) if block.run else newest_run(cfg.output_dir, TRAIN_MODES)
+    modes = PATCH_MODES if cfg.mode == "vis" else TRAIN_MODES
+    directory = Path(block.run) if block.run else newest_run(cfg.output_dir, modes)
     read_config(directory)
     return directory
 

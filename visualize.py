@@ -400,7 +400,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         UserError: no such run, image or anchor.
     """
     vis = cfg.vis
-    directory = Path(vis.run) if vis.run else results.newest_run(cfg.output_dir, results.TRAIN_MODES)
+    directory = Path(vis.run) if vis.run else results.newest_run(cfg.output_dir, results.PATCH_MODES)
     fitted = options.adopt(results.read_config(directory), cfg, directory)
     dataset = build_dataset(fitted, str(vis.split))
     if not 0 <= int(vis.image) < len(dataset):

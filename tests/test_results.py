@@ -89,6 +89,15 @@ def test_newest_run_is_the_last_finished_one(tmp_path: Path) -> None:
     assert results.newest_run(tmp_path) == finished.dir
 
 
+def test_score_maps_are_those_of_the_newest_run_about_patches(tmp_path: Path) -> None:
+    with results.open_run(configure(tmp_path)) as patches:
+        pass
+    with results.open_run(configure(tmp_path, "mode=train_binding")) as codes:
+        pass
+    assert results.source_run(configure(tmp_path, "mode=vis")) == patches.dir
+    assert results.source_run(configure(tmp_path, "mode=eval")) == codes.dir
+
+
 def test_files_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_args: object) -> None:
         raise OSError(28, "No space left on device")
