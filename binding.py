@@ -252,6 +252,8 @@ class Binding(Task):
             except OmegaConfBaseException as error:
                 raise UserError(f"binding.ladder, entry {number}: {str(error).splitlines()[0]}") from error
             name = str(name or f"{own.model.output_mode}-{own.probe.mode}")
+            if found.get(name) == own:  # model.output_mode may make two entries the same
+                continue
             if name in found or own.probe.mode == LADDER:
                 raise UserError(f"binding.ladder, entry {number}: '{name}' is there twice or names no probe; set its name")
             found[name] = own

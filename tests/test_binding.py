@@ -483,6 +483,12 @@ def test_what_the_command_line_says_wins(overrides: list[str]) -> None:
         assert [name for name, _ in rows] == ["cls-linear", "cls-quadratic_concat", "cls-dnn", "all-attention_quadratic"]
 
 
+def test_entries_that_an_override_makes_the_same_are_one_row() -> None:
+    rows = lambda *overrides: [name for name, _ in Binding.rows(configure("probe.mode=ladder", *overrides))]
+    every = ["cls-quadratic_concat", "mean_spatial-quadratic_concat", "all-attention_quadratic"]
+    assert rows() == every and rows("model.output_mode=mean_spatial") == every[1:]
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -502,7 +508,7 @@ def test_what_the_command_line_says_wins(overrides: list[str]) -> None:
         (["binding.ladder=[{probe: {mode: linear, rank: x}}]"], "probe.rank: got 'x'"),
         (["binding.ladder=[]"], "binding.ladder is empty"),
         (["binding.ladder=[{probe: {mode: linear, ranc: 3}}]"], "binding.ladder, entry 1: .*ranc"),
-        (["binding.ladder=[{probe: {mode: linear}}, {probe: {mode: linear}}]"], "entry 2: 'cls-linear' is there twice"),
+        (["binding.ladder=[{probe: {mode: linear}}, {probe: {mode: linear, rank: 3}}]"], "entry 2: 'cls-linear' is there twice"),
         (["binding.ladder=[{name: a/b, probe: {mode: linear}}]"], "entry 1: got name 'a/b', expected letters"),
         (["binding.ladder=[{name: random, probe: {mode: linear}}]"], "got name 'random'"),
         (["trainer.seeds=[]"], "trainer.seeds"),
