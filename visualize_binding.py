@@ -72,7 +72,8 @@ def _draw_line(
 ) -> None:
     rows = [row for row in rows if row["value"] is not None and math.isfinite(row["value"])]
     rows = sorted(rows, key=lambda row: row["layer_index"])
-    apart = 0.24 / max(1, len(names) - 1) * (number - (len(names) - 1) / 2)  # so that no interval hides another
+    spread = min(0.24, 0.08 * max(1, len(layers) - 1))  # about as wide on paper for few layers as for many
+    apart = spread / max(1, len(names) - 1) * (number - (len(names) - 1) / 2)  # so that no interval hides another
     x = [layers.index(row["layer"]) + apart for row in rows]
     value = [row["value"] for row in rows]
     error = [[row["value"] - row["low"] for row in rows], [row["high"] - row["value"] for row in rows]]
