@@ -268,9 +268,9 @@ class Binding(Task):
         for name, mode in asked.items():
             if mode is not None and mode not in BINDING_PROBES:
                 raise UserError(f"unknown probe.{name} '{mode}'; valid: {', '.join([LADDER, *BINDING_PROBES])}")
-        probes = {"Y": settings, "F": settings | feature_settings(settings, settings["F"])}
         check_knobs({"": settings, "F.": settings["F"]})
-        for code, mode in ((code, probe["mode"]) for code, probe in probes.items()):
+        modes = {"Y": settings["mode"], "F": (settings | feature_settings(settings, settings["F"]))["mode"]}
+        for code, mode in modes.items():
             if mode == "attention_quadratic" and cfg.model.output_mode != "all":
                 raise UserError(
                     f"probe.mode={mode} (for {code}) attends to patch tokens and model.output_mode={cfg.model.output_mode} "
