@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
+from machine import multiplies_bfloat16
 
 
 def resolve_matmul_dtype(name: str, device: torch.device, dim: int) -> torch.dtype:
@@ -30,13 +31,7 @@ def resolve_matmul_dtype(name: str, device: torch.device, dim: int) -> torch.dty
         return getattr(torch, name)
     if name != "auto":
         raise UserError(f"unknown probe.matmul_dtype '{name}'; valid: auto, float32, bfloat16")
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device)[0] >= 8
-    else:
-        # Private names in torch; a version that drops them only loses the fast path.
-        checks = (getattr(torch.cpu, f"_is_{part}_supported", bool) for part in ("amx_tile", "avx512_bf16"))
-        native = device.type == "cpu" and any(check() for check in checks)
-    return torch.bfloat16 if native and dim >= 192 else torch.float32
+    return torch.bfloat16 if dim >= 192 and multiplies_bfloat16(device) else torch.float32
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:

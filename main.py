@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import options
 from errors import UserError
-from results import interrupt_later, open_run
+from runs.run import interrupt_later, open_run
 
 # Hydra would print its own trace and exit; with this set it hands the exception to `cli`, which prints one sentence.
 os.environ["HYDRA_FULL_ERROR"] = "1"

@@ -25,14 +25,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 import options
-import results
-from activation import PatchSample, choose_device, open_sample
+from activation import PatchSample, open_sample
 from controls import Control, build_controls, control_names, oracle_scores
 from errors import UserError
-from metrics import Estimate
+from files import write_atomically
+from machine import choose_device
+from metrics.bootstrap import Estimate
 from probes import Probe, load_probe
-from report import Scored, records, report
-from results import Run, checkpoint_path, write_atomically
+from runs.run import Run, checkpoint_files, checkpoint_path, identify, read_config, read_facts
+from show.records import Scored, records
+from show.tables import report
 from tasks import Scores, Task, find_task
 
 SPLITS = ("train", "val", "test")
@@ -87,13 +89,13 @@ def run_eval(cfg: DictConfig, run: Run) -> dict[str, Any]:
     directory, split, which = run.source, cfg.eval.split, cfg.eval.checkpoint
     if which not in CHECKPOINTS:
         raise UserError(f"unknown eval.checkpoint '{which}'; valid: {', '.join(CHECKPOINTS)}")
-    fitted = options.adopt(results.read_config(directory), cfg, directory)
+    fitted = options.adopt(read_config(directory), cfg, directory)
     if "dataset" in options.named():
-        run.identity["dataset"] = results.identify(cfg)["dataset"]
+        run.identity["dataset"] = identify(cfg)["dataset"]
     kind, summary = find_task(fitted.task), []
     rows = [(name, own, open_sample(own, split, say=run.say)) for name, own in kind.rows(fitted)]
     inputs = {name: {split: fingerprints(sample)} for name, _, sample in rows}
-    run.rest_on({**inputs, "run": directory.name, "fitted on": results.read_facts(directory).get("inputs")})
+    run.rest_on({**inputs, "run": directory.name, "fitted on": read_facts(directory).get("inputs")})
     for name, own, sample in rows:
         task = kind(own)
         stacks = [load_stack(directory, name, which, part, sample) for part in task.parts()]
@@ -115,7 +117,7 @@ def load_stack(directory: Path, name: str, which: str, part: Task, sample: Patch
     Raises:
         UserError: there are none, or the activations at hand are not those they were fitted on.
     """
-    files = results.checkpoint_files(directory, part_name(name, part), which)
+    files = checkpoint_files(directory, part_name(name, part), which)
     probes = [load_probe(file, part.probes) for file in files]
     expected = [layer for probe in probes for layer in probe.layers]
     width = sample.tokens.shape[-1]

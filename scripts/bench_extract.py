@@ -31,10 +31,11 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import activation  # noqa: E402
-from activation import choose_device, open_sample  # noqa: E402
-from backbones import Backbone, load_backbone, resolve_dtype, resolve_layers  # noqa: E402
+from activation import open_sample  # noqa: E402
+from backbones.contract import Backbone  # noqa: E402
+from backbones.load import load_backbone, resolve_layers  # noqa: E402
 from datasets.scene import Scene  # noqa: E402
+from machine import choose_device, resolve_dtype  # noqa: E402
 
 
 class Noise:
@@ -184,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = []
     print(f"{'round':>5}{'images':>8}{'images/s':>10}{'MB/s':>8}{'matmul TFLOP/s':>16}{'of it: all':>12}{'forward alone':>15}")
     for number in range(options.rounds):
-        once = mock.patch.object(activation, "load_backbone", lambda *_: backbone)  # it is built once, above
+        once = mock.patch("store.extract.load_backbone", lambda *_: backbone)  # it is built once, above
         with tempfile.TemporaryDirectory() as folder, once:
             cfg = configure(options, n_images, folder)
             before = matmul_rate(square, repeat)

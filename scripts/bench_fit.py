@@ -29,9 +29,9 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from binding_probes import BINDING_PROBES, seen_bits
+from binding.probes import BINDING_PROBES, seen_bits
 from forms import resolve_matmul_dtype
-from losses import pair_bce
+from pairs.losses import pair_bce
 from probes import Probe, build_probe
 
 FORMS = ("quadratic_concat", "quadratic_concat_reuse", "multilinear_concat_reuse", "attention_quadratic")

@@ -8,7 +8,7 @@ as time ratios equal to size ratios, flat memory as a memory ratio of 1.
 
 Memory is the process's own (anonymous) memory, sampled every 10 ms. "Mapped" is the most that pages of files came to: the
 shards of the cache are memory-mapped, so the system lends their pages while there is room and takes them back when there
-is none; `store.MAP_BYTES` bounds them.
+is none; `store.shards.MAP_BYTES` bounds them.
 """
 
 import argparse

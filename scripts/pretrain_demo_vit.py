@@ -63,7 +63,7 @@ sys.path.insert(0, str(ROOT))
 
 from datasets.scenes import Scenes  # noqa: E402
 from errors import UserError  # noqa: E402
-from results import newest_run  # noqa: E402
+from runs.run import newest_run  # noqa: E402
 
 MEAN, STD = 0.5, 0.25  # of the pixels, every channel; the model config says the same
 MOVED = 0.01  # mean change of a patch, in [0, 1] grey levels, above which it has moved; scenes are free of sensor noise

@@ -18,7 +18,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 import main
-import results
+from runs.records import read_records
+from runs.run import Run
 
 ROOT = Path(__file__).parent.parent
 MODEL = [
@@ -30,7 +31,7 @@ FIT = ["trainer.epochs=1", "trainer.seeds=2", "trainer.n_boot=20", "trainer.lr=1
 TINY = [*MODEL, *SCENES, *FIT]
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["main", "trainer", "visualize", "datasets.scenes", "wandb", "timm"])
+context.set_forkserver_preload(["main", "trainer", "pairs.score_maps", "datasets.scenes", "wandb", "timm"])
 
 
 def places(folder: Path) -> list[str]:
@@ -59,20 +60,20 @@ class Finished(NamedTuple):
     objective: float | None
 
     def records(self, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
-        return results.read_records(self.dir / file)
+        return read_records(self.dir / file)
 
 
 def run(folder: Path, *overrides: str) -> Finished:
     """What `python main.py` does, in this process; a mistake raises SystemExit with its sentence."""
     with configured(*places(folder), *overrides) as cfg:
         entered = []
-        enter = results.Run.__init__
+        enter = Run.__init__
 
-        def noting(self: results.Run, directory: Path, *rest: Any) -> None:
+        def noting(self: Run, directory: Path, *rest: Any) -> None:
             entered.append(directory)
             enter(self, directory, *rest)
 
-        with mock.patch.object(results.Run, "__init__", noting):
+        with mock.patch.object(Run, "__init__", noting):
             objective = main.main(cfg)
         return Finished(entered[0], objective)
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from activation import PatchSample, StackedTokens
+from activation import PatchSample
+from store.shards import StackedTokens
 
 
 def planted_sample(

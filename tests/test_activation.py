@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 from toys import Toy, toy_config
 
 import activation
-import store
-from activation import StackedTokens, open_sample
-from backbones import backbone_facts, load_backbone
+from activation import open_sample
+from backbones.load import backbone_facts, load_backbone
 from errors import UserError
-from patches import cut_windows, patch_labels, plan_geometry
+from patches.geometry import plan_geometry
+from patches.labels import patch_labels
+from patches.windows import cut_windows
+from store.shards import StackedTokens
 
 
 def quiet(text: str) -> None:
@@ -36,7 +38,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args, **kwargs):
         raise AssertionError("touched")
 
-    monkeypatch.setattr(activation, "load_backbone", fail)
+    monkeypatch.setattr("store.extract.load_backbone", fail)
     monkeypatch.setattr(Toy, "__getitem__", fail)
 
 
@@ -103,7 +105,7 @@ def test_whatever_decides_the_tokens_names_another_directory(tmp_path: Path, cha
 
 def test_labels_are_made_anew_without_extracting_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = open_sample(toy_config(tmp_path), "train", say=quiet)
-    monkeypatch.setattr(activation, "load_backbone", None)
+    monkeypatch.setattr("store.extract.load_backbone", None)
     touched = open_sample(toy_config(tmp_path, "dataset.version=1"), "train", say=quiet)  # same images, newer files
     assert touched.meta["index"] != first.meta["index"] and touched.meta["directory"] == first.meta["directory"]
 
@@ -116,7 +118,7 @@ def test_layers_are_added_alone_and_end_with_the_same_bytes(tmp_path: Path, monk
         backbone = load_backbone(cfg, device)
         return lambda images, layers: asked.append(list(layers)) or backbone(images, layers)
 
-    monkeypatch.setattr(activation, "load_backbone", spy)
+    monkeypatch.setattr("store.extract.load_backbone", spy)
     few = open_sample(toy_config(tmp_path / "grown", "model.layers=[0]"), "train", say=quiet)
     assert few.tokens.layers == [0] and asked[-1] == [0]
     grown = open_sample(toy_config(tmp_path / "grown"), "train", say=quiet)
@@ -251,7 +253,7 @@ def test_the_announced_bytes_are_the_bytes_on_disk_and_any_reader_reads_them(tmp
 
 
 def test_mapped_files_and_memory_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "MAP_BYTES", 1)  # one map at a time
+    monkeypatch.setattr("store.shards.MAP_BYTES", 1)  # one map at a time
     held = open_sample(toy_config(tmp_path), "train", say=quiet).tokens
     mapped = open_sample(toy_config(tmp_path, "cache.ram_gb=0"), "train", say=quiet).tokens
     images = torch.tensor([9, 0, 4, 4, 3, 8])
@@ -366,7 +368,7 @@ def test_numbers_that_cannot_be_kept_are_named(
 
         return forward
 
-    monkeypatch.setattr(activation, "load_backbone", spoiled)
+    monkeypatch.setattr("store.extract.load_backbone", spoiled)
     with pytest.raises(UserError, match=f"layer 0 of image train-000 has activations.*{sentence}|{sentence}"):
         open_sample(toy_config(tmp_path), "train", say=quiet)
     assert not list(tmp_path.rglob("shards/*.json"))

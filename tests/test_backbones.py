@@ -19,11 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
-import backbone_weights
-import backbones
-from backbone_weights import backbone_state
-from backbones import Backbone, Tokens, backbone_facts, load_backbone, next_block_query_key, resolve_layers
+from backbones.attention import XformersAttention, next_block_query_key
+from backbones.build import skeleton
+from backbones.contract import Backbone, Tokens
+from backbones.load import backbone_facts, load_backbone, resolve_layers
+from backbones.weights import ANCHOR, backbone_state
 from errors import UserError
+from machine import resolve_dtype
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(path.stem for path in (ROOT / "cfgs" / "model").glob("*.yaml") if not path.stem.startswith("_"))
@@ -179,8 +181,8 @@ def test_facts_hold_no_weights_and_are_json(monkeypatch: pytest.MonkeyPatch) -> 
         "hub:timm/vit_giant_patch14_reg4_dinov2.lvd142m/model.safetensors",
     )
     assert json.loads(json.dumps(facts.as_dict())) == facts.as_dict()
-    skeleton, _ = backbone_weights.skeleton(facts.name, "{}", None)
-    assert all(parameter.is_meta for parameter in skeleton.parameters())
+    bare, _ = skeleton(facts.name, "{}", None)
+    assert all(parameter.is_meta for parameter in bare.parameters())
     changed = backbone_facts(config(mean=0.5, std=[0.1, 0.2, 0.3], interpolation="nearest", image_size=64))
     assert (changed.mean, changed.std, changed.interpolation) == ((0.5,) * 3, (0.1, 0.2, 0.3), "nearest")
     assert changed.image_size == (64, 64)
@@ -218,7 +220,7 @@ def test_low_precision_keeps_rotary_positions_exact() -> None:
 @pytest.mark.parametrize("name", ["vit_small_patch16_224", "vit_base_patch16_clip_quickgelu_224", "vit_small_patch16_dinov3"])
 def test_the_fast_path_of_a_cpu_computes_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tuned = quiet(config(name, dtype="bfloat16"))
-    monkeypatch.setattr(backbones, "tune_for_cpu", lambda model, fuse: None)
+    monkeypatch.setattr("backbones.timm_vit.tune_for_cpu", lambda model, fuse: None)
     plain, exact = quiet(config(name, dtype="bfloat16")), quiet(config(name))
     images = torch.randn(2, 3, 48, 32)
     a, b, c = (backbone(images, [1])[0].patch.float() for backbone in (tuned, plain, exact))
@@ -476,7 +478,7 @@ def test_damaged_foreign_and_missing_files(tmp_path: Path) -> None:
     assert "not loaded for safety" in refusal({"model": Path("x")})
     assert "expected a dictionary" in refusal([torch.zeros(1)])
     assert "none that are recognised" in refusal({"epoch": 3})
-    assert "holds no teacher, it has student" in refusal({backbone_weights.ANCHOR: torch.zeros(1)}, weights_part="teacher")
+    assert "holds no teacher, it has student" in refusal({ANCHOR: torch.zeros(1)}, weights_part="teacher")
     assert "model.weights_part=both is unknown" in refusal({}, weights_part="both")
     with pytest.raises(UserError, match="there is no weight file none.pth, make it with: python make.py,"):
         backbone_facts(config(pretrained=True, weights="none.pth", rebuild="python make.py"))
@@ -567,7 +569,7 @@ def test_xformers_takes_over_the_attention_of_every_family(monkeypatch: pytest.M
         scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
         return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value)
 
-    monkeypatch.setattr(backbones, "xformers_attention", lambda: stand_in)
+    monkeypatch.setattr("backbones.attention.xformers_attention", lambda: stand_in)
     for name in ("vit_small_patch16_224", "vit_small_patch16_dinov3"):
         backbone = quiet(config(name))
         for module in backbone.modules():
@@ -576,7 +578,7 @@ def test_xformers_takes_over_the_attention_of_every_family(monkeypatch: pytest.M
         images = torch.randn(2, 3, 32, 48)
         expected = backbone(images, [1])[0].patch
         calls.clear()
-        backbone.around = backbones._XformersAttention
+        backbone.around = XformersAttention
         torch.testing.assert_close(backbone(images, [1])[0].patch, expected, rtol=1e-4, atol=1e-5)
         assert calls == [(2, 6 + backbone.facts.num_prefix_tokens, 2, 48)] * 2
 
@@ -601,5 +603,5 @@ def test_auto_dtype_follows_what_the_processor_has(monkeypatch: pytest.MonkeyPat
     ):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
-        assert backbones.resolve_dtype("auto", "cpu") == expected
-    assert backbones.resolve_dtype("float16", "cpu") == torch.float16
+        assert resolve_dtype("auto", "cpu") == expected
+    assert resolve_dtype("float16", "cpu") == torch.float16

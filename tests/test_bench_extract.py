@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from backbones import load_backbone
+from backbones.load import load_backbone
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import bench_extract

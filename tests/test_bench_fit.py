@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from binding_probes import BINDING_PROBES
-from losses import pair_bce
+from binding.probes import BINDING_PROBES
+from pairs.losses import pair_bce
 from probes import build_probe
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "bench_fit.py"

@@ -12,23 +12,27 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 
-import binding
 import trainer
-import visualize_binding
-from activation import PatchSample, StackedTokens, _kept
-from backbones import Tokens
-from binding import Binding, CodeScorer, binding_estimates, decode, row_label, suspicions
-from binding_probes import BINDING_PROBES
+from activation import PatchSample
+from backbones.contract import Tokens
+from binding.examples import decode
+from binding.information import binding_estimates, suspicions
+from binding.probes import BINDING_PROBES
+from binding.task import Binding, CodeScorer, row_label
 from controls import Control, pixels
 from datasets.clevr import VALUES
 from datasets.codes import Groups, uniform_up_to
 from errors import UserError
-from metrics import Estimate, interval_over_seeds, mean_estimate, resample
+from metrics.bootstrap import Estimate, interval_over_seeds, mean_estimate, resample
+from patches.geometry import plan_geometry
+from patches.windows import cut_windows
 from probes import FitAxes
-from report import Scored
-from results import Run, open_run, read_records
+from runs.records import read_records
+from runs.run import Run, open_run
+from show.records import Scored
+from store.extract import _kept
+from store.shards import StackedTokens
 from tasks import Batch, find_task
-from windows import cut_windows, plan_geometry
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = {name: json.loads((ROOT / f"tests/golden/binding/{name}.json").read_text()) for name in ("metrics", "tokens")}
@@ -352,9 +356,9 @@ def test_the_training_curve_of_a_row_leaves_out_its_controls(tmp_path: Path, mon
     run, drawn = open_test_run(tmp_path), []
     for name in ("row/Y", "row/F", "row/random/Y", "row/random/F"):
         run.write({"kind": "epoch", "name": name, "layer": "[0]", "epoch": 1}, file="history.jsonl")
-    monkeypatch.setattr(visualize_binding, "write_training_curves", lambda history, *_: drawn.extend(history))
-    monkeypatch.setattr(visualize_binding, "write_examples", lambda *_: None)
-    monkeypatch.setattr(binding, "decoded_examples", lambda *_: [])
+    monkeypatch.setattr("binding.figures.write_training_curves", lambda history, *_: drawn.extend(history))
+    monkeypatch.setattr("binding.figures.write_examples", lambda *_: None)
+    monkeypatch.setattr("binding.task.decoded_examples", lambda *_: [])
     Binding(configure("probe.mode=linear")).illustrate(Scored("row", [0], [0], []), [[]], grid_samples("Y")["test"], run)
     assert [record["name"] for record in drawn] == ["row/Y", "row/F"]
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import binding_probes
-from binding import bits_per_image
-from binding_probes import BINDING_PROBES, seen_bits
+from binding.information import bits_per_image
+from binding.probes import BINDING_PROBES, seen_bits
 from errors import UserError
 from probes import Probe, build_probe, load_probe
 
@@ -271,8 +270,8 @@ def test_pools_taken_in_parts_and_taken_again_change_nothing(monkeypatch: pytest
         return (out, *torch.autograd.grad(out.square().sum(), list(probe.parameters())))
 
     whole = run()
-    monkeypatch.setattr(binding_probes, "POOL_ELEMENTS", 2 * K * DIM)
-    monkeypatch.setattr(binding_probes, "KEPT_ELEMENTS", 0)
+    monkeypatch.setattr("binding.probes.POOL_ELEMENTS", 2 * K * DIM)
+    monkeypatch.setattr("binding.probes.KEPT_ELEMENTS", 0)
     for a, b in zip(run(), whole, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
 

@@ -18,7 +18,7 @@ from datasets.color_shape import COLORS, SHAPES, Board, ColorShape, draw_shape
 from datasets.export import Exported, export
 from datasets.scenes import Scenes
 from errors import UserError
-from index import build_dataset
+from store.index import build_dataset
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "binding"

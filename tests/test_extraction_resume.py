@@ -14,7 +14,7 @@ import torch
 from test_activation import quiet, token_files
 from toys import toy_config
 
-import store
+import store.shards
 from activation import open_sample
 from errors import UserError
 
@@ -136,7 +136,7 @@ def peak(directory: str, n: int, answer: multiprocessing.Queue) -> None:
     """Peak resident memory in MB that extracting and reading `n` images adds."""
     os.environ["TQDM_DISABLE"] = "1"
     torch.set_num_threads(1)
-    store.MAP_BYTES = 4 << 20
+    store.shards.MAP_BYTES = 4 << 20
     wide = ["model.kwargs.embed_dim=256", "model.output_mode=all", "cache.dtype=float32", "cache.ram_gb=0"]
     sizes = ["cache.shard_images=20", "cache.batch_size=20"]
     open_sample(toy_config(directory, *wide, *sizes, "dataset.n=20", "dataset.look=1"), "train", say=quiet)  # warm up

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from losses import agreement, class_loss, identity_loss, match, matching_costs, object_masks, pair_bce, pair_mask
+from pairs.losses import agreement, class_loss, identity_loss, match, matching_costs, object_masks, pair_bce, pair_mask
 from probes import build_probe
 
 GOLDEN = Path(__file__).parent / "golden" / "object_binding"

@@ -14,7 +14,8 @@ from program import FIT, MODEL, ROOT, SCENES, TINY, Finished, configured, run
 
 import main
 import options
-import results
+from backbones.timm_vit import TimmViT
+from runs.run import read_config
 
 SHORT = [*TINY, "model.layers=[embed,0]"]
 
@@ -61,7 +62,7 @@ def test_the_default_run_leaves_records_curve_checkpoints_and_provenance(trained
         assert low <= record["metrics"]["auroc"] <= high
     facts = json.loads((trained.dir / "run.json").read_text())
     assert facts["status"] == "finished" and facts["inputs"]["probe"]["train"]["activations"]
-    assert results.read_config(trained.dir).trainer.seeds == 2
+    assert read_config(trained.dir).trainer.seeds == 2
     names = {path.name for path in trained.dir.iterdir()}
     assert {"layers.csv", "layers.png", "history.jsonl", "checkpoints", "config.yaml", "log.txt"} <= names
     assert (trained.dir / "layers.csv").read_text().count("\n") > 50
@@ -70,14 +71,12 @@ def test_the_default_run_leaves_records_curve_checkpoints_and_provenance(trained
 def test_a_finished_run_is_shown_again_without_a_backbone_or_a_new_record(
     folder: Path, trained: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import activation
-    import backbones
 
     def refuse(*_args: object, **_kwargs: object) -> None:
         raise AssertionError("a cached run built a backbone")
 
-    monkeypatch.setattr(activation, "load_backbone", refuse)
-    monkeypatch.setattr(backbones.TimmViT, "load", refuse)
+    monkeypatch.setattr("store.extract.load_backbone", refuse)
+    monkeypatch.setattr(TimmViT, "load", refuse)
     before = (trained.dir / "metrics.jsonl").read_bytes(), (trained.dir / "history.jsonl").read_bytes()
     assert run(folder, *TINY, "controls=all") == trained
     assert before == ((trained.dir / "metrics.jsonl").read_bytes(), (trained.dir / "history.jsonl").read_bytes())

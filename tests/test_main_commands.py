@@ -23,7 +23,8 @@ from program import ROOT, TINY, Done, configured, finish, places, start
 
 import main
 import options
-from results import read_facts, read_records
+from runs.records import read_records
+from runs.run import read_facts
 from tasks import find_task
 
 ONE = [*TINY, "model.layers=[1]"]

@@ -8,25 +8,9 @@ import pytest
 import torch
 
 from errors import UserError
-from metrics import (
-    KINDS,
-    Estimate,
-    PairScores,
-    confusion_matrix,
-    difference,
-    hungarian_matching,
-    interval,
-    iou,
-    many_to_one_matching,
-    mean_estimate,
-    mean_over_seeds,
-    merge_predictions,
-    miou,
-    pair_strata,
-    ratio_estimate,
-    resample,
-    upper_pairs,
-)
+from metrics.bootstrap import Estimate, difference, interval, mean_estimate, mean_over_seeds, ratio_estimate, resample
+from metrics.segmentation import confusion_matrix, hungarian_matching, iou, many_to_one_matching, merge_predictions, miou
+from pairs.scores import KINDS, PairScores, pair_strata, upper_pairs
 
 GOLDEN = Path(__file__).parent / "golden"
 

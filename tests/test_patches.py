@@ -15,18 +15,10 @@ import torch
 from omegaconf import OmegaConf
 
 from errors import UserError
-from patches import (
-    DroppedImage,
-    Geometry,
-    PatchLabels,
-    cut_windows,
-    label_patches,
-    merge_scores,
-    owned_patches,
-    patch_labels,
-    plan_geometry,
-    select_patches,
-)
+from patches.geometry import DroppedImage, Geometry, plan_geometry
+from patches.labels import PatchLabels, label_patches, patch_labels
+from patches.selection import owned_patches, select_patches
+from patches.windows import cut_windows, merge_scores
 
 ROOT = Path(__file__).parent.parent
 PROTOCOLS = ("clean", "object_binding_2025", "object_binding_2026")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from errors import UserError
 from forms import SymmetricForm, factorise, resolve_matmul_dtype
-from losses import agreement, class_loss, pair_bce
+from pairs.losses import agreement, class_loss, pair_bce
 from probes import PROBES, FitAxes, Probe, Projections, build_probe, fit_generator, load_probe
 
 GOLDEN = Path(__file__).parent / "golden" / "object_binding"

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-import results
 from errors import UserError
+from files import write_atomically
+from runs.records import read_records
+from runs.run import interrupt_later, newest_run, open_run, run_directory, source_run
+from show.text import format_table
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,17 +26,17 @@ def configure(tmp_path: Path, *overrides: str) -> DictConfig:
 
 def test_the_same_configuration_finds_its_directory_again(tmp_path: Path) -> None:
     cfg = configure(tmp_path)
-    assert results.run_directory(cfg) == results.run_directory(configure(tmp_path, "debug=true", "cache.dir=elsewhere"))
-    assert results.run_directory(cfg) != results.run_directory(configure(tmp_path, "trainer.lr=1"))
-    assert results.run_directory(cfg) != results.run_directory(configure(tmp_path, "cache.dtype=float32"))
+    assert run_directory(cfg) == run_directory(configure(tmp_path, "debug=true", "cache.dir=elsewhere"))
+    assert run_directory(cfg) != run_directory(configure(tmp_path, "trainer.lr=1"))
+    assert run_directory(cfg) != run_directory(configure(tmp_path, "cache.dtype=float32"))
 
 
 def test_resume_false_starts_a_new_directory(tmp_path: Path) -> None:
-    with results.open_run(configure(tmp_path)) as first:
+    with open_run(configure(tmp_path)) as first:
         pass
-    with results.open_run(configure(tmp_path, "resume=false")) as second:
+    with open_run(configure(tmp_path, "resume=false")) as second:
         assert second.dir != first.dir and not second.reused
-    with results.open_run(configure(tmp_path)) as third:
+    with open_run(configure(tmp_path)) as third:
         assert third.dir == first.dir and third.reused
 
 
@@ -40,19 +44,19 @@ def test_a_run_tells_how_it_ended(tmp_path: Path) -> None:
     def status() -> str:
         return json.loads((run.dir / "run.json").read_text())["status"]
 
-    with results.open_run(configure(tmp_path)) as run:
+    with open_run(configure(tmp_path)) as run:
         assert status() == "running"
     assert status() == "finished"
-    with pytest.raises(RuntimeError), results.open_run(configure(tmp_path)) as run:
+    with pytest.raises(RuntimeError), open_run(configure(tmp_path)) as run:
         raise RuntimeError
     assert status() == "failed"
-    with pytest.raises(KeyboardInterrupt), results.open_run(configure(tmp_path)) as run:
+    with pytest.raises(KeyboardInterrupt), open_run(configure(tmp_path)) as run:
         raise KeyboardInterrupt
     assert status() == "interrupted"
 
 
 def test_provenance_is_complete(tmp_path: Path) -> None:
-    with results.open_run(configure(tmp_path)) as run:
+    with open_run(configure(tmp_path)) as run:
         pass
     facts = json.loads((run.dir / "run.json").read_text())
     assert {"commit", "dirty", "code", "torch", "timm", "cpu", "command", "seconds"} <= facts.keys()
@@ -62,49 +66,49 @@ def test_records_are_whole_unique_and_survive_a_torn_line(tmp_path: Path) -> Non
     def record(layer: int) -> dict:
         return {"kind": "score", "layer": layer, "value": float("nan")}
 
-    with results.open_run(configure(tmp_path)) as run:
+    with open_run(configure(tmp_path)) as run:
         run.write(record(1))
     path = run.dir / "metrics.jsonl"
     path.write_text(path.read_text() + '{"kind": "sco')
-    with results.open_run(configure(tmp_path)) as run:
+    with open_run(configure(tmp_path)) as run:
         run.write(record(1))
         run.write(record(2))
-        assert [r["layer"] for r in results.read_records(path)] == [1, 2]  # flushed as they come
+        assert [r["layer"] for r in read_records(path)] == [1, 2]  # flushed as they come
     assert [json.loads(line)["value"] for line in path.read_text().splitlines()] == [None, None]
 
 
 def test_two_processes_do_not_share_a_run(tmp_path: Path) -> None:
-    with results.open_run(configure(tmp_path)), pytest.raises(UserError, match="another process is working in"):
-        with results.open_run(configure(tmp_path)):
+    with open_run(configure(tmp_path)), pytest.raises(UserError, match="another process is working in"):
+        with open_run(configure(tmp_path)):
             pass
 
 
 def test_newest_run_is_the_last_finished_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no finished run of mode train"):
-        results.newest_run(tmp_path)
-    with results.open_run(configure(tmp_path)) as finished:
+        newest_run(tmp_path)
+    with open_run(configure(tmp_path)) as finished:
         pass
-    with pytest.raises(RuntimeError), results.open_run(configure(tmp_path, "seed=1")):
+    with pytest.raises(RuntimeError), open_run(configure(tmp_path, "seed=1")):
         raise RuntimeError
-    assert results.newest_run(tmp_path) == finished.dir
+    assert newest_run(tmp_path) == finished.dir
 
 
 def test_score_maps_are_those_of_the_newest_run_about_patches(tmp_path: Path) -> None:
-    with results.open_run(configure(tmp_path)) as patches:
+    with open_run(configure(tmp_path)) as patches:
         pass
-    with results.open_run(configure(tmp_path, "mode=train_binding")) as codes:
+    with open_run(configure(tmp_path, "mode=train_binding")) as codes:
         pass
-    assert results.source_run(configure(tmp_path, "mode=vis")) == patches.dir
-    assert results.source_run(configure(tmp_path, "mode=eval")) == codes.dir
+    assert source_run(configure(tmp_path, "mode=vis")) == patches.dir
+    assert source_run(configure(tmp_path, "mode=eval")) == codes.dir
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(results.os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        results.write_atomically(tmp_path / "file", "text")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="the disk is full, writing .*file failed"):
+        write_atomically(tmp_path / "file", "text")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -113,29 +117,29 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(tmp_path: Path, m
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(results.os, "fsync", full)
-        with pytest.raises(UserError, match=f"the disk is full, writing into {tmp_path}.* failed; free some space"):
-            with results.open_run(configure(tmp_path)):
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=f"the disk is full, writing {tmp_path}.* failed; free some space"):
+            with open_run(configure(tmp_path)):
                 raise AssertionError("entered")
-    with pytest.raises(UserError, match="the disk is full"), results.open_run(configure(tmp_path)) as run:
+    with pytest.raises(UserError, match="the disk is full"), open_run(configure(tmp_path)) as run:
         run.write({"kind": "score", "layer": 1})
-        monkeypatch.setattr(results.os, "fsync", full)  # the facts cannot be written either
+        monkeypatch.setattr(os, "fsync", full)  # the facts cannot be written either
         full(0)
     monkeypatch.undo()
-    with results.open_run(configure(tmp_path)) as run:
+    with open_run(configure(tmp_path)) as run:
         run.write({"kind": "score", "layer": 2})
-    assert [r["layer"] for r in results.read_records(run.dir / "metrics.jsonl")] == [1, 2]
+    assert [r["layer"] for r in read_records(run.dir / "metrics.jsonl")] == [1, 2]
 
 
 def test_ctrl_c_waits_for_an_import() -> None:
     steps = []
     with pytest.raises(KeyboardInterrupt):
-        with results.interrupt_later():
+        with interrupt_later():
             signal.raise_signal(signal.SIGINT)
             steps.append("imported")
         steps.append("went on")
     assert steps == ["imported"]
-    with results.interrupt_later():
+    with interrupt_later():
         pass
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
@@ -148,11 +152,11 @@ def test_the_mirror_never_costs_a_result(tmp_path: Path, monkeypatch: pytest.Mon
         raise RuntimeError("no service")
 
     monkeypatch.setattr(wandb, "init", broken)
-    with results.open_run(configure(tmp_path, "wandb.mode=offline")) as run:
+    with open_run(configure(tmp_path, "wandb.mode=offline")) as run:
         run.mirror_curve([])
     assert "W&B is not mirrored" in (run.dir / "log.txt").read_text()
 
 
 def test_tables_are_flush() -> None:
-    text = results.format_table(["layer", "score"], [["embed", ".5"], ["0", ".75"]])
+    text = format_table(["layer", "score"], [["embed", ".5"], ["0", ".75"]])
     assert text.splitlines() == ["layer  score", "-----  -----", "embed     .5", "0        .75"]

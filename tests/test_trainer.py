@@ -12,8 +12,9 @@ import trainer
 from controls import Control
 from errors import UserError
 from probes import load_probe
-from report import records
-from results import Run, checkpoint_files, read_records
+from runs.records import read_records
+from runs.run import Run, checkpoint_files
+from show.records import records
 from tasks import find_task
 
 ROOT = Path(__file__).parent.parent

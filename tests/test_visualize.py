@@ -15,15 +15,21 @@ from PIL import Image
 from safetensors.torch import load_file
 from toys import toy_config
 
-import visualize
-from activation import build_dataset
-from backbones import load_backbone
+from backbones.load import load_backbone
 from datasets.scene import Scene
 from errors import UserError
-from losses import agreement
-from patches import cut_windows, owned_patches, patch_labels, plan_geometry
+from pairs.layer_curve import LINES, _apart, draw_layer_curve, write_layer_curve
+from pairs.losses import agreement
+from pairs.score_maps import ScoreMaps, _gif, color_identities, draw_layer_frame, draw_score_maps, score_maps
+from pairs.score_maps import run as run_vis
+from patches.anchor import anchor_at, default_anchor, patch_box
+from patches.geometry import plan_geometry
+from patches.labels import patch_labels
+from patches.selection import owned_patches
+from patches.windows import cut_windows
 from probes import build_probe
-from visualize import ScoreMaps, anchor_at, default_anchor, draw_layer_curve, draw_layer_frame, draw_score_maps, patch_box
+from show.style import figure_pixels
+from store.index import build_dataset
 
 ROOT = Path(__file__).parent.parent
 SHAPES = [(32, 32), (32, 128), (128, 32), (40, 56), (97, 61)]  # square, 1:4, 4:1, odd
@@ -57,7 +63,7 @@ def curve_rows() -> list[dict]:
 
 
 def lines_of(axes) -> dict[str, tuple[list, list]]:
-    colors = {color: name for name, (_, color, _) in visualize.LINES.items()}
+    colors = {color: name for name, (_, color, _) in LINES.items()}
     return {
         colors.get(line.get_color(), "base"): (list(line.get_xdata()), [round(float(y), 4) for y in line.get_ydata()])
         for line in axes.lines
@@ -98,7 +104,7 @@ def test_a_single_layer_is_a_point_with_its_interval_and_missing_blocks_say_so()
 
 def test_labels_of_lines_keep_apart_and_in_order():
     values = [0.5, 0.501, 0.502, 0.9, 0.1]
-    places = visualize._apart(values, 0.05)
+    places = _apart(values, 0.05)
     assert sorted(range(5), key=lambda i: places[i]) == sorted(range(5), key=lambda i: values[i])
     ordered = sorted(places)
     assert min(b - a for a, b in zip(ordered, ordered[1:], strict=False)) >= 0.05 - 1e-9
@@ -108,8 +114,8 @@ def test_labels_of_lines_keep_apart_and_in_order():
 def test_writing_figures_needs_no_display(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it, the way to a window system, now fails
     monkeypatch.delenv("DISPLAY", raising=False)
-    visualize.write_layer_curve(curve_rows(), COLUMNS, tmp_path / "layers.png")
-    visualize._gif([draw_layer_frame(painted((32, 32), 1), 0)])
+    write_layer_curve(curve_rows(), COLUMNS, tmp_path / "layers.png")
+    _gif([draw_layer_frame(painted((32, 32), 1), 0)])
     with Image.open(tmp_path / "layers.png") as picture:
         assert picture.width > picture.height > 500
     assert [p.name for p in tmp_path.iterdir()] == ["layers.png"]
@@ -200,7 +206,7 @@ def test_the_own_score_of_the_anchor_is_the_value_of_the_map_in_its_box(shape, t
     with torch.no_grad():
         probe.bias.fill_(-60.0)
     pixel = [(top + bottom) // 2, (left + right) // 2]
-    maps = visualize.score_maps(cfg, [probe], scene, pixel)
+    maps = score_maps(cfg, [probe], scene, pixel)
     assert maps.anchor == tuple(anchor)
     assert maps.maps.shape == (1, *shape) and maps.patch_scores.shape == (1, len(geometry.starts), *geometry.grid)
     own = float(maps.patch_scores[0][maps.anchor])
@@ -217,7 +223,7 @@ def test_scores_equal_one_pair_at_a_time_across_windows_seeds_and_cuts(tmp_path)
     cfg = config(tmp_path, "model.norm=true")
     scene = scene_of((32, 80))
     cuts = [stack("quadratic", ["embed", 0], 16), stack("quadratic", [1], 16)]
-    maps = visualize.score_maps(cfg, cuts, scene, None)
+    maps = score_maps(cfg, cuts, scene, None)
     geometry = geometry_of((32, 80))
     assert maps.layers == ["embed", 0, 1] and len(geometry.starts) > 1
     backbone = load_backbone(cfg.model, torch.device("cpu"))
@@ -242,7 +248,7 @@ def test_scores_equal_one_pair_at_a_time_across_windows_seeds_and_cuts(tmp_path)
 def test_a_pointwise_probe_scores_pairs_by_the_inner_product_of_its_distributions(tmp_path):
     cfg = config(tmp_path)
     probe = stack("class_linear", [1], 16, variants=1, n_classes=5)
-    maps = visualize.score_maps(cfg, [probe], scene_of((32, 32)), [1, 1])
+    maps = score_maps(cfg, [probe], scene_of((32, 32)), [1, 1])
     backbone = load_backbone(cfg.model, torch.device("cpu"))
     facts, image = backbone.facts, scene_of((32, 32)).image
     pixels = cut_windows(
@@ -259,11 +265,11 @@ def test_scenes_that_cannot_be_shown_are_named(tmp_path):
     cfg, probe = config(tmp_path), stack("dot_product", [1], 16)
     codes = Scene(torch.zeros(3, 32, 32, dtype=torch.uint8), {"object_code": torch.zeros(4)}, "codes-7")
     with pytest.raises(UserError, match="codes-7 has no identity map"):
-        visualize.score_maps(cfg, [probe], codes, None)
+        score_maps(cfg, [probe], codes, None)
     cfg.protocol = OmegaConf.load(ROOT / "cfgs/protocol/object_binding_2025.yaml").protocol
     cfg.model.kwargs.patch_size, cfg.model.image_size = 14, 518
     with pytest.raises(UserError, match="object_binding_2025 leaves out toy"):
-        visualize.score_maps(cfg, [probe], scene_of((512, 512)), None)
+        score_maps(cfg, [probe], scene_of((512, 512)), None)
 
 
 # -------------------------------------------------------------------------------------------------- figures and files
@@ -316,12 +322,12 @@ def test_the_outline_follows_the_anchors_object_and_background_has_none():
 
 def test_objects_have_colours_of_their_own_and_background_is_grey():
     identity = torch.arange(20).repeat_interleave(3)[None].repeat(4, 1) * 100
-    colors = visualize.color_identities(identity)
+    colors = color_identities(identity)
     inside = colors[2, 1::3]
     assert len(np.unique(inside.round(6), axis=0)) == 20
     assert inside[0].tolist() == [0.93] * 3
-    assert (visualize.color_identities(torch.full((2, 2), 4))[0, 0] != [0.93] * 3).any()
-    partly = visualize.color_identities(torch.tensor([[-1, -1, 0, 0, 0, 7, 7]]))  # ignored pixels are no object either
+    assert (color_identities(torch.full((2, 2), 4))[0, 0] != [0.93] * 3).any()
+    partly = color_identities(torch.tensor([[-1, -1, 0, 0, 0, 7, 7]]))  # ignored pixels are no object either
     assert partly[0, 1].tolist() == partly[0, 3].tolist() == [0.93] * 3 != partly[0, 6].tolist()
 
 
@@ -351,8 +357,8 @@ def finished(tmp_path: Path) -> SimpleNamespace:
 
 def test_mode_vis_writes_strip_gif_numbers_and_facts_with_fixed_names(finished, tmp_path):
     first, second = FakeRun(tmp_path / "vis1"), FakeRun(tmp_path / "vis2")
-    result = visualize.run(finished.cfg, first)
-    visualize.run(finished.cfg, second)
+    result = run_vis(finished.cfg, first)
+    run_vis(finished.cfg, second)
     names = sorted(path.name for path in first.dir.iterdir())
     assert [Path(name).suffix for name in names] == [".gif", ".json", ".png", ".safetensors"]
     assert len({Path(name).stem for name in names}) == 1 and names[0].startswith("test-001_w")
@@ -373,7 +379,7 @@ def test_mode_vis_writes_strip_gif_numbers_and_facts_with_fixed_names(finished, 
 def test_mode_vis_takes_a_named_run_an_anchor_and_a_folder(finished, tmp_path):
     finished.cfg.vis.update(run=str(finished.directory), pixel=[17, 60], gif=False, out=str(tmp_path / "here"))
     run = FakeRun(tmp_path / "vis")
-    visualize.run(finished.cfg, run)
+    run_vis(finished.cfg, run)
     files = list((tmp_path / "here").iterdir())
     assert len(files) == 3 and not list(run.dir.iterdir())
     told = json.loads(next(p for p in files if p.suffix == ".json").read_text())
@@ -386,28 +392,28 @@ def test_mode_vis_names_what_is_missing(finished, tmp_path):
     run = FakeRun(tmp_path / "vis")
     finished.cfg.vis.image = 3
     with pytest.raises(UserError, match=r"vis.image=3, expected 0 … 2"):
-        visualize.run(finished.cfg, run)
+        run_vis(finished.cfg, run)
     finished.cfg.update(device="nonsense")
     finished.cfg.vis.update(image=0)
     with pytest.raises(UserError, match=r"device=nonsense is unknown, expected auto"):
-        visualize.run(finished.cfg, run)
+        run_vis(finished.cfg, run)
     finished.cfg.update(device="cpu")
     finished.cfg.vis.update(run=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="is not a run directory"):
-        visualize.run(finished.cfg, run)
+        run_vis(finished.cfg, run)
     for file in (finished.directory / "checkpoints/probe").iterdir():
         file.unlink()
     finished.cfg.vis.run = None
     with pytest.raises(UserError, match="holds no best checkpoint of probe"):
-        visualize.run(finished.cfg, run)
+        run_vis(finished.cfg, run)
 
 
 def test_a_colour_of_the_gif_means_the_same_in_every_frame():
     figures = [draw_layer_frame(painted((40, 56), 3), index) for index in range(3)]
-    with Image.open(io.BytesIO(visualize._gif(figures))) as gif:
+    with Image.open(io.BytesIO(_gif(figures))) as gif:
         for index, figure in enumerate(figures):
             gif.seek(index)
-            true, seen = (np.asarray(p.convert("RGB")).astype(int) for p in (visualize._pixels(figure, 110), gif))
+            true, seen = (np.asarray(p.convert("RGB")).astype(int) for p in (figure_pixels(figure, 110), gif))
             place = figure.axes[2].get_window_extent()
             middle = (slice(int(true.shape[0] - place.y1) + 9, int(true.shape[0] - place.y1) + 30), int(place.x1) - 20)
             assert np.abs(true - seen)[middle].max() < 6  # the map

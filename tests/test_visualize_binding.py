@@ -6,7 +6,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from visualize_binding import N_NAMES, draw_examples, draw_layer_curve, draw_training_curves, line_colors
+from binding.figures import N_NAMES, draw_examples, draw_layer_curve, draw_training_curves, line_colors
 
 COLUMNS = [("binding", "", "images", "ratio", "binding ratio"), ("binding", "", "images", "loss_Y", "L_Y, bits")]
 

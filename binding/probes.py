@@ -420,7 +420,6 @@ BINDING_PROBES: dict[str, type[BindingProbe]] = {
     "multilinear_concat_reuse": MultilinearConcatReuse,
     "attention_quadratic": AttentionQuadratic,
 }
-
 KNOBS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "rank": ("a whole number of at least 1", lambda x: type(x) is int and x >= 1),
     "init_std": ("a number above 0, or null", lambda x: type(x) in (int, float) and 0 < x < math.inf),

@@ -11,16 +11,13 @@ number is never taken over from other code. W&B is a mirror; these files are the
 """
 
 import contextlib
-import csv
 import errno
 import fcntl
 import hashlib
 import json
 import os
-import platform
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -29,82 +26,21 @@ from pathlib import Path
 from typing import IO, Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from errors import UserError
+from files import write_atomically
+from machine import torch_facts
+from runs.mirror import WANDB_MODES, open_mirror
+from runs.provenance import code_digest, provenance
+from runs.records import drop_torn_line, jsonable, read_records, record_key
 
-ROOT = Path(__file__).parent
 # Settings that change where or how a run is carried out, never its numbers.
 _NOT_IN_HASH = ("debug", "resume", "output_dir", "wandb", "threads")
 # Of these a restart takes over what is there.
 RESULT_FILES = ("metrics.jsonl", "history.jsonl", "layers.csv", "layers.png", "checkpoints")
 PATCH_MODES = ("train", "train_class", "train_identity")  # what they fit is asked about patches
 TRAIN_MODES = (*PATCH_MODES, "train_binding")
-WANDB_MODES = ("online", "offline", "disabled")
-_RECORD_KEY = ("kind", "name", "split", "layer", "seed", "question", "readout", "block", "epoch", "fingerprint")
-
-
-def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write a file so that it appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    if isinstance(data, str):
-        data = data.encode()
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def code_digest() -> str:
-    """Digest of the program's own Python files: numbers of other code are never mixed with this one's."""
-    folders = [ROOT, *sorted(p for p in ROOT.iterdir() if p.is_dir() and p.name in ("datasets", "dense", "neco"))]
-    digest = hashlib.sha256()
-    for folder in folders:
-        for path in sorted(folder.glob("*.py")):
-            if not path.name.startswith("conftest"):
-                digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def provenance() -> dict[str, Any]:
-    """What a number was made with: commit, dirty flag, versions, machine."""
-    with interrupt_later():
-        import numpy
-        import timm
-        import torch
-        import torchvision
-
-    status = _git("status", "--porcelain")
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()).group(1)  # type: ignore[union-attr]
-    return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if status is None else bool(status),
-        "code": code_digest(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-        "numpy": numpy.__version__,
-        "cpu": cpu,
-        "cpu_threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
 
 
 @contextlib.contextmanager
@@ -169,15 +105,15 @@ class Run:
         """Append a record (one JSON line, flushed); a record already there from before a restart is not repeated."""
         if file not in self._files:
             path = self.dir / file
-            self._seen[file] = {_record_key(old) for old in read_records(path)} if path.exists() else set()
-            _drop_torn_line(path)
+            self._seen[file] = {record_key(old) for old in read_records(path)} if path.exists() else set()
+            drop_torn_line(path)
             self._files[file] = open(path, "a", encoding="utf-8")
-        key = _record_key(record)
+        key = record_key(record)
         if key in self._seen[file]:
             return
         self._seen[file].add(key)
         # Python writes NaN, which is not JSON: an undefined metric is null.
-        line = json.dumps(_jsonable({**self.identity, **record}), allow_nan=False)
+        line = json.dumps(jsonable({**self.identity, **record}), allow_nan=False)
         self._files[file].write(line + "\n")
         self._files[file].flush()
 
@@ -187,7 +123,7 @@ class Run:
         Goes into run.json. Where this directory holds results that rest on something else, they are set aside: a record
         or a checkpoint of other data is never taken over.
         """
-        inputs, before = _jsonable(inputs), self.facts.get("inputs")
+        inputs, before = jsonable(inputs), self.facts.get("inputs")
         if before not in (None, inputs):
             number = 1 + len(list(self.dir.glob("superseded-*")))
             aside = self.dir / f"superseded-{number}"
@@ -217,37 +153,6 @@ class Run:
         for file in (*self._files.values(), self._log):
             with contextlib.suppress(OSError):  # every line was flushed, so what fails here has failed before
                 file.close()
-
-
-def _record_key(record: Mapping[str, Any]) -> str:
-    return json.dumps([record.get(key) for key in _RECORD_KEY])
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _jsonable(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(v) for v in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    return str(value) if isinstance(value, Path) else value
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a .jsonl file; a last line torn by a kill is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cut a half-written last line, so that the next record starts on a line of its own."""
-    if path.exists() and (data := path.read_bytes()) and not data.endswith(b"\n"):
-        write_atomically(path, data[: data.rfind(b"\n") + 1])
 
 
 def _choice(group: str, fallback: str) -> str:
@@ -342,7 +247,7 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
         run.facts.update(provenance(), identity=run.identity, inputs=read_facts(directory).get("inputs"))
         run.facts.update(command=sys.argv, started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), status="running")
         _write_facts(run)
-        run.mirror = None if rank else _open_mirror(cfg, run)
+        run.mirror = None if rank else open_mirror(cfg, run.dir, run.say)
         status = "failed"
         try:
             yield run
@@ -351,7 +256,7 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
             status = "interrupted"
             raise
         finally:
-            run.facts["status"] = status
+            run.facts |= {"status": status, **torch_facts()}
             try:
                 _write_facts(run)
             finally:
@@ -362,29 +267,7 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
 
 def _write_facts(run: Run) -> None:
     run.facts["seconds"] = round(time.monotonic() - run.opened, 2)
-    write_atomically(run.dir / "run.json", json.dumps(_jsonable(run.facts), indent=2) + "\n")
-
-
-def _open_mirror(cfg: DictConfig, run: Run) -> Any:
-    """A W&B run that mirrors this one; None when disabled or not to be had (said, never fatal)."""
-    if cfg.wandb.mode == "disabled":
-        return None
-    os.environ.setdefault("WANDB_SILENT", "true")
-    group = cfg.wandb.group
-    if group is None and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        group = Path(HydraConfig.get().sweep.dir).name
-    try:
-        import wandb
-
-        return wandb.init(
-            mode=cfg.wandb.mode, project=cfg.wandb.project, entity=cfg.wandb.entity, group=group, job_type=cfg.mode,
-            name=run.dir.name, tags=list(cfg.wandb.tags), dir=run.dir, reinit="finish_previous",
-            config=OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True),
-            settings=wandb.Settings(console="off", x_disable_stats=True, x_disable_meta=True),
-        )  # fmt: skip
-    except Exception as error:  # the mirror must never cost a result
-        run.say(f"note: W&B is not mirrored ({type(error).__name__}: {error}); the run's own files are complete")
-        return None
+    write_atomically(run.dir / "run.json", json.dumps(jsonable(run.facts), indent=2) + "\n")
 
 
 def read_facts(directory: Path) -> dict[str, Any]:
@@ -439,23 +322,3 @@ def checkpoint_files(directory: str | Path, name: str, which: str) -> list[Path]
     if not files:
         raise UserError(f"{directory} holds no {which} checkpoint of {name}; name the directory of a finished mode=train… run")
     return files
-
-
-def write_table(run: Run, rows: Sequence[Mapping[str, Any]], file: str = "layers.csv") -> None:
-    """Write rows (equal keys) as CSV."""
-    with open(run.dir / f".{file}.part", "w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(run.dir / f".{file}.part", run.dir / file)
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain text table: first column flush left, the others flush right."""
-    widths = [max(len(str(row[i])) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        return "  ".join(cells).rstrip()
-
-    return "\n".join([line(header), line(["-" * w for w in widths]), *(line(row) for row in rows)])

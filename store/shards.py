@@ -1,40 +1,31 @@
-"""Cache directories on disk: atomic files, locks, shards of tokens, memory maps. What they hold is not known here.
+"""Shards of tokens on disk: one safetensors file per layer and shard, memory maps, checksums.
 
-A file is written aside as `<name>.part`, then renamed. A shard of tokens is one safetensors file per layer and a JSON
-record with their checksums, written last: a shard without its record does not count. A lock is an open file under
-`flock`, so the system lets go of it when its process dies, however it dies; its time stamp is the holder's sign of
-life. POSIX systems only.
+A shard of tokens is one safetensors file per layer and a JSON record with their checksums, written last: a shard
+without its record does not count.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import mmap
-import os
-import re
-import socket
 import struct
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from errors import UserError
+from files import digest, write_atomically
 
 DTYPES = {"float16": (torch.float16, "F16"), "bfloat16": (torch.bfloat16, "BF16"), "float32": (torch.float32, "F32")}
 SHARD_BYTES = 16 << 20  # of one layer: shards of wide images hold fewer than cache.shard_images, so that RAM stays flat
 MAP_BYTES = 1 << 30  # of the files that are memory-mapped at a time
-T = TypeVar("T")
 
 
 class StackedTokens:
@@ -143,7 +134,7 @@ class TokenStore:
             "tokens_per_image": self.n_tokens,
         }
         manifest |= {"dim": self.dim, "shard_images": self.shard_images, "shards": self.n_shards}
-        publish(self.directory / "manifest.json", [json.dumps(manifest, indent=1).encode()])
+        write_atomically(self.directory / "manifest.json", json.dumps(manifest, indent=1).encode())
 
     @property
     def n_shards(self) -> int:
@@ -239,13 +230,13 @@ class TokenStore:
             parts = [self.head(number), value.contiguous().view(torch.uint8).numpy()]
             digest = hashlib.sha256(parts[0])
             digest.update(parts[1])
-            publish(self.file(layer, number), parts)
+            write_atomically(self.file(layer, number), *parts)
             return {"bytes": self.file_bytes(number), "sha256": digest.hexdigest()}
 
         written = dict(zip(map(str, layers), pool.map(one, layers, values), strict=True))
         start, stop = self.span(number)
         record = {"images": [start, stop], "layers": dict(sorted((self.entries(number) | written).items()))}
-        publish(self.record(number), [json.dumps(record, indent=1).encode()])
+        write_atomically(self.record(number), json.dumps(record, indent=1).encode())
 
 
 def _fault(file: Path, head: bytes, size: int, entry: Mapping[str, Any], verify: bool) -> str:
@@ -260,57 +251,6 @@ def _fault(file: Path, head: bytes, size: int, entry: Mapping[str, Any], verify:
             if hashlib.file_digest(handle, "sha256").hexdigest() != entry["sha256"]:
                 return "its checksum differs"
     return ""
-
-
-# ---------------------------------------------------------------------------------------------------- files
-
-
-def publish(path: Path, parts: Sequence[bytes | np.ndarray]) -> None:
-    """Write a file aside, flush it to the disk and rename it: it is there whole or not at all.
-
-    Raises:
-        UserError: the disk is full; nothing is left behind.
-    """
-    aside = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            aside.unlink(missing_ok=True)
-            raise UserError(
-                f"the disk is full, writing {path} failed; free some space or set cache.dir, then repeat the command: "
-                "it goes on where it stopped"
-            ) from error
-        raise _refused(path, error) from error
-
-
-def _refused(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be written ({error.strerror}), set cache.dir to a folder of your own")
-
-
-def digest(facts: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits that stand for a JSON-able mapping."""
-    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-def plain(value: Any) -> Any:
-    """A configuration node, tuple or mapping as the plain Python value its JSON text would give back."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [plain(item) for item in value]
-    return value
-
-
-def safe_name(name: str) -> str:
-    """A name any file system takes."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
 
 
 def read_manifest(path: Path, facts: Mapping[str, Any], repair: bool) -> dict[str, Any] | None:
@@ -334,93 +274,3 @@ def read_manifest(path: Path, facts: Mapping[str, Any], repair: bool) -> dict[st
             f"{path.parent} holds another configuration ({', '.join(other)} differ), delete it or set another cache.dir"
         )
     return manifest
-
-
-# ---------------------------------------------------------------------------------------------------- processes
-
-
-def rank() -> tuple[int, int]:
-    """This process's number and how many there are, as `torchrun` says; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def job() -> str:
-    """A name all ranks of one launch share and no other launch has."""
-    return ":".join(os.environ.get(key, "") for key in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"))
-
-
-def holder(path: Path) -> dict[str, Any]:
-    """Who holds a lock: pid, host, job; {} if nobody does."""
-    try:
-        with open(path) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return {}
-    except BlockingIOError:
-        try:
-            return json.loads(path.read_text())
-        except ValueError:  # between taking the lock and signing it
-            return {"pid": "?", "host": "?", "job": None}
-    except FileNotFoundError:
-        return {}
-
-
-def wait(ready: Callable[[], T | None], alive: Sequence[Path], timeout: float, what: str) -> T:
-    """Ask `ready` until it gives something; give up when no `alive` lock file was touched for `timeout` s."""
-    since, pause = time.time(), 0.01
-    while (value := ready()) is None:
-        last = max([since, *(path.stat().st_mtime for path in alive if path.exists())])
-        if time.time() - last > timeout:
-            raise UserError(f"waited {timeout:g} s without a sign of life for {what}")
-        time.sleep(pause)
-        pause = min(2 * pause, 0.5)
-    return value
-
-
-@contextmanager
-def lock(path: Path, timeout: float, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """Hold a lock file; yields the function that shows the holder is at work (cheap, call it often).
-
-    Raises:
-        UserError: another living process holds it and did nothing for `timeout` seconds.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        opened = open(path, "a+")
-    except OSError as error:
-        raise _refused(path, error) from error
-    with opened as file:
-        who: dict[str, Any] = {}
-
-        def taken() -> bool | None:
-            nonlocal who
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
-            except BlockingIOError:
-                if not who and (who := holder(path)):
-                    say(f"waiting for process {who.get('pid')} on {who.get('host')}, which is filling {path.parent}")
-                return None
-
-        try:
-            wait(taken, [path], timeout, path.name)
-        except UserError:
-            raise UserError(
-                f"{path.parent} is held by process {who.get('pid')} on {who.get('host')}, which has done nothing for "
-                f"{timeout:g} s; wait for it or end it, or set a longer cache.lock_timeout"
-            ) from None
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "job": job()}))
-        file.flush()
-        last = time.monotonic()
-
-        def beat() -> None:
-            nonlocal last
-            if time.monotonic() - last > min(1.0, timeout / 4):
-                last = time.monotonic()
-                os.utime(path)
-
-        try:
-            yield beat
-        finally:
-            file.truncate(0)
-            fcntl.flock(file, fcntl.LOCK_UN)  # for the loader's child processes too, which share the open file

@@ -1,8 +1,4 @@
-"""Windows: which parts of an image a backbone sees, at what size, and where their patches lie.
-
-    plan_geometry    scaled size, windows and patch grid of one image
-    cut_windows      pixels, ready for the backbone
-    merge_scores     one value per patch and window -> one map of the image
+"""Where windows and patches lie in an image.
 
 The rules come from the `geometry` block of a protocol (`cfgs/protocol/*.yaml`); nothing here asks for a protocol by
 name. Published rules: "Does Object Binding Naturally Emerge in Large Pretrained Vision Transformers?" (arXiv
@@ -16,10 +12,6 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from errors import UserError
 
@@ -227,76 +219,3 @@ def call_kind(table: Mapping[str, Callable], key: str, options: Mapping[str, Any
             + (f"leave out {', '.join(unknown)}" if unknown else f"set {', '.join(f'{key}.{n}' for n in lacking)}")
         )
     return table[kind](*args, **options)
-
-
-def cut_windows(
-    image: Tensor,
-    geometry: Geometry,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    interpolation: str,
-    antialias: bool,
-) -> Tensor:
-    """Windows of an image as the backbone takes them: scaled, normalised, cut, then padded with zeros (the mean colour).
-
-    Scaling works in 8 bits, as the image libraries do with which backbones are trained.
-
-    Args:
-        image: [3, H, W] uint8.
-        mean, std: of the three channels, for values in 0..1.
-        interpolation: "bilinear" or "bicubic", taken where the protocol names none.
-        antialias: whether shrinking averages over all pixels it covers.
-
-    Returns:
-        float32 [n_windows, 3, h * patch, w * patch].
-
-    Raises:
-        UserError: unknown interpolation.
-    """
-    mode = geometry.interpolation or interpolation
-    if mode not in ("bilinear", "bicubic"):
-        raise UserError(f"unknown interpolation '{mode}'; valid: bilinear, bicubic; set protocol.geometry.interpolation")
-    scaled, starts = geometry.image_scaled or geometry.scaled, geometry.image_starts or geometry.starts
-    pixels = image[None]
-    if tuple(image.shape[-2:]) != scaled:
-        pixels = F.interpolate(pixels, size=scaled, mode=mode, antialias=antialias, align_corners=False)
-    low, scale = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
-    pixels = (pixels[0].float() / 255 - low) / scale  # [3, H', W']
-    return F.pad(cut(pixels, starts, geometry.window), geometry.pad)
-
-
-def cut(x: Tensor, starts: Sequence[tuple[int, int]], window: tuple[int, int]) -> Tensor:
-    """Windows [n_windows, ..., height, width] of x [..., H', W']."""
-    return torch.stack([x[..., y : y + window[0], left : left + window[1]] for y, left in starts])
-
-
-def merge_scores(maps: Tensor, valid: Tensor, geometry: Geometry, image_hw: Sequence[int]) -> Tensor:
-    """One map of the image from one value per patch and window.
-
-    Each window is scaled up bilinearly, freed of its padding and put in its place; overlaps are averaged, and the whole
-    is scaled to the image (bilinear, antialias). Which windows count is said, not guessed from their values. Areas that
-    no valid window sees are 0; the few pixels beyond the last of uniform crops repeat its edge.
-
-    Args:
-        maps: float [n_windows, h, w]; valid: bool [n_windows].
-        image_hw: (H, W) of the image.
-
-    Returns:
-        float32 [H, W].
-    """
-    (height, width), (left, _, top, _) = geometry.window, geometry.pad
-    size = [n * geometry.patch for n in geometry.grid]
-    fine = F.interpolate(maps[:, None].float(), size=size, mode="bilinear", align_corners=False)[:, 0]
-    fine = fine[:, top : top + height, left : left + width]
-    seen = [max(places) + n for places, n in zip(zip(*geometry.starts, strict=True), geometry.window, strict=True)]
-    total, count = torch.zeros(2, *seen)
-    for number in valid.nonzero()[:, 0].tolist():
-        y, x = geometry.starts[number]
-        total[y : y + height, x : x + width] += fine[number]
-        count[y : y + height, x : x + width] += 1
-    merged = (total / count.clamp_min(1))[None, None]
-    rest = [n - m for n, m in zip(geometry.scaled, seen, strict=True)]
-    merged = F.pad(merged, (0, rest[1], 0, rest[0]), mode="replicate")
-    size = [int(n) for n in image_hw]
-    return F.interpolate(merged, size=size, mode="bilinear", antialias=True, align_corners=False)[0, 0]

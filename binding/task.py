@@ -29,27 +29,25 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from torch.nn import functional as F
 
-from activation import PatchSample, build_dataset
-from binding_probes import BINDING_PROBES, check_knobs
-from datasets.codes import Groups, split_report
+from activation import PatchSample
+from binding.examples import decoded_examples
+from binding.information import binding_estimates, bits_per_image, suspicions
+from binding.probes import BINDING_PROBES, check_knobs
+from datasets.codes import split_report
 from errors import UserError
-from metrics import Estimate, mean_estimate, mean_over_seeds
+from files import write_atomically
+from metrics.bootstrap import mean_estimate, mean_over_seeds
 from probes import Probe
-from report import Scored, block_interval
-from results import Run, format_table, read_records, write_atomically
+from runs.records import read_records
+from runs.run import Run
+from show.records import Scored, block_interval
+from show.text import format_table
 from tasks import Batch, Scores, Task
 
 LADDER = "ladder"
 LABELS = {"Y": ("object_code",), "F": ("feature_code",), "Y_given_F": ("feature_code", "object_code")}
-WEAK = 0.25  # an F probe that reads less than this share of H(F) is flagged (our choice)
-N_EXAMPLES = 4
 NAME = re.compile(r"[\w=+-][\w .=+-]*")  # of a row of the ladder
 CONTROL_LABELS = {"random": "random weights", "pixels": "raw pixels"}
-
-
-def bits_per_image(logits: Tensor, code: Tensor) -> Tensor:
-    """Cross-entropy of a code in bits, summed over its bits: logits [..., B, K], code [B, K] of 0 and 1 -> [..., B]."""
-    return (F.softplus(logits) - code * logits).sum(-1) / math.log(2)
 
 
 class Code(Task):
@@ -162,56 +160,13 @@ def feature_settings(settings: Mapping[str, Any], changes: Mapping[str, Any]) ->
     return own
 
 
-def binding_estimates(loss: Mapping[str, Estimate], entropy: Tensor, info: Mapping[str, float]) -> dict[str, Estimate]:
-    """Information in bits from the losses, with the influence of every image (delta method).
-
-    Args:
-        loss: Estimates of L_Y, L_F and perhaps L_Y_given_F, [F] fits and [F, M].
-        entropy: H(Y|F) of every image [M], bits.
-        info: H_Y and H_F of the split, where the law is known; also H_Y_all_splits, H_F_all_splits: of a reader who does
-            not know which feature codes the split holds, which a probe fitted on others cannot.
-
-    Returns:
-        information_Y, information_F (perhaps with _all_splits) and information_Y_ratio = I(Y;Z) / H(Y);
-        binding_information and ratio, 0 where H(Y|F) is 0; lower_bound and ratio_lower of the conditional probe.
-    """
-    unknown = mean_estimate(entropy[None])  # [1], [1, M]: images differ in what there is to know
-    found = {}
-    for code in ("Y", "F"):
-        for name in (f"H_{code}", f"H_{code}_all_splits"):
-            if name in info:
-                found[name.replace("H_", "information_")] = _less(info[name], loss[code])
-    if "H_Y" in info and info["H_Y"] > 0:
-        found["information_Y_ratio"] = Estimate(*(x / info["H_Y"] for x in found["information_Y"]))
-    gap = Estimate(*(y - f for y, f in zip(loss["Y"], loss["F"], strict=True)))
-    for name, ratio, left in (
-        ("binding_information", "ratio", gap),
-        ("lower_bound", "ratio_lower", loss.get("Y_given_F")),
-    ):
-        if left is not None:
-            bits = Estimate(*(h - x for h, x in zip(unknown, left, strict=True)))
-            found |= {name: bits, ratio: _ratio(bits, unknown)}
-    return found
-
-
-def _less(constant: float, estimate: Estimate) -> Estimate:
-    return Estimate(constant - estimate.value, -estimate.influence)
-
-
-def _ratio(part: Estimate, whole: Estimate) -> Estimate:
-    if whole.value <= 0:
-        return Estimate(torch.zeros_like(part.value), torch.zeros_like(part.influence))
-    value = part.value / whole.value
-    return Estimate(value, (part.influence - value[:, None] * whole.influence) / whole.value)
-
-
 class Binding(Task):
     """Y and F read from one representation, and what follows of it."""
 
     kind = "binding"
     probes = BINDING_PROBES
     controls = ("pixels", "random")
-    figures = "visualize_binding"
+    figures = "binding.figures"
     columns = [
         ("binding", "", "images", metric, title)
         for metric, title in (
@@ -394,7 +349,7 @@ class Binding(Task):
 
     def illustrate(self, scored: Scored, stacks: Sequence[Sequence[Probe]], sample: PatchSample, run: Run) -> None:
         """Training curves of the row, and what its best layer reads from a few test images."""
-        figures = importlib.import_module("visualize_binding")  # here: no fit depends on matplotlib
+        figures = importlib.import_module("binding.figures")  # here: no fit depends on matplotlib
         names = {f"{scored.name}/{part.name}" for part in self._parts}  # not those of its controls, fitted by an earlier run
         history = [record for record in read_records(run.dir / "history.jsonl") if record["name"] in names]
         n_bits = {part.name: sample.labels[part.labels[-1]].shape[1] for part in self._parts}
@@ -414,70 +369,5 @@ def row_label(name: str, facts: Mapping[str, Any]) -> str:
     return label + (f", {CONTROL_LABELS[control]}" if control in CONTROL_LABELS else "")
 
 
-def suspicions(values: Mapping[str, float], feature_entropy: float | None) -> list[str]:
-    """What makes a binding ratio doubtful, a sentence each; nothing is clipped."""
-    found = []
-    if values["ratio"] > 1:
-        found.append("ratio above 1, the F probe reads less of the features than the Y probe does")
-    if values["ratio"] < 0:
-        found.append("ratio below 0, the Y probe knows less of the objects than the F probe and the law of Y tell")
-    if feature_entropy and values["information_F"] < WEAK * feature_entropy:
-        found.append(f"weak F probe, it reads less than {WEAK:.0%} of H(F), so binding information may be inflated")
-    return found
-
-
 def _bits(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
-
-
-@torch.no_grad()
-def decode(probe: Probe, x: Tensor, fit: int, layer: int) -> Tensor:
-    """The code a probe reads by itself, bit after bit, each given its own answers before: uint8 [B, K].
-
-    Args:
-        probe: a stack of binding probes.
-        x: activations [L, B, T, D].
-        fit, layer: indices of the fit in the stack.
-    """
-    probe.eval()
-    code = torch.zeros(x.shape[1], probe.n_bits, device=x.device)
-    for bit in range(probe.n_bits):
-        code[:, bit] = (probe(x, code)[fit, layer, :, bit] > 0).float()
-    return code.to(torch.uint8).cpu()
-
-
-def decoded_examples(scored: Scored, stack: Sequence[Probe], sample: PatchSample, cfg: DictConfig) -> list[dict[str, Any]]:
-    """The first test images with their true objects and those the best layer's Y probe (first seed) reads.
-
-    Returns:
-        key, layer, "true" and "predicted" lists of names, and the "image" [3, H, W] uint8.
-    """
-    best = int(mean_over_seeds(scored.scores[0].metrics["ratio"], len(scored.seeds)).value.argmax())
-    layer = scored.layers[best]
-    probe = next(probe for probe in stack if layer in probe.layers)
-    images = torch.arange(min(N_EXAMPLES, len(sample.keys)))
-    index = [list(sample.tokens.layers).index(name) for name in probe.layers]
-    x = sample.tokens.gather(images, index).to(next(probe.parameters()).device)
-    read = decode(probe, x, 0, probe.layers.index(layer))
-    groups, examples = Groups(sample.meta["classes"]), []
-    pictures = _pictures(cfg, [sample.keys[i] for i in images.tolist()])
-    for i in images.tolist():
-        true, found = (groups.decode_objects(code.numpy()) for code in (sample.labels["object_code"][i], read[i]))
-        names = {"true": [" ".join(o) for o in true], "predicted": [" ".join(o) for o in found]}
-        examples.append({"key": sample.keys[i], "layer": layer, **names, "image": pictures[sample.keys[i]]})
-    return examples
-
-
-def _pictures(cfg: DictConfig, keys: Sequence[str]) -> dict[str, Tensor]:
-    """Test images by name; unreadable ones were left out of the sample, so they are passed over."""
-    dataset, found = build_dataset(cfg, "test"), {}
-    for index in range(len(dataset)):
-        try:
-            scene = dataset[index]
-        except UserError:
-            continue
-        if scene.key in keys:
-            found[scene.key] = scene.image
-        if len(found) == len(keys):
-            break
-    return found

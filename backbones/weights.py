@@ -9,216 +9,33 @@ timm itself converts (DINOv3, OpenAI CLIP, open_clip, I-JEPA …). Heads are lef
 from __future__ import annotations
 
 import argparse
-import ctypes
-import difflib
 import functools
 import hashlib
-import json
 import math
-import os
 import re
-import socket
 import sys
-import urllib.parse
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
-import huggingface_hub.errors
-import timm
 import torch
 from safetensors.torch import load_file
-from timm.layers import Mlp
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from errors import UserError
+from files import ROOT
 
 ANCHOR = "patch_embed.proj.weight"  # every ViT of timm's naming has it: what precedes it is the prefix of a backbone
 PARTS = ("student", "teacher")
 NOT_BODY = ("head", "attn_pool", "fc_norm")  # pooling and read-out: unused here, a file may lack them
-Size = tuple[int, int] | None
-
-
-# ---------------------------------------------------------------------------------------------------- building
-
-
-def create(name: str, kwargs: str, image_size: Size, **options: Any) -> tuple[nn.Module, bool]:
-    """A timm model without head, of random weights, and whether it takes any image size.
-
-    Where the family cannot, the model is built for `image_size`. `global_pool` is never passed: it would turn the final
-    norm into nothing (MAE) or the reverse (BEiT).
-
-    Args:
-        name: timm's; kwargs: JSON of further arguments of the model; options: for `timm.create_model`.
-    """
-    extra = json.loads(kwargs)
-    if "global_pool" in extra:
-        raise UserError("model.kwargs.global_pool changes the norms of a model, leave it out: pooling is model.output_mode")
-    build = functools.partial(timm.create_model, name, num_classes=0, **options)
-    sized = {"img_size": image_size} if image_size else {}
-    told = " and ".join([f"model.kwargs={extra}"] * bool(extra) + [f"model.image_size={image_size}"] * bool(sized))
-    try:
-        try:
-            return build(**{"dynamic_img_size": True, **extra}), bool(extra.get("dynamic_img_size", True))
-        except TypeError as error:
-            if "dynamic_img_size" not in str(error):
-                raise
-        return build(**sized, **extra), False
-    except (TypeError, AssertionError, ValueError) as error:
-        if not told:
-            raise
-        raise UserError(f"{name} does not take {told}: {str(error) or 'they contradict each other'}") from error
-
-
-@functools.lru_cache(maxsize=8)
-def skeleton(name: str, kwargs: str, image_size: Size) -> tuple[nn.Module, bool]:
-    """What `create` gives, without memory behind the weights where the family allows: to be looked at, not run.
-
-    Raises:
-        UserError: a name timm does not have, a model that is no plain ViT, a size or argument it refuses.
-    """
-    bare, _, tag = name.partition(".")
-    if not timm.is_model(bare):
-        near = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), 4)
-        raise UserError(f"timm has no model {name}" + (f", did you mean {' or '.join(near)}?" if near else ""))
-    if tag and name not in timm.list_pretrained(f"{bare}.*"):
-        tags = ", ".join(timm.list_pretrained(f"{bare}.*")) or "none"
-        raise UserError(f"timm has no weights {name}; those of {bare} are: {tags}")
-    try:
-        with torch.device("meta"):
-            model, dynamic = create(name, kwargs, image_size)
-    except (NotImplementedError, RuntimeError):  # this one computes with its weights while it is built
-        model, dynamic = create(name, kwargs, image_size)
-    widths = {info["num_chs"] for info in getattr(model, "feature_info", [])}
-    parts = ("blocks", "patch_embed", "forward_intermediates", "embed_dim")
-    plain = len(widths) == 1 and all(hasattr(model, part) for part in parts)
-    if not plain or not isinstance(getattr(model.patch_embed, "patch_size", None), tuple):
-        raise UserError(f"{name} is no plain ViT (blocks of one width on one grid of patches), choose another model")
-    return model, dynamic
-
-
-def random_model(name: str, kwargs: str, image_size: Size, seed: int) -> nn.Module:
-    """The model as timm initialises it, on the CPU, from a seed; but every layer scale is 1.
-
-    DINOv2, DINOv3 and DeiT-III start theirs at 1e-5 or 1e-6, where a block changes nothing: the random-weight control
-    would be the patch embedding at every depth. Our choice; no paper says how such a control is drawn.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model, _ = create(name, kwargs, image_size)
-    for key, parameter in model.named_parameters():
-        if key.rpartition(".")[2] in ("gamma", "gamma_1", "gamma_2"):
-            nn.init.ones_(parameter)
-    return model
-
-
-# ---------------------------------------------------------------------------------------------------- made faster
-
-
-def tune_for_cpu(model: nn.Module, fuse: bool) -> None:
-    """Make the forward pass faster on a CPU without changing what is computed (up to rounding).
-
-    In bfloat16, where the matrix products are so fast that everything else shows, oneDNN adds the biases and computes
-    GELU inside the products (measured on AMX: 0.58 -> 0.65 of the matmul rate; in float32 it gains nothing and is left
-    alone). The modules and their weights stay as they are, only their `forward` is another. Not to `fuse` is for
-    torch.compile, which does the same in its own way and stumbles over ours.
-    """
-    _keep_freed_memory()
-    if not fuse or next(model.parameters()).dtype != torch.bfloat16 or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return
-    for block in model.blocks:
-        for module in block.modules():
-            if type(module) is nn.Linear:
-                module.forward = functools.partial(_linear, module, "none", "")
-        mlp = getattr(block, "mlp", None)
-        if type(mlp) is Mlp and isinstance(mlp.act, nn.GELU):
-            mlp.fc1.forward = functools.partial(_linear, mlp.fc1, "gelu", mlp.act.approximate)
-            mlp.act = nn.Identity()
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """Compile one region per block, at its first use: quick to compile, and hooks stay outside.
-
-    Raises:
-        UserError: (at the first forward pass) the machine has nothing to compile with.
-    """
-    from torch._dynamo.exc import TorchDynamoException  # takes most of a second, and few compile
-
-    def checked(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        try:
-            return forward(*args, **kwargs)
-        except TorchDynamoException as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(
-                f"model.compile=true, and this machine cannot compile the backbone ({reason}): set model.compile=false"
-            ) from error
-
-    for block in model.blocks:
-        block.forward = functools.partial(checked, torch.compile(block.forward))
-
-
-def _linear(module: nn.Linear, after: str, algorithm: str, x: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, module.weight, module.bias, after, [], algorithm)
-
-
-def _keep_freed_memory() -> None:
-    """Ask glibc to reuse the memory of one pass for the next: giving it back costs 10 to 20 % of a pass in page faults.
-
-    Settings of the environment (MALLOC_…) have precedence; other C libraries are left alone.
-    """
-    if sys.platform != "linux" or any(key.startswith("MALLOC_") for key in os.environ):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        trim_threshold, top_pad, mmap_threshold = -1, -2, -3
-        for option, value in ((mmap_threshold, 1 << 30), (trim_threshold, 2**31 - 1), (top_pad, 1 << 26)):
-            mallopt(option, value)
-
-
-# ---------------------------------------------------------------------------------------------------- from a hub
-
-
-def hub_model(name: str, kwargs: str, image_size: Size, where: str, say: Callable[[str], None]) -> nn.Module:
-    """The model with the weights timm has for it; `where` names them, whatever goes wrong in there is said of them."""
-    twin = name.replace("_clip_", "_clip_quickgelu_")
-    if twin != name and twin in timm.list_pretrained():
-        say(f"note: {name} computes another activation than its weights were trained with, {twin} the same")
-    host = urllib.parse.urlparse(huggingface_hub.constants.ENDPOINT).hostname
-    if not urllib.request.getproxies():
-        try:
-            socket.getaddrinfo(host, 443)
-        except OSError:  # the hub client would try for a minute before it looks into its cache
-            huggingface_hub.constants.HF_HUB_OFFLINE = True
-    try:
-        return create(name, kwargs, image_size, pretrained=True)[0]
-    except UserError:
-        raise
-    except Exception as error:
-        if isinstance(error, huggingface_hub.errors.GatedRepoError):
-            reason = "accept its licence on the hub and log in with `hf auth login`"
-        elif isinstance(error, OSError) and huggingface_hub.constants.HF_HUB_OFFLINE:
-            reason = "no network, and not in the local cache of the hub"
-        else:
-            reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-        raise UserError(
-            f"the weights of {name} ({where}) could not be loaded: {reason}; download that file where there is a "
-            "network and set model.weights=<file>, or take random weights with model.pretrained=false"
-        ) from error
-
-
-# ---------------------------------------------------------------------------------------------------- from a file
 
 
 def find_file(weights: str, rebuild: str | None) -> Path:
     """The weight file: a path relative to the working directory, else to this project; `~` is the home directory."""
     path = Path(weights).expanduser()
-    for place in (path, Path(__file__).parent / path):
+    for place in (path, ROOT / path):
         if place.is_file():
             return place
     mend = f"make it with: {rebuild}" if rebuild else "set model.weights to a safetensors or torch file"

@@ -1,28 +1,14 @@
-"""Scores and how sure one can be of them: pure functions on tensors, nothing of ours imported.
-
-Pairs of patches are unordered (i < j) and never cross images. Blocks of pairs, from easy to telling:
-
-    all                  every pair of valid patches; background is an identity like any other, as published
-    foreground           both patches on objects
-    same_class           both on objects of one class: the same object against another object of that class
-    same_class_matched   the same, compared only between pairs that lie equally far apart
-
-Uncertainty. Pairs of one image are not independent, so images are what is resampled. Every score is an Estimate: its
-exact value and the influence of every image on it (the derivative of the score by the weight of the image). A bootstrap
-draw is `value + influence @ counts`, the first-order form of computing the score again on the drawn images; what it
-leaves out is of order 1/M for M images (a test compares it with brute force). A thousand draws of all fits and blocks
-then take milliseconds, and means over seeds and paired differences are sums.
-"""
+"""Scores of pairs of patches: kinds of pairs, exact AUROC, average precision and accuracies with per-image influence."""
 
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from errors import UserError
+from metrics.bootstrap import Estimate, ratio_estimate
 
 KINDS = ("background", "class_unknown", "different_class", "same_class_different_object", "same_class_same_object")
 INVALID = 255
@@ -103,18 +89,6 @@ def pair_strata(
     if offsets is None:
         distance[window[:, first] != window[:, second]] = torch.inf
     return PairStrata(same, kind, self_kind, distance)
-
-
-class Estimate(NamedTuple):
-    """A score in [0, 1] of F fits and how every image bears on it.
-
-    Attributes:
-        value: float64 [F], exact; nan where the score is undefined (no positive or no negative pair).
-        influence: float64 [F, M], derivative of the score by the image's weight; every row sums to 0.
-    """
-
-    value: Tensor
-    influence: Tensor
 
 
 class Block(NamedTuple):
@@ -374,125 +348,3 @@ def _average_precision(ranks: _Ranks) -> _Gains:
     # A pair also moves the precision of every group it passes: (1 - precision) / above up, or precision / above down.
     passed, drop = np.cumsum(step / above), np.cumsum(step * precision / above)
     return value, (precision - value + passed - drop) / n_positive, -drop / n_positive
-
-
-def ratio_estimate(part: Tensor, whole: Tensor) -> Estimate:
-    """Estimate of sum(part) / sum(whole) over images, e.g. of right answers and answers.
-
-    Args:
-        part: [F, M].
-        whole: [M] or [F, M].
-    """
-    part, whole = part.double(), whole.double().expand_as(part)
-    total = whole.sum(-1)
-    value = part.sum(-1) / total  # nan when nothing was asked
-    return Estimate(value, torch.nan_to_num((part - value[:, None] * whole) / total[:, None], nan=0.0))
-
-
-def mean_estimate(scores: Tensor) -> Estimate:
-    """Estimate of the mean over images of a score per image, [F, M]."""
-    return ratio_estimate(scores, torch.ones(scores.shape[-1]))
-
-
-def mean_over_seeds(estimate: Estimate, n_seeds: int) -> Estimate:
-    """Fits [S * L] (seed first) to [L]: the mean over seeds, inside every resample."""
-    return Estimate(*(x.unflatten(0, (n_seeds, -1)).mean(0) for x in estimate))
-
-
-def difference(a: Estimate, b: Estimate) -> Estimate:
-    """Of a minus b on the same images (paired: both see every resample). Fits broadcast."""
-    return Estimate(a.value - b.value, a.influence - b.influence)
-
-
-def resample(n_images: int, n_boot: int = 1000, seed: int = 0) -> Tensor:
-    """How often each image is drawn in each bootstrap sample, float64 [n_boot, M], rows sum to M."""
-    generator = np.random.default_rng(seed)
-    return torch.from_numpy(generator.multinomial(n_images, np.full(n_images, 1 / n_images), n_boot).astype(np.float64))
-
-
-def interval(
-    estimate: Estimate, counts: Tensor, level: float = 0.95, bounds: tuple[float, float] = (0.0, 1.0)
-) -> tuple[Tensor, Tensor]:
-    """Percentile bootstrap interval over images.
-
-    Args:
-        estimate: of F fits.
-        counts: of `resample`; give compared fits the same.
-        bounds: where the score can lie; (-1, 1) for a difference.
-
-    Returns:
-        low and high, float64 [F]; nan where the value is.
-    """
-    draws = estimate.value[:, None] + estimate.influence @ counts.T  # [F, n_boot]
-    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = torch.quantile(draws, ends, dim=1).clamp(*bounds)
-    return low, high
-
-
-def interval_over_seeds(
-    estimate: Estimate, n_seeds: int, counts: Tensor, bounds: tuple[float, float] = (0.0, 1.0)
-) -> tuple[Tensor, Tensor]:
-    """As `interval`, of the mean over seeds of fits [S * L], every draw resampling images and seeds: two tensors [L]."""
-    weight = resample(n_seeds, len(counts), 1)[:, :, None] / n_seeds  # [n_boot, S, 1]
-    draws = (estimate.value[:, None] + estimate.influence @ counts.T).T.unflatten(1, (n_seeds, -1))  # [n_boot, S, L]
-    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    low, high = torch.quantile((draws * weight).sum(1), ends, dim=0).clamp(*bounds)
-    return low, high
-
-
-def confusion_matrix(target: Tensor, prediction: Tensor, n_classes: int, n_predictions: int | None = None) -> Tensor:
-    """Counts [n_classes, n_predictions], rows true, columns predicted, over all elements whose target is a class.
-
-    Targets outside 0 … n_classes - 1 (255 or -1: ignored) are left out. Sum over batches for one global matrix.
-
-    Raises:
-        ValueError: a prediction outside 0 … n_predictions - 1 (it would be lost silently).
-    """
-    n_predictions = n_classes if n_predictions is None else n_predictions
-    keep = (target >= 0) & (target < n_classes)
-    t, p = target[keep].long(), prediction[keep].long()
-    if len(p) and (int(p.min()) < 0 or int(p.max()) >= n_predictions):
-        raise ValueError(f"predictions lie in {int(p.min())} … {int(p.max())}, expected 0 … {n_predictions - 1}")
-    return torch.bincount(t * n_predictions + p, minlength=n_classes * n_predictions).view(n_classes, n_predictions)
-
-
-def iou(confusion: Tensor) -> Tensor:
-    """Intersection over union of every class with every prediction, float64 like the matrix; 0 / 0 is 0."""
-    c = confusion.double()
-    union = c.sum(1, keepdim=True) + c.sum(0, keepdim=True) - c
-    return c / union.clamp_min(1)
-
-
-def miou(confusion: Tensor, absent: str = "skip") -> float:
-    """Mean IoU of one global square confusion matrix.
-
-    Args:
-        absent: a class in neither targets nor predictions is left out of the mean ("skip") or counts 0 ("zero", as
-            published for NeCo and Hummingbird).
-    """
-    scores = iou(confusion).diagonal()
-    present = (confusion.sum(0) + confusion.sum(1)) > 0
-    return float(scores[present].mean() if absent == "skip" else scores.mean())
-
-
-def hungarian_matching(confusion: Tensor) -> Tensor:
-    """One prediction per class so that the summed IoU is largest; class of every prediction [n_predictions], else 0."""
-    rows, columns = linear_sum_assignment(-iou(confusion).numpy())
-    assigned = torch.zeros(confusion.shape[1], dtype=torch.int64)
-    assigned[torch.from_numpy(columns)] = torch.from_numpy(rows)
-    return assigned
-
-
-def many_to_one_matching(confusion: Tensor, by: str = "iou") -> Tensor:
-    """Class of every prediction [n_predictions]: that of highest IoU (by="iou") or precision (by="precision").
-
-    Ties go to the lowest class, an unused prediction to class 0.
-    """
-    score = iou(confusion) if by == "iou" else confusion.double() / confusion.sum(0).clamp_min(1)
-    return torch.from_numpy(score.numpy().argmax(0))
-
-
-def merge_predictions(confusion: Tensor, assigned: Tensor) -> Tensor:
-    """The confusion matrix [n_classes, n_classes] after every prediction was renamed to its class."""
-    merged = torch.zeros(confusion.shape[0], confusion.shape[0], dtype=confusion.dtype)
-    return merged.index_add_(1, assigned, confusion)

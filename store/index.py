@@ -25,11 +25,14 @@ from tqdm import tqdm
 
 from datasets.scene import build
 from errors import UserError
-from patches import DroppedImage, Geometry, label_patches, owned_patches, plan_geometry, select_patches
-from store import digest, lock, plain, publish, rank, read_manifest, safe_name, wait
+from files import digest, lock, plain, safe_name, wait, write_atomically
+from machine import rank
+from patches.geometry import DroppedImage, Geometry, plan_geometry
+from patches.labels import label_patches
+from patches.selection import owned_patches, select_patches
+from store.shards import read_manifest
 
 FORMAT = 2  # raise it when the meaning of an indexed number changes: older directories are then left alone
-
 
 SKIP_HINT = "; mend it, or leave it out with dataset.on_error=skip"
 T = TypeVar("T")
@@ -308,8 +311,8 @@ def _make(items: _Labelled, split: str, workers: int, directory: Path, facts: di
     data = save(tensors)
     manifest = {"facts": facts, "digest": digest(facts), "images": len(keys), "dropped": dropped, "skipped": skipped}
     manifest = plain(manifest | {"sha256": hashlib.sha256(data).hexdigest(), "keys": keys})
-    publish(directory / "index.safetensors", [data])
-    publish(directory / "manifest.json", [json.dumps(manifest, indent=1).encode()])  # last: it makes the index count
+    write_atomically(directory / "index.safetensors", data)
+    write_atomically(directory / "manifest.json", json.dumps(manifest, indent=1))  # last: it makes the index count
     return Index(keys, tensors, manifest)
 
 

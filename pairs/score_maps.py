@@ -1,14 +1,4 @@
-"""mode=vis, and every figure of the project: pure `draw_*` functions return figures, the rest gathers and saves.
-
-    run                  mode=vis: score maps of an anchor patch at every layer of a finished run, as strip, GIF and numbers
-    score_maps           IsSameObject probability of one patch with every patch of its image, windows merged
-    draw_score_maps      the strip: image, true objects, one map per layer, one fixed 0-1 colour scale
-    draw_layer_curve     score by layer with intervals, beside its controls, one panel per question
-    write_layer_curve    the same into a file; what a training run calls when everything else is written
-
-Figures are made without pyplot, so no display, backend or global state is involved. No training path imports this module
-at its head.
-"""
+"""mode=vis: the IsSameObject map of an anchor patch at every layer: strip, GIF, numbers."""
 
 import io
 import json
@@ -21,7 +11,6 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
@@ -31,145 +20,21 @@ from safetensors.torch import save
 from torch import Tensor
 
 import options
-import results
-from activation import build_dataset, choose_device
-from backbones import load_backbone
+from backbones.load import load_backbone
 from errors import UserError
-from patches import DroppedImage, Geometry, PatchLabels, cut_windows, merge_scores, owned_patches, patch_labels, plan_geometry
+from files import write_atomically
+from machine import choose_device
+from patches.anchor import anchor_at, default_anchor, patch_box
+from patches.geometry import DroppedImage, plan_geometry
+from patches.labels import patch_labels
+from patches.windows import cut_windows, merge_scores
 from probes import Probe, load_probe
-from results import Run, write_atomically
+from runs.run import PATCH_MODES, Run, checkpoint_files, newest_run, read_config
+from show.style import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE, YELLOW, figure_pixels, png_bytes
+from store.index import build_dataset
 
-STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6}
-DPI = 160
 FRAME_MS = 500
 TITLE, GAP, BAR = 0.25, 0.07, 0.74  # inches above a panel, between panels, for the colour bar
-# Okabe and Ito's colours: told apart with any colour vision. Lines also differ in their dashes.
-BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, GREY = (
-    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#777777",
-)  # fmt: skip
-LINES = {
-    "probe": ("probe", BLUE, "-"),
-    "random": ("random weights", RED, "-"),
-    "position": ("position only", GREEN, "--"),
-    "pixels": ("raw pixels", PINK, "--"),
-    "pixels_position": ("pixels + position", PINK, "-."),
-    "class_oracle": ("true class", GREY, "--"),
-    "cosine": ("cosine", ORANGE, ":"),
-    "dot_product": ("dot product", SKY, ":"),
-}
-
-
-# ------------------------------------------------------------------------------------------------------- layer curves
-
-
-def draw_layer_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[Sequence[str]] | None = None) -> Figure:
-    """Score by layer: the probe and its controls with intervals, one panel per column.
-
-    A control with one layer of its own (position, pixels, class oracle) is a level line across the panel.
-
-    Args:
-        rows: "name" (the probe's is "probe"), "layer" ("embed" or a block), "layer_index", "block", "metric", "value",
-            "low", "high"; "question" and "readout" where there are several. Undefined values (nan, None) are left out.
-        columns: (question, readout, block, metric, title) per panel; None: one panel per AUROC in the rows.
-    """
-    keys = ("question", "readout", "block", "metric")
-    if columns is None:
-        found = dict.fromkeys(tuple(row.get(k) for k in keys) for row in rows if row["metric"] == "auroc")
-        columns = [(*key, f"{str(key[2]).replace('_', ' ')} AUROC") for key in found]
-    n_columns = 3 if len(columns) in (3, 5, 6) else min(len(columns), 2)
-    n_rows = math.ceil(len(columns) / n_columns)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.9 * n_columns, 3.1 * n_rows), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-        for panel, column in enumerate(columns):
-            axes = figure.add_subplot(n_rows, n_columns, panel + 1)
-            chosen = [row for row in rows if tuple(row.get(k) for k in keys) == tuple(column[:4])]
-            majority = [row for row in rows if tuple(row.get(k) for k in keys) == (*column[:3], "majority")]
-            _draw_panel(axes, chosen, majority, str(column[3]))
-            axes.set_title(column[4], loc="left", fontweight="bold")
-            if panel >= len(columns) - n_columns:
-                axes.set_xlabel("layer (block whose output is read)")
-    return figure
-
-
-def _draw_panel(axes: Axes, rows: Sequence[Mapping], majority: Sequence[Mapping], metric: str) -> None:
-    series: dict[str, list[Mapping]] = {}
-    for row in rows:
-        if row["value"] is not None and math.isfinite(row["value"]):
-            series.setdefault(row["name"], []).append(row)
-    axes.set_ylabel({"auroc": "AUROC", "average_precision": "average precision"}.get(metric, metric.replace("_", " ")))
-    if not series:
-        axes.text(0.5, 0.5, "undefined: no such pairs", ha="center", va="center", transform=axes.transAxes, color=GREY)
-        axes.set_xticks([]), axes.set_yticks([])
-        return
-    layers = [row["layer"] for row in sorted(series.get("probe", rows), key=lambda row: row["layer_index"])]
-    layers = list(dict.fromkeys(layers))
-    last = max(len(layers) - 1, 1)
-    ends: list[tuple[float, str, str]] = []
-    for name in sorted(series, key=lambda n: (n == "probe", n)):  # the probe lies on top
-        label, color, dashes = LINES.get(name, (name.replace("_", " "), GREY, "-."))
-        points = sorted(series[name], key=lambda row: row["layer_index"])
-        values, low, high = (np.array([row[k] for row in points], float) for k in ("value", "low", "high"))
-        level = len(points) == 1 and name != "probe"
-        if level:
-            x, values, low, high = np.array([0, last]), *(np.repeat(v, 2) for v in (values, low, high))
-        else:
-            x = np.array([layers.index(row["layer"]) for row in points if row["layer"] in layers])
-        order = {"probe": 4}.get(name, 3)
-        if len(points) == 1 and not level:
-            axes.errorbar(x, values, [values - low, high - values], color=color, marker="o", capsize=3, zorder=order)
-        else:
-            width = 2.2 if name == "probe" else 1.3
-            axes.fill_between(x, low, high, color=color, alpha=0.18, lw=0, zorder=order - 1)
-            style = {"marker": None if level else "o", "ms": 4 if name == "probe" else 2.5}
-            axes.plot(x, values, color=color, ls=dashes, lw=width, zorder=order, **style)
-        ends.append((values[-1], label, color))
-    base = majority[0]["value"] if metric.startswith("accuracy") and majority else 0.5 if metric == "auroc" else None
-    if base is not None:
-        axes.axhline(base, color="black", ls=(0, (1, 3)), lw=0.9, zorder=1)
-        ends.append((base, "chance" if metric == "auroc" else "majority", "black"))
-    step = max(1, math.ceil(len(layers) / 13))
-    axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
-    axes.set_xlim(-0.03 * last, last * 1.03)
-    axes.grid(axis="y", color="0.9", lw=0.6)
-    axes.tick_params(length=2, width=0.6)
-    axes.margins(y=0.08)
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high)
-    for (value, label, color), y in zip(ends, _apart([end[0] for end in ends], (high - low) * 0.072), strict=True):
-        axes.annotate(
-            label, (last * 1.03, value), (last * 1.08, y), color=color, va="center", fontsize=8, annotation_clip=False,
-            fontweight="bold" if label == "probe" else None,
-            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.5, "shrinkA": 0, "shrinkB": 0},
-        )  # fmt: skip
-
-
-def _apart(values: Sequence[float], gap: float) -> list[float]:
-    """Places for labels near their values, in the same order of height, at least a gap apart."""
-    order = sorted(range(len(values)), key=lambda i: values[i])
-    groups: list[list[int]] = [[i] for i in order]  # labels that touch share one block, centred on their mean
-
-    def span(group: list[int]) -> tuple[float, float]:
-        centre, half = sum(values[i] for i in group) / len(group), gap * (len(group) - 1) / 2
-        return centre - half, centre + half
-
-    at = 0
-    while at + 1 < len(groups):
-        if span(groups[at + 1])[0] - span(groups[at])[1] < gap:
-            groups[at : at + 2] = [groups[at] + groups[at + 1]]
-            at = max(at - 1, 0)
-        else:
-            at += 1
-    places = {i: span(group)[0] + n * gap for group in groups for n, i in enumerate(group)}
-    return [places[i] for i in range(len(values))]
-
-
-def write_layer_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[Sequence[str]] | None, path: Path) -> None:
-    """Draw the layer curve into a PNG file."""
-    write_atomically(Path(path), _png(draw_layer_curve(rows, columns)))
-
-
-# --------------------------------------------------------------------------------------------------------- score maps
 
 
 class ScoreMaps(NamedTuple):
@@ -191,62 +56,6 @@ class ScoreMaps(NamedTuple):
     anchor: tuple[int, int, int]
     box: tuple[float, float, float, float]
     object_id: int
-
-
-def anchor_at(pixel: Sequence[int], geometry: Geometry, image_hw: Sequence[int]) -> tuple[int, int, int]:
-    """The patch (window, row, column) that stands for a pixel [y, x] of the image.
-
-    Raises:
-        UserError: the pixel lies outside the image, or in a strip that no window sees.
-    """
-    if len(pixel) != 2 or not all(0 <= int(p) < n for p, n in zip(pixel, image_hw, strict=True)):
-        raise UserError(f"vis.pixel={list(pixel)} lies outside the image, expected [y, x] within {list(image_hw)}")
-    place = [(int(p) + 0.5) * s / n for p, s, n in zip(pixel, geometry.scaled, image_hw, strict=True)]
-    owned, found = owned_patches(geometry), []
-    for window, start in enumerate(geometry.starts):
-        inside = [p - s for p, s in zip(place, start, strict=True)]
-        if all(0 <= p < n for p, n in zip(inside, geometry.window, strict=True)):
-            before = geometry.pad[2], geometry.pad[0]
-            row, column = (int((p + b) // geometry.patch) for p, b in zip(inside, before, strict=True))
-            off_centre = sum((p - n / 2) ** 2 for p, n in zip(inside, geometry.window, strict=True))
-            found.append((not bool(owned[window, row, column]), off_centre, (window, row, column)))
-    if not found:
-        raise UserError(f"vis.pixel={list(pixel)} lies where this protocol has no window; choose another pixel")
-    return min(found)[2]
-
-
-def default_anchor(identity: Tensor, labels: PatchLabels, geometry: Geometry) -> tuple[int, int, int]:
-    """The purest patch of the largest object, the most central one among equals.
-
-    Args:
-        identity: [H, W]; labels: identities of its patches.
-
-    Raises:
-        UserError: no patch of the image belongs to an object.
-    """
-    usable = labels.valid & owned_patches(geometry)
-    ids, sizes = identity[identity > 0].unique(return_counts=True)
-    for number in ids[sizes.argsort(descending=True, stable=True)].tolist():
-        patches = (usable & (labels.label == number)).nonzero()  # [n, 3]
-        if len(patches):
-            starts = torch.tensor(geometry.starts)[patches[:, 0]]
-            place = (starts + patches[:, 1:] * geometry.patch).double()
-            purity = labels.purity[tuple(patches.T)].double()
-            best = (purity * 1e6 - (place - place.mean(0)).norm(dim=1)).argmax()
-            return tuple(patches[best].tolist())
-    raise UserError("no patch of this image belongs to an object; choose another vis.image, or an anchor with vis.pixel=[y,x]")
-
-
-def patch_box(anchor: Sequence[int], geometry: Geometry, image_hw: Sequence[int]) -> tuple[float, float, float, float]:
-    """(top, left, bottom, right) of a patch in pixels of the image, cut where padding begins."""
-    window, *cell = anchor
-    low, high = [], []
-    for axis, before in ((0, geometry.pad[2]), (1, geometry.pad[0])):
-        start, scale = geometry.starts[window][axis], image_hw[axis] / geometry.scaled[axis]
-        first = cell[axis] * geometry.patch - before
-        low.append((start + max(first, 0)) * scale)
-        high.append((start + min(first + geometry.patch, geometry.window[axis])) * scale)
-    return (*low, *high)
 
 
 @torch.inference_mode()
@@ -390,9 +199,6 @@ def color_identities(identity: Tensor) -> np.ndarray:
     return picture
 
 
-# -------------------------------------------------------------------------------------------------------------- files
-
-
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     """mode=vis: strip, GIF (`vis.gif`), numbers and facts of one image of a finished run, into `vis.out` or the run directory.
 
@@ -400,12 +206,12 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         UserError: no such run, image or anchor.
     """
     vis = cfg.vis
-    directory = Path(vis.run) if vis.run else results.newest_run(cfg.output_dir, results.PATCH_MODES)
-    fitted = options.adopt(results.read_config(directory), cfg, directory)
+    directory = Path(vis.run) if vis.run else newest_run(cfg.output_dir, PATCH_MODES)
+    fitted = options.adopt(read_config(directory), cfg, directory)
     dataset = build_dataset(fitted, str(vis.split))
     if not 0 <= int(vis.image) < len(dataset):
         raise UserError(f"vis.image={vis.image}, expected 0 … {len(dataset) - 1} (images of split {vis.split})")
-    probes = [load_probe(file) for file in results.checkpoint_files(directory, "probe", "best")]
+    probes = [load_probe(file) for file in checkpoint_files(directory, "probe", "best")]
     maps = score_maps(fitted, probes, dataset[int(vis.image)], vis.pixel)
     folder = Path(vis.out) if vis.out else run.dir
     try:
@@ -431,7 +237,7 @@ def write_score_maps(maps: ScoreMaps, folder: Path, *, gif: bool, facts: Mapping
     }  # fmt: skip
     numbers = {"patch_scores": maps.patch_scores, "maps": maps.maps.half(), "identity": maps.identity}
     files = {
-        f"{stem}.png": _png(draw_score_maps(maps)),
+        f"{stem}.png": png_bytes(draw_score_maps(maps)),
         f"{stem}.safetensors": save({name: value.contiguous() for name, value in numbers.items()}),
         f"{stem}.json": (json.dumps(told, indent=2) + "\n").encode(),
     }
@@ -442,22 +248,9 @@ def write_score_maps(maps: ScoreMaps, folder: Path, *, gif: bool, facts: Mapping
     return [folder / name for name in files]
 
 
-def _pixels(figure: Figure, dpi: int) -> Image.Image:
-    figure.set_dpi(dpi)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
-
-
-def _png(figure: Figure) -> bytes:
-    data = io.BytesIO()
-    _pixels(figure, DPI).save(data, "png", optimize=True)
-    return data.getvalue()
-
-
 def _gif(figures: Sequence[Figure]) -> bytes:
     """Frames with one palette: 100 colours of the scale, so that a colour means the same everywhere, the rest the image's."""
-    pictures, data = [_pixels(figure, 110) for figure in figures], io.BytesIO()
+    pictures, data = [figure_pixels(figure, 110) for figure in figures], io.BytesIO()
     scale = (matplotlib.colormaps["viridis"](np.linspace(0, 1, 100))[:, :3] * 255).round().astype(int)
     palette = Image.new("P", (1, 1))
     palette.putpalette([*scale.ravel().tolist(), *pictures[0].quantize(156).getpalette()[: 3 * 156]])

@@ -1,0 +1,166 @@
+"""Every ViT of timm as a `Backbone`: block outputs through timm, other places through hooks. Names of timm 1.0.31."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backbones.attention import XformersAttention, check_attention
+from backbones.build import hub_model, random_model, skeleton
+from backbones.contract import Backbone, BackboneFacts, Layer, Options, by_pixels
+from backbones.speed import compile_blocks, tune_for_cpu
+from backbones.weights import file_digest, find_file, load_weights
+from errors import UserError
+from machine import resolve_dtype
+
+# Where tokens are read beside the block outputs: name -> (module, "input" or "output").
+TAPS: dict[str, Callable[[nn.Module], tuple[nn.Module, str]]] = {"embed": lambda model: (model.blocks[0], "input")}
+
+
+class TimmViT(Backbone):
+    """Any model of timm whose blocks keep one width and one grid."""
+
+    def __init__(self, facts: BackboneFacts, model: nn.Module, options: Options) -> None:
+        super().__init__(facts)
+        self.model = model
+        self.norm = getattr(model, facts.final_norm) if options.norm else nn.Identity()
+        self.around = XformersAttention if options.attention == "xformers" else contextlib.nullcontext
+        self.splits_prefix = "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
+
+    @classmethod
+    def describe(cls, options: Options) -> BackboneFacts:
+        """Facts from a skeleton without memory; only the digest of a local weight file reads anything."""
+        model, dynamic = skeleton(options.name, options.kwargs, options.image_size)
+        norms = [name for name in ("norm", "fc_norm") if _is_norm(getattr(model, name, None))]
+        if options.norm and not norms:
+            raise UserError(f"model.norm=true and {options.name} has no norm after its last block, set model.norm=false")
+        native = json.loads(options.kwargs).get("img_size") or model.pretrained_cfg["input_size"][1:]
+        native = (native, native) if isinstance(native, int) else tuple(native)
+        (patch_size, patch_width), image_size = model.patch_embed.patch_size, options.image_size or native
+        if patch_size != patch_width:
+            raise UserError(f"{options.name} has patches of {patch_size} x {patch_width}, only square ones are supported")
+        if any(side < patch_size or side % patch_size for side in image_size):
+            raise UserError(
+                f"model.image_size={by_pixels(image_size)} does not fit {options.name}, expected multiples of its patch size "
+                f"{patch_size}, such as {max(1, round(image_size[0] / patch_size)) * patch_size}"
+            )
+        prefix = getattr(model, "num_prefix_tokens", 0)
+        return BackboneFacts(
+            name=options.name,
+            source=options.source,
+            patch_size=patch_size,
+            depth=len(model.blocks),
+            dim=model.embed_dim,
+            heads=getattr(getattr(model.blocks[0], "attn", None), "num_heads", 0),
+            num_prefix_tokens=prefix,
+            has_class_token=prefix > 0 and getattr(model, "cls_token", None) is not None,
+            image_size=image_size,
+            dynamic_size=dynamic,
+            mean=tuple(options.mean or model.pretrained_cfg["mean"]),
+            std=tuple(options.std or model.pretrained_cfg["std"]),
+            interpolation=options.interpolation or model.pretrained_cfg["interpolation"],
+            final_norm=norms[0] if norms else "none",
+            weights=_weights_id(options, model.pretrained_cfg),
+            kwargs=options.kwargs,
+        )
+
+    @classmethod
+    def load(cls, options: Options, device: torch.device, say: Callable[[str], None]) -> TimmViT:
+        """Built on the CPU, so that random weights do not depend on the device, then moved."""
+        facts = cls.describe(options)
+        dtype = resolve_dtype(options.dtype, device)
+        check_attention(options, device)
+        architecture = (options.name, options.kwargs, options.image_size)
+        if options.pretrained and not options.weights:
+            model = hub_model(*architecture, facts.weights, say)
+        else:
+            model = random_model(*architecture, options.seed)
+        if options.pretrained and options.weights:
+            file = find_file(options.weights, options.rebuild)
+            load_weights(model, file, part=options.weights_part, dynamic=facts.dynamic_size, say=say)
+        model = _cast(model.eval().requires_grad_(False), dtype).to(device)
+        if device.type == "cpu":
+            tune_for_cpu(model, fuse=not options.compile)
+        if options.compile:
+            compile_blocks(model)
+        return cls(facts, model, options).eval()
+
+    def read(self, images: Tensor, layers: Sequence[Layer], grid: tuple[int, int]) -> list[Tensor]:
+        """Block outputs through timm, everything else through hooks; stops after the last block asked for."""
+        images = images.to(next(self.model.parameters()).dtype)
+        caught: dict[Layer, Tensor] = {}
+        blocks = sorted({layer for layer in layers if isinstance(layer, int)})
+        with contextlib.ExitStack() as stack:
+            for name in dict.fromkeys(layer for layer in layers if isinstance(layer, str)):
+                stack.callback(_hook(*TAPS[name](self.model), functools.partial(caught.__setitem__, name)).remove)
+            stack.enter_context(self.around())
+            options = {"indices": blocks or [0], "stop_early": True, "intermediates_only": True}
+            if self.splits_prefix:
+                options |= {"output_fmt": "NLC", "return_prefix_tokens": self.facts.num_prefix_tokens > 0}
+            outputs = self.model.forward_intermediates(images, **options)
+        for block, x in zip(blocks, outputs, strict=False):  # without blocks, the output of block 0 is left over
+            if isinstance(x, tuple):
+                x = torch.cat([x[1], x[0]], dim=1)
+            caught[block] = x
+        return [self.norm(_flat(caught[layer], layer, self.splits_prefix)) for layer in layers]
+
+
+def _weights_id(options: Options, pretrained_cfg: Mapping[str, Any]) -> str:
+    """Where the weights come from, in words that tell two of them apart; checks the digest of a local file."""
+    if not options.pretrained:
+        return f"random:{options.seed}"
+    if options.weights:
+        file = find_file(options.weights, options.rebuild)
+        found, expected = file_digest(file), (options.digest or "").lower().removeprefix("sha256:")
+        if expected and found != expected:
+            mend = f"rebuild it with: {options.rebuild}" if options.rebuild else "fetch it again"
+            raise UserError(
+                f"{file} is not the file that model.digest describes (sha256 {found[:12]}…, expected {expected[:12]}…), "
+                f"{mend}, or take it as it is with model.digest=null"
+            )
+        return f"sha256:{found}" + (f":{options.weights_part}" if options.weights_part else "")
+    if options.digest or options.weights_part:
+        raise UserError("model.digest and model.weights_part describe a local file, set model.weights too")
+    if pretrained_cfg.get("hf_hub_id"):
+        return f"hub:{pretrained_cfg['hf_hub_id']}/{pretrained_cfg.get('hf_hub_filename') or 'model.safetensors'}"
+    if pretrained_cfg.get("url"):
+        return f"url:{pretrained_cfg['url']}"
+    raise UserError(
+        f"timm has no pretrained weights for {options.name}, set model.weights=<file>, or take random ones with "
+        "model.pretrained=false"
+    )
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Weights in the compute dtype; rotary positions stay in float32, where bfloat16 would move the patches."""
+    rope = getattr(model, "rope", None)
+    if rope is None:
+        return model.to(dtype)
+    model.rope = None
+    model.to(dtype)
+    model.rope = rope
+    return model
+
+
+def _hook(module: nn.Module, side: str, catch: Callable[[Tensor], Any]) -> Any:
+    if side == "input":
+        return module.register_forward_pre_hook(lambda _, inputs: catch(inputs[0]) and None)
+    return module.register_forward_hook(lambda _, inputs, output: catch(output) and None)
+
+
+def _flat(x: Tensor, layer: Layer, tokens_last: bool) -> Tensor:
+    """Maps as tokens [B, N, D]: SAM keeps [B, h, w, D] between blocks and returns [B, D, h, w]."""
+    if x.ndim == 4:
+        return x.flatten(1, 2) if isinstance(layer, str) else x.flatten(2).mT
+    return x
+
+
+def _is_norm(module: nn.Module | None) -> bool:
+    return module is not None and not isinstance(module, nn.Identity)

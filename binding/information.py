@@ -1,0 +1,72 @@
+"""Binding information in bits, from the losses of the probes of Y and F (arXiv 2606.03976)."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from metrics.bootstrap import Estimate, mean_estimate
+
+WEAK = 0.25  # an F probe that reads less than this share of H(F) is flagged (our choice)
+
+
+def bits_per_image(logits: Tensor, code: Tensor) -> Tensor:
+    """Cross-entropy of a code in bits, summed over its bits: logits [..., B, K], code [B, K] of 0 and 1 -> [..., B]."""
+    return (F.softplus(logits) - code * logits).sum(-1) / math.log(2)
+
+
+def binding_estimates(loss: Mapping[str, Estimate], entropy: Tensor, info: Mapping[str, float]) -> dict[str, Estimate]:
+    """Information in bits from the losses, with the influence of every image (delta method).
+
+    Args:
+        loss: Estimates of L_Y, L_F and perhaps L_Y_given_F, [F] fits and [F, M].
+        entropy: H(Y|F) of every image [M], bits.
+        info: H_Y and H_F of the split, where the law is known; also H_Y_all_splits, H_F_all_splits: of a reader who does
+            not know which feature codes the split holds, which a probe fitted on others cannot.
+
+    Returns:
+        information_Y, information_F (perhaps with _all_splits) and information_Y_ratio = I(Y;Z) / H(Y);
+        binding_information and ratio, 0 where H(Y|F) is 0; lower_bound and ratio_lower of the conditional probe.
+    """
+    unknown = mean_estimate(entropy[None])  # [1], [1, M]: images differ in what there is to know
+    found = {}
+    for code in ("Y", "F"):
+        for name in (f"H_{code}", f"H_{code}_all_splits"):
+            if name in info:
+                found[name.replace("H_", "information_")] = _less(info[name], loss[code])
+    if "H_Y" in info and info["H_Y"] > 0:
+        found["information_Y_ratio"] = Estimate(*(x / info["H_Y"] for x in found["information_Y"]))
+    gap = Estimate(*(y - f for y, f in zip(loss["Y"], loss["F"], strict=True)))
+    for name, ratio, left in (
+        ("binding_information", "ratio", gap),
+        ("lower_bound", "ratio_lower", loss.get("Y_given_F")),
+    ):
+        if left is not None:
+            bits = Estimate(*(h - x for h, x in zip(unknown, left, strict=True)))
+            found |= {name: bits, ratio: _ratio(bits, unknown)}
+    return found
+
+
+def _less(constant: float, estimate: Estimate) -> Estimate:
+    return Estimate(constant - estimate.value, -estimate.influence)
+
+
+def _ratio(part: Estimate, whole: Estimate) -> Estimate:
+    if whole.value <= 0:
+        return Estimate(torch.zeros_like(part.value), torch.zeros_like(part.influence))
+    value = part.value / whole.value
+    return Estimate(value, (part.influence - value[:, None] * whole.influence) / whole.value)
+
+
+def suspicions(values: Mapping[str, float], feature_entropy: float | None) -> list[str]:
+    """What makes a binding ratio doubtful, a sentence each; nothing is clipped."""
+    found = []
+    if values["ratio"] > 1:
+        found.append("ratio above 1, the F probe reads less of the features than the Y probe does")
+    if values["ratio"] < 0:
+        found.append("ratio below 0, the Y probe knows less of the objects than the F probe and the law of Y tell")
+    if feature_entropy and values["information_F"] < WEAK * feature_entropy:
+        found.append(f"weak F probe, it reads less than {WEAK:.0%} of H(F), so binding information may be inflated")
+    return found

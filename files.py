@@ -1,0 +1,167 @@
+"""Files: written whole or not at all, locked, and named by what they hold.
+
+    write_atomically, publish   aside, flushed, renamed
+    lock, wait, holder          an open file under `flock`: the system releases it when its process dies
+    digest, plain, safe_name    names and short digests of JSON-able facts
+
+POSIX systems only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from errors import UserError
+
+ROOT = Path(__file__).parent
+T = TypeVar("T")
+
+
+def write_atomically(path: Path, *parts: bytes | str | memoryview | np.ndarray) -> None:
+    """Write a file aside, flush it to the disk and rename it: it is there whole or not at all.
+
+    Missing folders are made. Concurrent writers of one file do not meet: each writes aside under a name of its own.
+
+    Args:
+        path: the file.
+        parts: its content in order; text is written as UTF-8.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; nothing is left behind.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "wb") as file:
+            for part in parts:
+                file.write(part.encode() if isinstance(part, str) else part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise cannot_write(path, error) from error
+        raise
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """The sentence for a file or folder the system refuses to write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(
+            f"the disk is full, writing {path} failed; free some space or choose another folder (cache.dir, output_dir), then "
+            "repeat the command: it goes on where it stopped"
+        )
+    reason = error.strerror or type(error).__name__
+    return UserError(f"{path} cannot be written ({reason}), set cache.dir or output_dir to a folder of your own")
+
+
+def digest(facts: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits that stand for a JSON-able mapping."""
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """A configuration node, tuple or mapping as the plain Python value its JSON text would give back."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(item) for item in value]
+    return value
+
+
+def safe_name(name: str) -> str:
+    """A name any file system takes."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+
+
+def holder(path: Path) -> dict[str, Any]:
+    """Who holds a lock: pid, host, job; {} if nobody does."""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return {}
+    except BlockingIOError:
+        try:
+            return json.loads(path.read_text())
+        except ValueError:  # between taking the lock and signing it
+            return {"pid": "?", "host": "?", "job": None}
+    except FileNotFoundError:
+        return {}
+
+
+def wait(ready: Callable[[], T | None], alive: Sequence[Path], timeout: float, what: str) -> T:
+    """Ask `ready` until it gives something; give up when no `alive` lock file was touched for `timeout` s."""
+    since, pause = time.time(), 0.01
+    while (value := ready()) is None:
+        last = max([since, *(path.stat().st_mtime for path in alive if path.exists())])
+        if time.time() - last > timeout:
+            raise UserError(f"waited {timeout:g} s without a sign of life for {what}")
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
+    return value
+
+
+@contextmanager
+def lock(path: Path, timeout: float, say: Callable[[str], None], job: str = "") -> Iterator[Callable[[], None]]:
+    """Hold a lock file; yields the function that shows the holder is at work (cheap, call it often).
+
+    Raises:
+        UserError: another living process holds it and did nothing for `timeout` seconds.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = open(path, "a+")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    with opened as file:
+        who: dict[str, Any] = {}
+
+        def taken() -> bool | None:
+            nonlocal who
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if not who and (who := holder(path)):
+                    say(f"waiting for process {who.get('pid')} on {who.get('host')}, which is filling {path.parent}")
+                return None
+
+        try:
+            wait(taken, [path], timeout, path.name)
+        except UserError:
+            raise UserError(
+                f"{path.parent} is held by process {who.get('pid')} on {who.get('host')}, which has done nothing for "
+                f"{timeout:g} s; wait for it or end it, or set a longer cache.lock_timeout"
+            ) from None
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "job": job}))
+        file.flush()
+        last = time.monotonic()
+
+        def beat() -> None:
+            nonlocal last
+            if time.monotonic() - last > min(1.0, timeout / 4):
+                last = time.monotonic()
+                os.utime(path)
+
+        try:
+            yield beat
+        finally:
+            file.truncate(0)
+            fcntl.flock(file, fcntl.LOCK_UN)  # for the loader's child processes too, which share the open file

@@ -1,0 +1,107 @@
+"""The machine a run works on: devices, ranks of a launch, number formats, memory, the processor's name.
+
+torch is imported where it is needed: a command that only reads files does not wait for it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")  # of a backbone's forward pass
+
+
+def multiplies_bfloat16(device: torch.device | str) -> bool:
+    """Whether the hardware multiplies bfloat16 at a higher rate than float32, as the device itself reports.
+
+    CUDA with bfloat16 units; x86 with AMX or AVX512-BF16. Not measured, so that a machine always decides alike.
+    """
+    import torch
+
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Private names in torch; a version that drops them only loses the fast path.
+    checks = (getattr(torch.cpu, f"_is_{part}_supported", bool) for part in ("amx_tile", "avx512_bf16"))
+    return kind == "cpu" and any(check() for check in checks)
+
+
+def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:
+    """The dtype one of `DTYPES` or `auto` means on a device; auto is bfloat16 where that multiplies faster, else float32."""
+    import torch
+
+    if name == "auto":
+        name = "bfloat16" if multiplies_bfloat16(device) else "float32"
+    return getattr(torch, name)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this process for `auto`, `cpu`, `cuda` or `cuda:1`; each rank on a machine takes a GPU of its own.
+
+    Raises:
+        UserError: unknown, or not there.
+    """
+    import torch
+
+    kind, _, number = str(name).partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (number and not (kind == "cuda" and number.isdigit())):
+        raise UserError(f"device={name} is unknown, expected auto, cpu, cuda or cuda:<number>")
+    count = torch.cuda.device_count()
+    if kind == "cpu" or (kind == "auto" and not count):
+        return torch.device("cpu")
+    if int(number or 0) >= count:
+        raise UserError(f"device={name} and this machine has {count or 'no'} CUDA devices, set device=cpu or auto")
+    return torch.device("cuda", int(number or int(os.environ.get("LOCAL_RANK", 0)) % count))
+
+
+def set_threads(n_threads: int) -> None:
+    """Let torch use this many CPU threads; 0 leaves its own choice (all cores)."""
+    import torch
+
+    if n_threads:
+        torch.set_num_threads(n_threads)
+
+
+def rank() -> tuple[int, int]:
+    """This process's number and how many there are, as `torchrun` says; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def job() -> str:
+    """A name all ranks of one launch share and no other launch has."""
+    return ":".join(os.environ.get(key, "") for key in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"))
+
+
+def cpu_name() -> str:
+    """The processor as the system calls it."""
+    try:
+        name = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        name = None
+    return name.group(1) if name else platform.processor() or platform.machine()
+
+
+def free_memory() -> int:
+    """Bytes of main memory that can be taken without swapping."""
+    available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(available.group(1)) * 1024 if available else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def torch_facts() -> dict[str, Any]:
+    """Threads and GPU a run computed with; empty if it never needed torch."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return {}
+    return {
+        "cpu_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }

@@ -1,0 +1,132 @@
+"""The layer curve: score per layer with its interval, beside the controls."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from files import write_atomically
+from show.style import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE, png_bytes
+
+LINES = {
+    "probe": ("probe", BLUE, "-"),
+    "random": ("random weights", RED, "-"),
+    "position": ("position only", GREEN, "--"),
+    "pixels": ("raw pixels", PINK, "--"),
+    "pixels_position": ("pixels + position", PINK, "-."),
+    "class_oracle": ("true class", GREY, "--"),
+    "cosine": ("cosine", ORANGE, ":"),
+    "dot_product": ("dot product", SKY, ":"),
+}
+
+
+def draw_layer_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[Sequence[str]] | None = None) -> Figure:
+    """Score by layer: the probe and its controls with intervals, one panel per column.
+
+    A control with one layer of its own (position, pixels, class oracle) is a level line across the panel.
+
+    Args:
+        rows: "name" (the probe's is "probe"), "layer" ("embed" or a block), "layer_index", "block", "metric", "value",
+            "low", "high"; "question" and "readout" where there are several. Undefined values (nan, None) are left out.
+        columns: (question, readout, block, metric, title) per panel; None: one panel per AUROC in the rows.
+    """
+    keys = ("question", "readout", "block", "metric")
+    if columns is None:
+        found = dict.fromkeys(tuple(row.get(k) for k in keys) for row in rows if row["metric"] == "auroc")
+        columns = [(*key, f"{str(key[2]).replace('_', ' ')} AUROC") for key in found]
+    n_columns = 3 if len(columns) in (3, 5, 6) else min(len(columns), 2)
+    n_rows = math.ceil(len(columns) / n_columns)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.9 * n_columns, 3.1 * n_rows), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+        for panel, column in enumerate(columns):
+            axes = figure.add_subplot(n_rows, n_columns, panel + 1)
+            chosen = [row for row in rows if tuple(row.get(k) for k in keys) == tuple(column[:4])]
+            majority = [row for row in rows if tuple(row.get(k) for k in keys) == (*column[:3], "majority")]
+            _draw_panel(axes, chosen, majority, str(column[3]))
+            axes.set_title(column[4], loc="left", fontweight="bold")
+            if panel >= len(columns) - n_columns:
+                axes.set_xlabel("layer (block whose output is read)")
+    return figure
+
+
+def _draw_panel(axes: Axes, rows: Sequence[Mapping], majority: Sequence[Mapping], metric: str) -> None:
+    series: dict[str, list[Mapping]] = {}
+    for row in rows:
+        if row["value"] is not None and math.isfinite(row["value"]):
+            series.setdefault(row["name"], []).append(row)
+    axes.set_ylabel({"auroc": "AUROC", "average_precision": "average precision"}.get(metric, metric.replace("_", " ")))
+    if not series:
+        axes.text(0.5, 0.5, "undefined: no such pairs", ha="center", va="center", transform=axes.transAxes, color=GREY)
+        axes.set_xticks([]), axes.set_yticks([])
+        return
+    layers = [row["layer"] for row in sorted(series.get("probe", rows), key=lambda row: row["layer_index"])]
+    layers = list(dict.fromkeys(layers))
+    last = max(len(layers) - 1, 1)
+    ends: list[tuple[float, str, str]] = []
+    for name in sorted(series, key=lambda n: (n == "probe", n)):  # the probe lies on top
+        label, color, dashes = LINES.get(name, (name.replace("_", " "), GREY, "-."))
+        points = sorted(series[name], key=lambda row: row["layer_index"])
+        values, low, high = (np.array([row[k] for row in points], float) for k in ("value", "low", "high"))
+        level = len(points) == 1 and name != "probe"
+        if level:
+            x, values, low, high = np.array([0, last]), *(np.repeat(v, 2) for v in (values, low, high))
+        else:
+            x = np.array([layers.index(row["layer"]) for row in points if row["layer"] in layers])
+        order = {"probe": 4}.get(name, 3)
+        if len(points) == 1 and not level:
+            axes.errorbar(x, values, [values - low, high - values], color=color, marker="o", capsize=3, zorder=order)
+        else:
+            width = 2.2 if name == "probe" else 1.3
+            axes.fill_between(x, low, high, color=color, alpha=0.18, lw=0, zorder=order - 1)
+            style = {"marker": None if level else "o", "ms": 4 if name == "probe" else 2.5}
+            axes.plot(x, values, color=color, ls=dashes, lw=width, zorder=order, **style)
+        ends.append((values[-1], label, color))
+    base = majority[0]["value"] if metric.startswith("accuracy") and majority else 0.5 if metric == "auroc" else None
+    if base is not None:
+        axes.axhline(base, color="black", ls=(0, (1, 3)), lw=0.9, zorder=1)
+        ends.append((base, "chance" if metric == "auroc" else "majority", "black"))
+    step = max(1, math.ceil(len(layers) / 13))
+    axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+    axes.set_xlim(-0.03 * last, last * 1.03)
+    axes.grid(axis="y", color="0.9", lw=0.6)
+    axes.tick_params(length=2, width=0.6)
+    axes.margins(y=0.08)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    for (value, label, color), y in zip(ends, _apart([end[0] for end in ends], (high - low) * 0.072), strict=True):
+        axes.annotate(
+            label, (last * 1.03, value), (last * 1.08, y), color=color, va="center", fontsize=8, annotation_clip=False,
+            fontweight="bold" if label == "probe" else None,
+            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.5, "shrinkA": 0, "shrinkB": 0},
+        )  # fmt: skip
+
+
+def _apart(values: Sequence[float], gap: float) -> list[float]:
+    """Places for labels near their values, in the same order of height, at least a gap apart."""
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    groups: list[list[int]] = [[i] for i in order]  # labels that touch share one block, centred on their mean
+
+    def span(group: list[int]) -> tuple[float, float]:
+        centre, half = sum(values[i] for i in group) / len(group), gap * (len(group) - 1) / 2
+        return centre - half, centre + half
+
+    at = 0
+    while at + 1 < len(groups):
+        if span(groups[at + 1])[0] - span(groups[at])[1] < gap:
+            groups[at : at + 2] = [groups[at] + groups[at + 1]]
+            at = max(at - 1, 0)
+        else:
+            at += 1
+    places = {i: span(group)[0] + n * gap for group in groups for n, i in enumerate(group)}
+    return [places[i] for i in range(len(values))]
+
+
+def write_layer_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[Sequence[str]] | None, path: Path) -> None:
+    """Draw the layer curve into a PNG file."""
+    write_atomically(Path(path), png_bytes(draw_layer_curve(rows, columns)))

@@ -1,0 +1,30 @@
+"""One style for every figure: colours, fonts, and how a figure becomes pixels."""
+
+import io
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6}
+DPI = 160
+# Okabe and Ito's colours: told apart with any colour vision. Lines also differ in their dashes.
+BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, GREY = (
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#777777",
+)  # fmt: skip
+
+
+def figure_pixels(figure: Figure, dpi: int) -> Image.Image:
+    """A drawn figure as an RGB picture."""
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+
+
+def png_bytes(figure: Figure) -> bytes:
+    """A drawn figure as the bytes of a PNG file."""
+    data = io.BytesIO()
+    figure_pixels(figure, DPI).save(data, "png", optimize=True)
+    return data.getvalue()
