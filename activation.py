@@ -85,7 +85,7 @@ def open_sample(cfg: Any, split: str, *, say: Callable[[str], None] = print) -> 
 
     Raises:
         UserError: an output mode the model or the data cannot give; unreadable images (`dataset.on_error`) or no usable
-            one; a cache that would pass `cache.max_gb`, is damaged, or is held by another process; a full disk;
+            one; a cache that would pass `cache.disk_gb`, is damaged, or is held by another process; a full disk;
             non-finite tokens.
     """
     mode = cfg.model.output_mode
@@ -93,7 +93,7 @@ def open_sample(cfg: Any, split: str, *, say: Callable[[str], None] = print) -> 
         raise UserError(f"model.output_mode={mode} is unknown, expected one of {', '.join(STORED)}")
     if cfg.cache.dtype not in DTYPES:
         raise UserError(f"cache.dtype={cfg.cache.dtype} is unknown, expected one of {', '.join(DTYPES)}")
-    for name, least in (("batch_size", 1), ("shard_images", 1), ("workers", 0)):
+    for name, least in (("batch_windows", 1), ("shard_images", 1), ("workers", 0)):
         if not isinstance(cfg.cache[name], int) or cfg.cache[name] < least:
             raise UserError(f"cache.{name}={cfg.cache[name]} is not possible, expected a whole number from {least} on")
     if rank()[0]:

@@ -25,6 +25,14 @@ LISTS = ("trainer.seeds",)
 ALSO: dict[str, tuple] = {"protocol.selection.patches": ("all",), "protocol.selection.per_visit": (None,)}
 NAMES = ("controls", "model.layers")
 LIMIT = 2**31  # of whole numbers
+# Keys of the last release and what they are called now: a command that still uses one is told the new name, the stored
+# configuration of a finished run is read with the new names. An entry goes one release after the renaming.
+RENAMED = {
+    "cache.max_gb": "cache.disk_gb",
+    "cache.batch_size": "cache.batch_windows",
+    "trainer.max_gb": "trainer.stack_gb",
+    "trainer.batch_size": "trainer.batch_images",
+}
 
 
 def check(cfg: DictConfig) -> None:
@@ -37,6 +45,9 @@ def check(cfg: DictConfig) -> None:
     Raises:
         UserError: the first option that does not fit.
     """
+    for old in RENAMED:  # in a file of the user's, where Hydra takes any key
+        if OmegaConf.select(cfg, old) is not None:
+            raise UserError(renamed(old))
     for override in HydraConfig.get().overrides.task if HydraConfig.initialized() else ():
         key = re.split("=|$", override.lstrip("+~"), maxsplit=1)[0].partition("@")[0]
         if override.startswith("~"):
@@ -114,8 +125,23 @@ def explain(error: Exception) -> str:
     if key:
         # A block given as a whole names the block; the key inside it that does not exist is told by the cause.
         inside = re.search(r"full_key: (\S+)", str(error.__cause__))
-        return f"unknown option '{inside[1] if inside else key[1]}'; {valid_keys(key[1].rpartition('.')[0])}"
+        name = inside[1] if inside else key[1]
+        return renamed(name) if name in RENAMED else f"unknown option '{name}'; {valid_keys(key[1].rpartition('.')[0])}"
     return text.removesuffix(" See https://hydra.cc/docs/1.2/advanced/override_grammar/basic for details")
+
+
+def renamed(key: str) -> str:
+    """The sentence for a key of the last release."""
+    return f"{key} is called {RENAMED[key]} now; write {RENAMED[key]}=… instead"
+
+
+def with_new_names(stored: DictConfig) -> DictConfig:
+    """The configuration of a finished run with the keys of this release; changed in place."""
+    for old, new in RENAMED.items():
+        section, _, name = old.rpartition(".")
+        if name in (OmegaConf.select(stored, section) or {}):
+            OmegaConf.update(stored, new, stored[section].pop(name), force_add=True)
+    return stored
 
 
 def valid_keys(parent: str) -> str:
@@ -162,9 +188,10 @@ def adopt(fitted: DictConfig, cfg: DictConfig, directory: Path) -> DictConfig:
     Raises:
         UserError: the command line names something that was settled when the run was fitted.
     """
+    with_new_names(fitted)
     for key in named():
         head, value = key.split(".")[0], OmegaConf.select(cfg, key)
-        if head == "dataset" or key in ("trainer.batch_size", "trainer.n_boot"):
+        if head == "dataset" or key in ("trainer.batch_images", "trainer.n_boot"):
             OmegaConf.update(fitted, key, value, merge=False)
         elif head in ("model", "protocol", "probe", "trainer", "seed") and value != OmegaConf.select(fitted, key):
             raise UserError(

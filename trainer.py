@@ -164,7 +164,7 @@ class Progress(NamedTuple):
 
 
 def fit_stack(control: Control, task: Task, cfg: DictConfig, run: Run, device: torch.device) -> list[Probe]:
-    """Fit a probe on every layer of a sample; the stack is cut by layers where `trainer.max_gb` asks for it.
+    """Fit a probe on every layer of a sample; the stack is cut by layers where `trainer.stack_gb` asks for it.
 
     Returns:
         one probe per cut, best validation parameters restored, covering all layers in order.
@@ -181,20 +181,20 @@ def fit_stack(control: Control, task: Task, cfg: DictConfig, run: Run, device: t
             continue
         probe = task.build_probe(control.probe, train, chunk, say=run.say).to(device)
         if probe.needs_statistics:
-            probe.set_statistics(*token_statistics(train, chunk, cfg.trainer.batch_size))
+            probe.set_statistics(*token_statistics(train, chunk, cfg.trainer.batch_images))
         probes.append(fit(probe, task, train, val, cfg, run, name=name, number=number))
     return probes
 
 
 def layers_per_stack(task: Task, probe_cfg: Mapping, sample: PatchSample, trainer: Mapping, device: torch.device) -> int:
-    """How many layers fit into `trainer.max_gb` at once (at least one): tokens, scores and four copies of the weights."""
+    """How many layers fit into `trainer.stack_gb` at once (at least one): tokens, scores and four copies of the weights."""
     n_layers, _, n_tokens, dim = sample.tokens.shape
-    n_stack, batch = len(task.stack), int(trainer.batch_size)
+    n_stack, batch = len(task.stack), int(trainer.batch_images)
     n_tokens = min(n_tokens, task.tokens_per_visit or n_tokens)
     tokens = batch * n_tokens * dim * 4 * (1 + n_stack)
     scores = n_stack * batch * n_tokens * task.outputs_per_token(sample, n_tokens, probe_cfg) * 4 * 4
     weights = 5 * 4 * n_stack * task.build_probe(probe_cfg, sample, sample.tokens.layers[:1]).n_parameters / n_stack
-    return max(1, min(n_layers, int(float(trainer.max_gb) * 1e9 // (tokens + scores + weights))))
+    return max(1, min(n_layers, int(float(trainer.stack_gb) * 1e9 // (tokens + scores + weights))))
 
 
 def token_statistics(sample: PatchSample, layers: Sequence, batch_size: int) -> tuple[Tensor, Tensor]:
@@ -287,7 +287,7 @@ def fit(
     for epoch in range(progress.epoch, epochs):
         # One generator per epoch: a restart needs no state of it.
         order = torch.Generator().manual_seed(int(cfg.seed) * 100_003 + epoch)
-        batches = list(task.batches(train, int(trainer.batch_size), order))
+        batches = list(task.batches(train, int(trainer.batch_images), order))
         total, seen = torch.zeros(shape), 0
         probe.train()
         for step, batch in enumerate(batches):
@@ -307,7 +307,7 @@ def fit(
             optimizer.step()
             total += loss.detach().cpu() * len(batch.images)
             seen += len(batch.images)
-        val_loss = mean_loss(probe, task, val, index, int(trainer.batch_size), device)
+        val_loss = mean_loss(probe, task, val, index, int(trainer.batch_images), device)
         better = val_loss < progress.best
         for n, p in probe.named_parameters():
             mask = better.to(p.device).view(*shape, *[1] * (p.ndim - 2))
@@ -402,7 +402,7 @@ def score(
     Args:
         stacks: for every part of the task its probes, in the cuts they were fitted in; none for the class oracle.
     """
-    sample, batch_size, found = control.samples[split], int(cfg.trainer.batch_size), []
+    sample, batch_size, found = control.samples[split], int(cfg.trainer.batch_images), []
     for part, probes in zip(task.parts(), stacks, strict=False):
         cuts = [evaluate(probe, part, sample, batch_size, device) for probe in probes]
         found.append([concatenate(blocks, len(task.seeds)) for blocks in zip(*cuts, strict=True)])

@@ -91,7 +91,7 @@ def score_maps(cfg: DictConfig, probes: Sequence[Probe], scene: Any, pixel: Sequ
         scene.image, geometry, mean=facts.mean, std=facts.std, interpolation=facts.interpolation, antialias=rules.antialias
     )
     layers = [layer for probe in probes for layer in probe.layers]
-    parts = [[t.patch.float() for t in backbone(w.to(device), layers)] for w in windows.split(int(cfg.cache.batch_size))]
+    parts = [[t.patch.float() for t in backbone(w.to(device), layers)] for w in windows.split(int(cfg.cache.batch_windows))]
     tokens = torch.stack([torch.cat(of_layer) for of_layer in zip(*parts, strict=True)])  # [L, n_windows, N, D]
     at = (anchor[0] * geometry.grid[0] + anchor[1]) * geometry.grid[1] + anchor[2]
     scores, first = [], 0

@@ -103,7 +103,7 @@ def configure(options: argparse.Namespace, n_images: int, folder: str) -> DictCo
         f"device={options.device}",
         f"protocol.selection.patches={options.patches}",
         f"cache.dir={folder}",
-        f"cache.batch_size={options.batch}",
+        f"cache.batch_windows={options.batch}",
         f"cache.shard_images={2 * options.batch}",
     ]
     with initialize_config_dir(str(ROOT / "cfgs"), version_base="1.3"):

@@ -106,10 +106,10 @@ def open_store(
 def _check_room(cfg: Any, split: str, store: TokenStore, layers: list, lacking: Mapping[int, list]) -> None:
     """Refuse what is too large for the budget or the disk, before anything is made."""
     total = sum(map(store.file_bytes, range(store.n_shards))) * len(layers)
-    if total > cfg.cache.max_gb * 1e9:
+    if total > cfg.cache.disk_gb * 1e9:
         raise UserError(
             f"split {split} takes {total / 1e9:.4g} GB ({store.n_images} images × {len(layers)} layers × "
-            f"{store.n_tokens} tokens × {store.dim} × {store.itemsize} bytes) and cache.max_gb is {cfg.cache.max_gb}; "
+            f"{store.n_tokens} tokens × {store.dim} × {store.itemsize} bytes) and cache.disk_gb is {cfg.cache.disk_gb}; "
             "raise it, or take fewer model.layers, protocol.selection.patches or images, or a smaller cache.dtype"
         )
     n_bytes = sum(store.file_bytes(number) * len(lack) for number, lack in lacking.items())
@@ -153,7 +153,7 @@ def _forward_chunks(
     items = _Windows(dataset, plain(cfg.protocol.geometry), facts)
     loader = iter(load_items(items, numbers, cfg.cache.workers))  # its processes start here, before any thread does
     position = index.tensors.get("position")
-    batches = _batches(loader, orders, todo, index, position, store, cfg.cache.batch_size, pin=device.type == "cuda")
+    batches = _batches(loader, orders, todo, index, position, store, cfg.cache.batch_windows, pin=device.type == "cuda")
     for chunk in read_ahead(batches):
         with torch.inference_mode():
             tokens = backbone(chunk.windows.to(device, non_blocking=True), chunk.layers)

@@ -179,7 +179,7 @@ def test_output_modes_that_cannot_be_given(tmp_path: Path) -> None:
         (no_class_token, "needs a class token and vit_base_patch16_siglip_gap_224 has none"),
         (["model.output_mode=mean"], "is unknown, expected one of patches"),
         (["cache.dtype=int8"], "is unknown, expected one of float16"),
-        (["cache.batch_size=0"], "cache.batch_size=0 is not possible"),
+        (["cache.batch_windows=0"], "cache.batch_windows=0 is not possible"),
         (["device=tpu"], "device=tpu is unknown"),
         (["device=cuda:99"], "device=cuda:99 and this machine has .* CUDA devices"),
         (["model.output_mode=all", "dataset.widths=[56]"], "takes 2 windows"),
@@ -266,8 +266,8 @@ def test_mapped_files_and_memory_give_the_same(tmp_path: Path, monkeypatch: pyte
 
 
 def test_too_large_an_extraction_is_refused_before_anything_is_made(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"10 images × 3 layers × 6 tokens × 16 × 2 bytes.*cache.max_gb is 1e-06"):
-        open_sample(toy_config(tmp_path, "cache.max_gb=1e-6"), "train", say=quiet)
+    with pytest.raises(UserError, match=r"10 images × 3 layers × 6 tokens × 16 × 2 bytes.*cache.disk_gb is 1e-06"):
+        open_sample(toy_config(tmp_path, "cache.disk_gb=1e-6"), "train", say=quiet)
     assert not (tmp_path / "tokens").exists()
 
 

@@ -184,7 +184,7 @@ def grid_samples(kind: str, repeats: int = 32) -> dict[str, PatchSample]:
 
 
 def measure(samples: dict[str, PatchSample], folder: Path, *overrides: str) -> dict[str, float]:
-    cfg = configure("trainer.seeds=1", "trainer.batch_size=64", "trainer.lr=1e-2", *overrides)
+    cfg = configure("trainer.seeds=1", "trainer.batch_images=64", "trainer.lr=1e-2", *overrides)
     task, control = Binding(cfg), Control("probe", cfg.probe, samples)
     task.check(samples)
     run = open_test_run(folder)
@@ -271,7 +271,7 @@ TINY = [
     "model.kwargs={img_size: 48, patch_size: 16, embed_dim: 16, depth: 2, num_heads: 2}", "model.pretrained=false",
     "model.layers=[embed,-1]",
     "dataset.image_size=48", "dataset.obj_size=8", "dataset.n_train=48", "dataset.n_val=16", "dataset.n_test=24",
-    "trainer.epochs=2", "trainer.batch_size=16", "trainer.checkpoint_seconds=0", "threads=1", "controls=none",
+    "trainer.epochs=2", "trainer.batch_images=16", "trainer.checkpoint_seconds=0", "threads=1", "controls=none",
 ]  # fmt: skip
 
 

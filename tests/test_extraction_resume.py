@@ -138,7 +138,7 @@ def peak(directory: str, n: int, answer: multiprocessing.Queue) -> None:
     torch.set_num_threads(1)
     store.shards.MAP_BYTES = 4 << 20
     wide = ["model.kwargs.embed_dim=256", "model.output_mode=all", "cache.dtype=float32", "cache.ram_gb=0"]
-    sizes = ["cache.shard_images=20", "cache.batch_size=20"]
+    sizes = ["cache.shard_images=20", "cache.batch_windows=20"]
     open_sample(toy_config(directory, *wide, *sizes, "dataset.n=20", "dataset.look=1"), "train", say=quiet)  # warm up
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     tokens = open_sample(toy_config(directory, *wide, *sizes, f"dataset.n={n}"), "train", say=quiet).tokens

@@ -40,6 +40,8 @@ def explained(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> str:
         (["model=siglip_base", "model.kwargs.depth=2"], r"of model.kwargs: none; .* added with \+model.kwargs.<key>=…"),
         (["+mode=train"], r"mode is there already; choose with mode=…, without a \+"),
         (["+experiment=binding_grid"], r"experiment is there already; choose with experiment=…, without a \+"),
+        (["cache.max_gb=1"], r"^cache.max_gb is called cache.disk_gb now; write cache.disk_gb=… instead$"),
+        (["trainer={batch_size: 1}"], r"^trainer.batch_size is called trainer.batch_images now; "),
         (["foo"], r"Error parsing override 'foo' missing EQUAL at '<EOF>'$"),
     ],
 )
@@ -60,8 +62,8 @@ def composed() -> DictConfig:
         ("trainer.epochs", "abc", "a whole number of at least 1"),
         ("trainer.epochs", 0, "a whole number of at least 1"),
         ("trainer.epochs", 1.5, "a whole number of at least 1"),
-        ("trainer.batch_size", True, "a whole number of at least 1"),
-        ("trainer.batch_size", [4], "a whole number"),
+        ("trainer.batch_images", True, "a whole number of at least 1"),
+        ("trainer.batch_images", [4], "a whole number"),
         ("trainer.lr", "abc", "a number of at least 0"),
         ("trainer.lr", float("nan"), "a number of at least 0"),
         ("trainer.lr", -1, "a number of at least 0"),
@@ -84,7 +86,7 @@ def test_a_value_of_another_kind_is_refused(composed: DictConfig, key: str, valu
         options.check(cfg)
 
 
-@pytest.mark.parametrize(("key", "value"), [("trainer.seeds", [0, 5]), ("trainer.lr", 1), ("cache.max_gb", 1), ("seed", 0)])
+@pytest.mark.parametrize(("key", "value"), [("trainer.seeds", [0, 5]), ("trainer.lr", 1), ("cache.disk_gb", 1), ("seed", 0)])
 def test_values_of_the_right_kind_pass(composed: DictConfig, key: str, value: object) -> None:
     cfg = composed.copy()
     OmegaConf.update(cfg, key, value, merge=False)
@@ -95,8 +97,9 @@ def test_values_of_the_right_kind_pass(composed: DictConfig, key: str, value: ob
     ("override", "said"),
     [
         ("+unknown=1", r"\+unknown=1 adds an option that nothing reads; valid keys at the top: cache, "),
-        ("+trainer.foo=1", r"\+trainer.foo=1 adds an option that nothing reads; valid keys of trainer: batch_size, "),
+        ("+trainer.foo=1", r"\+trainer.foo=1 adds an option that nothing reads; valid keys of trainer: batch_images, "),
         ("++probe.foo=1", r"nothing reads; valid keys of probe"),
+        ("+trainer.max_gb=1", r"^trainer.max_gb is called trainer.stack_gb now; write trainer.stack_gb=… instead$"),
         ("~wandb", r"~wandb takes an option away, and all of them are needed"),
         ("protocol.selection.patches=few", r"patches: got 'few', expected a whole number of at least 1 or all$"),
         ("protocol.selection.per_visit=abc", r"expected a whole number of at least 1 or null$"),
@@ -113,6 +116,16 @@ def test_values_of_the_right_kind_pass(composed: DictConfig, key: str, value: ob
 def test_what_nobody_reads_is_refused(override: str, said: str) -> None:
     with configured(override) as cfg, pytest.raises(UserError, match=said):
         options.check(cfg)
+
+
+@pytest.mark.parametrize(("key", "new"), options.RENAMED.items())
+def test_the_stored_configuration_of_an_older_run_is_read_with_the_new_names(composed: DictConfig, key: str, new: str) -> None:
+    stored = OmegaConf.create(OmegaConf.to_container(composed))  # as read from a file
+    section, _, name = new.rpartition(".")
+    stored[section].pop(name)
+    OmegaConf.update(stored, key, 7, force_add=True)
+    read = options.with_new_names(stored)
+    assert OmegaConf.select(read, new) == 7 and OmegaConf.select(read, key) is None
 
 
 def test_words_that_stand_for_numbers_pass() -> None:
@@ -151,7 +164,7 @@ WRONG = [
     (["+model.kwargs.nonsense=1"], r"does not take model.kwargs"),
     (["model.name=nonsense"], r"timm has no model nonsense"),
     (["cache.dtype=nonsense"], r"cache.dtype=nonsense is unknown"),
-    (["cache.max_gb=1e-9"], r"cache.max_gb is 1e-09"),
+    (["cache.disk_gb=1e-9"], r"cache.disk_gb is 1e-09"),
     (["device=nonsense"], r"device=nonsense is unknown|no CUDA device"),
     (["dataset.size=8"], r"dataset.size: got 8"),
     (["dataset.noise=much"], r"dataset.noise: got 'much', expected a number"),

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 def configure(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(ROOT / "cfgs"), version_base="1.3"):
-        return compose("config", ["trainer.epochs=3", "trainer.batch_size=8", "trainer.n_boot=50", *overrides])
+        return compose("config", ["trainer.epochs=3", "trainer.batch_images=8", "trainer.n_boot=50", *overrides])
 
 
 def open_test_run(folder: Path) -> Run:
@@ -54,7 +54,7 @@ def test_a_fit_in_a_stack_is_the_fit_alone(tmp_path: Path, overrides: list[str])
 
 def test_cutting_the_stack_by_layers_changes_nothing(tmp_path: Path) -> None:
     task, control, whole, run = fit_planted(configure(), tmp_path / "whole")
-    _, _, cut, _ = fit_planted(configure("trainer.max_gb=1e-9"), tmp_path / "cut")
+    _, _, cut, _ = fit_planted(configure("trainer.stack_gb=1e-9"), tmp_path / "cut")
     assert len(whole) == 1 and len(cut) == 2
     cfg = configure()
     scores = [

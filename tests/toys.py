@@ -86,10 +86,10 @@ def toy_config(directory: Path, *overrides: str) -> DictConfig:
         "protocol": OmegaConf.load(Path(__file__).parent.parent / "cfgs" / "protocol" / "clean.yaml").protocol,
         "cache": {
             "dir": str(directory),
-            "max_gb": 1,
+            "disk_gb": 1,
             "dtype": "float16",
             "shard_images": 4,
-            "batch_size": 3,
+            "batch_windows": 3,
             "workers": 0,
             "verify": False,
             "repair": False,
