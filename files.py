@@ -2,6 +2,7 @@
 
     write_atomically, publish   aside, flushed, renamed
     lock, wait, holder          an open file under `flock`: the system releases it when its process dies
+    read_json                   a JSON object, or one sentence on what is wrong with the file
     digest, plain, safe_name    names and short digests of JSON-able facts
 
 POSIX systems only.
@@ -67,8 +68,44 @@ def cannot_write(path: Path, error: OSError) -> UserError:
             f"the disk is full, writing {path} failed; free some space or choose another folder (cache.dir, output_dir), then "
             "repeat the command: it goes on where it stopped"
         )
+    if error.errno == errno.EFBIG:
+        return UserError(
+            f"{path} is larger than files may be here (`ulimit -f`), writing it failed; raise that limit, then repeat the "
+            "command: it goes on where it stopped"
+        )
     reason = error.strerror or type(error).__name__
     return UserError(f"{path} cannot be written ({reason}), set cache.dir or output_dir to a folder of your own")
+
+
+def unreadable(path: Path, error: OSError) -> str:
+    """What is wrong with a file that should be read, without what to do about it."""
+    if error.errno == errno.EISDIR:
+        return f"{path} is a folder where a file belongs"
+    return f"{path} cannot be read ({error.strerror or type(error).__name__})"
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object a file holds.
+
+    Args:
+        remedy: what to do about a damaged file, the end of the sentence.
+
+    Raises:
+        FileNotFoundError: there is none (nor the folder it would be in).
+        UserError: unreadable, not UTF-8, not JSON, nested too deeply, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(path) from None
+    except OSError as error:
+        raise UserError(f"{unreadable(path, error)}; {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"{path} is damaged ({reason}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged (no JSON object); {remedy}")
+    return value
 
 
 def digest(facts: Mapping[str, Any]) -> str:

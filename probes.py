@@ -22,19 +22,16 @@ T tokens, U tokens of a second set, D width, K outputs, r rank, h hidden.
 import hashlib
 import inspect
 import itertools
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from errors import UserError
 from forms import SymmetricForm, pair_scores, project, resolve_matmul_dtype, sum_scores
+from runs.states import load_state, save_state
 
 Layer = int | str
 
@@ -125,17 +122,12 @@ class Probe(nn.Module):
         return x.to(resolve_matmul_dtype(self.matmul_dtype, x.device, self.dim)).contiguous()
 
     def save(self, path: Path, **facts: Any) -> None:
-        """Write parameters, buffers, recipe and any JSON-able facts into one safetensors file, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        try:
-            save_file(tensors, aside, {"recipe": json.dumps(self.recipe), "facts": json.dumps(facts)})
-            os.replace(aside, path)
-        except OSError as error:
-            aside.unlink(missing_ok=True)
-            raise UserError(f"cannot write {path}: {error.strerror}; free some space and repeat the command") from error
+        """Write parameters, buffers, recipe and any JSON-able facts into one file, whole or not at all (`runs.states`).
+
+        Raises:
+            UserError: a weight is not finite, or the file cannot be written.
+        """
+        save_state(Path(path), self.state_dict(), {**self.recipe, "facts": facts})
 
 
 # ---------------------------------------------------------------------------------------------------------- pairwise
@@ -475,25 +467,25 @@ def build_probe(
     return probe
 
 
-def load_probe(path: Path, table: Mapping[str, type[Probe]] = PROBES) -> Probe:
+def load_probe(path: Path, table: Mapping[str, type[Probe]] = PROBES, expected: Mapping[str, Any] | None = None) -> Probe:
     """The probe a checkpoint holds (`Probe.save`), on the CPU; what was saved beside it is in `.facts`.
+
+    Args:
+        expected: facts the checkpoint must have (`runs.states.load_state`).
 
     Raises:
         UserError: the file is missing, damaged, or holds something else.
     """
+    state = load_state(path, {"facts": expected or {}})
+    recipe, given = {key: value for key, value in state.recipe.items() if key != "facts"}, {}
     try:
-        with safe_open(path, "pt") as file:
-            texts = file.metadata()
-            recipe, facts = json.loads(texts["recipe"]), json.loads(texts["facts"])
-            state = {key: file.get_tensor(key) for key in file.keys()}
-        given = {}
         if recipe["mode"] == "attention":
-            columns = zip(*(state[name] for name in Projections._fields), strict=True)
+            columns = zip(*(state.tensors[name] for name in Projections._fields), strict=True)
             given["projections"] = dict(zip(recipe["layers"], itertools.starmap(Projections, columns), strict=True))
         axes = {key: recipe[key] for key in ("seeds", "layers", "dim")}
         probe = build_probe({"mode": recipe["mode"], **recipe["knobs"]}, **axes, table=table, **given)
-        probe.load_state_dict(state)
-    except Exception as error:
-        raise UserError(f"the checkpoint {path} cannot be read ({error}); name another or repeat the fit") from error
-    probe.facts = facts
+        probe.load_state_dict(state.tensors)
+    except Exception as error:  # whatever a whole file that holds something else leads to
+        raise UserError(f"{path} holds no probe this version knows ({error}); name another or repeat the fit") from error
+    probe.facts = state.recipe["facts"]
     return probe

@@ -16,7 +16,6 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from omegaconf import DictConfig
 from PIL import Image
-from safetensors.torch import save
 from torch import Tensor
 
 import options
@@ -30,6 +29,7 @@ from patches.labels import patch_labels
 from patches.windows import cut_windows, merge_scores
 from probes import Probe, load_probe
 from runs.run import PATCH_MODES, Run, checkpoint_files, newest_run, read_config
+from runs.states import pack
 from show.style import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE, YELLOW, figure_pixels, png_bytes
 from store.index import build_dataset
 
@@ -238,7 +238,7 @@ def write_score_maps(maps: ScoreMaps, folder: Path, *, gif: bool, facts: Mapping
     numbers = {"patch_scores": maps.patch_scores, "maps": maps.maps.half(), "identity": maps.identity}
     files = {
         f"{stem}.png": png_bytes(draw_score_maps(maps)),
-        f"{stem}.safetensors": save({name: value.contiguous() for name, value in numbers.items()}),
+        f"{stem}.safetensors": pack(numbers, told, stem),
         f"{stem}.json": (json.dumps(told, indent=2) + "\n").encode(),
     }
     if gif:

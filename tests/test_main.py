@@ -190,7 +190,7 @@ def test_eval_refuses_a_checkpoint_of_another_probe_and_names_what_is_missing(
         run(folder, *asked)
     file = next((mixed / "checkpoints" / "probe").glob("best*"))
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(SystemExit, match=rf"the checkpoint {file} cannot be read .* name another or repeat the fit"):
+    with pytest.raises(SystemExit, match=rf"{file} is damaged .*; delete it and repeat the command that wrote it"):
         run(folder, *asked)
 
 
