@@ -30,6 +30,8 @@ from errors import UserError
 
 ROOT = Path(__file__).parent
 T = TypeVar("T")
+HOST = hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
+_cleaned: set[Path] = set()  # folders this process has written to
 
 
 def write_atomically(path: Path, *parts: bytes | str | memoryview | np.ndarray) -> None:
@@ -44,9 +46,12 @@ def write_atomically(path: Path, *parts: bytes | str | memoryview | np.ndarray) 
     Raises:
         UserError: the disk is full or the folder cannot be written; nothing is left behind.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.parent not in _cleaned:
+            _cleaned.add(path.parent)
+            _remove_leftovers(path.parent)
         with open(aside, "wb") as file:
             for part in parts:
                 file.write(part.encode() if isinstance(part, str) else part)
@@ -59,6 +64,17 @@ def write_atomically(path: Path, *parts: bytes | str | memoryview | np.ndarray) 
         if isinstance(error, OSError):
             raise cannot_write(path, error) from error
         raise
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes of this machine wrote aside; those of other machines cannot be asked."""
+    for left in folder.glob(f".*.{HOST}-*.part"):
+        try:
+            os.kill(int(left.name.rpartition("-")[2].removesuffix(".part")), 0)
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except (ValueError, PermissionError):  # not a name of ours; a process of somebody else
+            continue
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
