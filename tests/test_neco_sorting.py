@@ -154,7 +154,7 @@ def test_pieces_change_nothing() -> None:
         torch.testing.assert_close(order_cross_entropy(student, teacher, Sorter(rows=rows), Sorter(rows=rows)), together)
 
 
-@pytest.mark.parametrize("sorter", [Sorter("quick"), Sorter(swap="tanh"), Sorter(steepness=0.0), Sorter(steepness=float("nan"))])
+@pytest.mark.parametrize("sorter", [Sorter("quick"), Sorter(swap="tanh"), Sorter(steepness=0.0), Sorter(steepness=torch.nan)])
 def test_what_cannot_be_sorted_is_refused(sorter: Sorter) -> None:
     with pytest.raises(UserError, match="expected"):
         relaxed_sort(torch.rand(1, 3), sorter)
