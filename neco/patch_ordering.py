@@ -23,7 +23,8 @@ from torchvision.ops import roi_align
 from torchvision.transforms.v2 import functional as pixels
 
 from errors import UserError
-from neco.sorting import Sorter, order_cross_entropy
+from neco.networks import Sorter
+from neco.sorting import order_cross_entropy
 
 
 def _distance(cells: Tensor, patches: Tensor) -> Tensor:

@@ -1,12 +1,7 @@
-"""Differentiable sorting: relaxed sorting networks by gathered compare-exchange, and the cross-entropy of two of them.
+"""Differentiable sorting: the weights of a relaxed network by gathered compare-exchange, and the cross-entropy of two.
 
-A sorting network is a fixed list of compare-exchanges. Relaxed (Petersen et al., arXiv 2105.04019 and 2203.09630), a
-compare-exchange of the values a and b keeps them with probability p = f(s (b - a)) and swaps them otherwise:
-
-    low = p a + (1 - p) b        high = (1 - p) a + p b
-
-The same mixing of the columns of an identity matrix gives P[i, j], the weight of input i at ascending rank j; rows and
-columns sum to 1, and the sorted values are x P. Large steepness s gives the hard sort.
+The mixing that a relaxed compare-exchange does to two values (`networks`), done to the columns of an identity matrix, gives
+P[i, j], the weight of input i at ascending rank j; rows and columns sum to 1, and the sorted values are x P.
 
 Every layer is one gather and a few element-wise products on [wires, inputs, rows]; nothing is multiplied by a dense
 permutation matrix, and nothing but the input survives the forward pass: backward recomputes the network in pieces of rows,
@@ -22,162 +17,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from errors import UserError
-
-Swap = Callable[[Tensor, float], Tensor]
-PHI = (0.25, 1e-10)  # of logistic_phi: exponent lambda and the epsilon beside the distance
-
-
-# ---------------------------------------------------------------------------------------------------- swap functions
-
-
-def _cauchy(distance: Tensor, steepness: float) -> Tensor:
-    """1/2 + atan(v) / pi, written as an angle: for large negative v the sum would cancel."""
-    return (torch.atan2(torch.ones_like(distance), -steepness * distance) / math.pi).log()
-
-
-def _logistic_phi(distance: Tensor, steepness: float) -> Tensor:
-    """Logistic with the distance divided by its own power (arXiv 2105.04019, activation replacement trick)."""
-    return F.logsigmoid(steepness * distance / (distance.abs() + PHI[1]) ** PHI[0])
-
-
-def _gaussian(distance: Tensor, steepness: float) -> Tensor:
-    """Normal distribution function; its tail by erfcx, because the gradient of log_ndtr is 0 / 0 there."""
-    v = steepness * distance
-    tail, middle = v.clamp_max(-3), v.clamp_min(-3)
-    by_tail = (torch.special.erfcx(-tail / math.sqrt(2)) / 2).log() - tail.square() / 2
-    return torch.where(v < -3, by_tail, torch.special.ndtr(middle).log())
-
-
-def _reciprocal(distance: Tensor, steepness: float) -> Tensor:
-    """(v / (2 + |v|) + 1) / 2, without the difference of nearly equal numbers."""
-    v = steepness * distance
-    return torch.where(v < 0, -torch.log(2 + v.abs()), torch.log1p(v.abs()) - torch.log(2 + v.abs()))
-
-
-def _optimal(distance: Tensor, steepness: float) -> Tensor:
-    """Line v + 1/2 up to |v| = 1/4, hyperbolic tails beyond (arXiv 2203.09630)."""
-    v = steepness * distance
-    tail = 1 / (16 * v.abs().clamp_min(0.25))
-    middle = (v.clamp(-0.25, 0.25) + 0.5).log()
-    return torch.where(v.abs() <= 0.25, middle, torch.where(v < 0, tail.log(), torch.log1p(-tail)))
-
-
-# log f(distance, steepness): the probability that a compare-exchange leaves two values as they are. f(-d) = 1 - f(d).
-SWAPS: dict[str, Swap] = {
-    "cauchy": _cauchy,
-    "logistic": lambda distance, steepness: F.logsigmoid(steepness * distance),
-    "logistic_phi": _logistic_phi,
-    "gaussian": _gaussian,
-    "reciprocal": _reciprocal,
-    "optimal": _optimal,
-}
-
-
-# ---------------------------------------------------------------------------------------------------- networks
-
-Comparators = tuple[tuple[int, int], ...]  # of one layer: (wire that gets the smaller value, wire that gets the larger)
-
-
-def _odd_even(n: int) -> list[Comparators]:
-    return [tuple((k, k + 1) for k in range(layer % 2, n - 1, 2)) for layer in range(n)]
-
-
-def _bitonic(n: int) -> list[Comparators]:
-    """The network of the next power of two; comparators that touch one of its first, missing wires are left out."""
-    steps = (n - 1).bit_length()
-    offset, layers = 2**steps - n, []
-    for block in range(steps):
-        for stride in (2**k for k in range(block, -1, -1)):
-            pairs = [(i, i + stride) for i in range(offset, n + offset) if not i & stride]
-            ordered = [pair if not (pair[0] >> (block + 1)) & 1 else pair[::-1] for pair in pairs]
-            layers.append(tuple((low - offset, high - offset) for low, high in ordered))
-    return layers
-
-
-NETWORKS: dict[str, Callable[[int], list[Comparators]]] = {"bitonic": _bitonic, "odd_even": _odd_even}
-
-
-def comparators(network: str, n: int) -> list[Comparators]:
-    """The layers of a sorting network over n wires, each a list of (wire of the smaller value, wire of the larger).
-
-    Raises:
-        UserError: no such network.
-    """
-    if network not in NETWORKS:
-        raise UserError(f"neco.network={network} is unknown, expected one of {', '.join(NETWORKS)}")
-    return NETWORKS[network](n)
-
-
-class _Step(NamedTuple):
-    """One layer: take the wires in this order (smaller outputs, larger outputs, the rest), compare the first 2 `pairs`."""
-
-    gather: Tensor
-    scatter: Tensor  # the inverse of gather
-    pairs: int
-
-
-@functools.lru_cache(maxsize=64)
-def _plan(network: str, n: int, device: torch.device) -> tuple[list[_Step], Tensor]:
-    """The steps, and the gather that brings the wires back into order at the end."""
-    steps, order = [], list(range(n))
-    for layer in comparators(network, n):
-        lows, highs = [low for low, _ in layer], [high for _, high in layer]
-        wires = lows + highs + sorted(set(range(n)) - set(lows) - set(highs))
-        gather = torch.tensor([order.index(wire) for wire in wires], device=device)
-        steps.append(_Step(gather, gather.argsort(), len(layer)))
-        order = wires
-    return steps, torch.tensor([order.index(wire) for wire in range(n)], device=device)
-
-
-# ---------------------------------------------------------------------------------------------------- the values
-
-
-class Sorter(NamedTuple):
-    """What is sorted how.
-
-    network: of `NETWORKS`; steepness: above 0, the larger the harder; swap: of `SWAPS`.
-    rows: rows whose weights are computed at once (bounds the working memory); None: what suits the device.
-    """
-
-    network: str = "bitonic"
-    steepness: float = 100.0
-    swap: str = "cauchy"
-    rows: int | None = None
-
-    def check(self) -> Sorter:
-        """This, if it can be computed.
-
-        Raises:
-            UserError: an unknown network or swap function, a steepness that is no positive number.
-        """
-        comparators(self.network, 1)
-        if self.swap not in SWAPS:
-            raise UserError(f"neco.swap={self.swap} is unknown, expected one of {', '.join(SWAPS)}")
-        if not 0 < self.steepness < math.inf:
-            raise UserError(f"neco steepness: got {self.steepness}, expected a number above 0, such as 100")
-        return self
-
-
-def _log_keeps(x: Tensor, sorter: Sorter) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Sorted values [n, R] of x [n, R], and per layer (log p, log(1 - p)), each [pairs, R]. Plain autograd."""
-    steps, restore = _plan(sorter.network, len(x), x.device)
-    swap, keeps = SWAPS[sorter.swap], []
-    for step in steps:
-        low, high, rest = x.index_select(0, step.gather).split([step.pairs, step.pairs, len(x) - 2 * step.pairs])
-        keep, change = swap(high - low, sorter.steepness), swap(low - high, sorter.steepness)
-        keeps.append((keep, change))
-        p, q = keep.exp(), change.exp()
-        x = torch.cat([p * low + q * high, q * low + p * high, rest])
-    return x.index_select(0, restore), keeps
-
+from neco.networks import Sorter, log_keeps, plan
 
 # ---------------------------------------------------------------------------------------------------- the weights
 
@@ -190,7 +35,7 @@ class _Weights:
 
     def __init__(self, sorter: Sorter, values: Tensor, rows: int, records: bool) -> None:
         self.n = n = len(values)
-        self.steps, self.restore = _plan(sorter.network, n, values.device)
+        self.steps, self.restore = plan(sorter.network, n, values.device)
         new = functools.partial(torch.empty, n, n, rows, dtype=values.dtype, device=values.device)
         self.states = [new() for _ in range(len(self.steps) if records else 1)]  # before each step
         self.mixed, self.result = new(), new()
@@ -237,7 +82,7 @@ def _mix(state: Tensor, p: Tensor, q: Tensor, m: int, out: Tensor) -> Tensor:
 def _log_weights(keeps: list, sorter: Sorter, n: int, kept: list[Tensor] | None) -> Tensor:
     """Log P as [j, i, R] from (log p, log(1 - p)) of each step; `kept` collects the state before each."""
     like, rows = keeps[0][0], keeps[0][0].shape[-1]
-    steps, restore = _plan(sorter.network, n, like.device)
+    steps, restore = plan(sorter.network, n, like.device)
     state = torch.eye(n, dtype=like.dtype, device=like.device).log()[:, :, None].expand(n, n, rows)
     for step, (p, q) in zip(steps, keeps, strict=True):
         m, p, q = step.pairs, p[:, None], q[:, None]
@@ -251,7 +96,7 @@ def _log_weights(keeps: list, sorter: Sorter, n: int, kept: list[Tensor] | None)
 
 def _log_weights_backward(grad: Tensor, keeps: list, kept: list[Tensor], sorter: Sorter) -> list[tuple[Tensor, Tensor]]:
     """Gradients of (log p, log(1 - p)) per step, from that of log P as [j, i, R]."""
-    steps, restore = _plan(sorter.network, len(grad), grad.device)
+    steps, restore = plan(sorter.network, len(grad), grad.device)
     grad, found = grad.index_select(0, restore.argsort()), []
     for step, (p, q), state in zip(reversed(steps), reversed(keeps), reversed(kept), strict=True):
         m, p, q = step.pairs, p[:, None], q[:, None]
@@ -306,7 +151,7 @@ def _walk(values: Tensor, sorter: Sorter, visit: Visit, grad_ranked: Tensor | No
         rows = slice(start, min(start + 8 * size, total))
         with torch.set_grad_enabled(wants_grad):
             x = values[rows].detach().T.contiguous().requires_grad_(wants_grad)  # [n, R]: every step is contiguous
-            y, logs = _log_keeps(x, sorter)
+            y, logs = log_keeps(x, sorter)
         ranked[rows] = y.detach().T
         with torch.no_grad():
             work = work or _Weights(sorter, x, min(size, x.shape[1]), wants_grad)

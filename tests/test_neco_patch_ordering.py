@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from neco.crops import crop_boxes
+from neco.networks import Sorter
 from neco.patch_ordering import (
     Ordering,
     Pairs,
@@ -18,7 +19,7 @@ from neco.patch_ordering import (
     ordering_loss,
     references_of_batch,
 )
-from neco.sorting import Sorter, relaxed_sort
+from neco.sorting import relaxed_sort
 
 GOLDEN = Path(__file__).parent / "golden/neco"
 LOSS = json.loads((GOLDEN / "neco_loss.json").read_text())
@@ -44,7 +45,7 @@ def boxes(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("case", LOSS["cases"], ids=lambda case: f"{case['network']}-{case['similarity']}-{case['student_steepness']}")
+@pytest.mark.parametrize("case", LOSS["cases"], ids=lambda c: f"{c['network']}-{c['similarity']}-{c['student_steepness']}")
 def test_reference_loss_and_gradients(case: dict, dtype: torch.dtype) -> None:
     leaves, student, teacher = inputs(dtype)
     sorters = [Sorter(case["network"], case[f"{who}_steepness"]) for who in ("student", "teacher")]

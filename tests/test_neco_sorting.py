@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from neco.sorting import NETWORKS, SWAPS, Sorter, comparators, log_weights, order_cross_entropy, relaxed_sort
+from neco.networks import NETWORKS, SWAPS, Sorter, comparators
+from neco.sorting import log_weights, order_cross_entropy, relaxed_sort
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/neco/diffsort.json").read_text())
 
