@@ -1,0 +1,182 @@
+"""A stack of linear heads on grids of patch tokens and how it is trained; `linear_seg` chooses and scores them.
+
+Scaling logits up is the same as scaling tokens up (both are linear), so a head works on the grid of patches and only its
+C logits are scaled. A head alone and the same head in a stack give the same numbers: the loss is a sum over heads, the
+optimisers are element-wise, all heads read the same batches, and each draws its weights from a generator of its own.
+Shapes: L layers, G = R recipes x S seeds, B images, h x w patches, D width, C classes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dense.contract import resize_map, soft_labels
+from errors import UserError
+from probes import fit_generator
+
+Batch = tuple[Tensor, Tensor]  # tokens [L, B, h, w, D], label maps at the input resolution [B, h p, w p]
+
+
+class Normalization(nn.Module):
+    """What happens to the channels of each layer before the heads: nothing, fixed statistics, or those of the batch."""
+
+    def __init__(self, kind: str, layers: int, dim: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.register_buffer("mean", torch.zeros(layers, dim))
+        self.register_buffer("var", torch.ones(layers, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens [L, B, h, w, D], normalised."""
+        if self.kind == "none":
+            return x
+        if self.kind == "standardize":
+            shape = (len(x), 1, 1, 1, -1)
+            return (x - self.mean.view(shape)) * self.var.rsqrt().view(shape)
+        n_layers, dim = len(x), x.shape[-1]
+        flat = x.flatten(1, 3).transpose(0, 1).flatten(1)  # [n, L D]: every channel of every layer is a channel
+        flat = F.batch_norm(flat, self.mean.view(-1), self.var.view(-1), training=self.training)
+        return flat.view(-1, n_layers, dim).transpose(0, 1).reshape(x.shape)
+
+
+class Heads(nn.Module):
+    """A stack of 1 x 1 convolutions: R recipes x S seeds for each of L layers.
+
+    Every recipe (learning rate, weight decay) has parameters of its own, so that the optimisers of torch can be used.
+    """
+
+    def __init__(self, n_recipes: int, seeds: Sequence[int], layers: Sequence[int | str], dim: int, n_classes: int) -> None:
+        super().__init__()
+        self.n_recipes, self.n_seeds, self.n_classes = n_recipes, len(seeds), n_classes
+        start = torch.empty(len(layers), dim, len(seeds), n_classes)
+        offset = torch.empty(len(layers), len(seeds), n_classes)
+        bound = 1 / math.sqrt(dim)  # as torch starts a convolution
+        for (i, layer), (s, seed) in itertools.product(enumerate(layers), enumerate(seeds)):
+            start[i, :, s].uniform_(-bound, bound, generator=fit_generator(seed, layer, 0))
+            offset[i, s].uniform_(-bound, bound, generator=fit_generator(seed, layer, 1))
+        self.weights = nn.ParameterList([nn.Parameter(start.clone()) for _ in range(n_recipes)])  # R of [L, D, S, C]
+        self.offsets = nn.ParameterList([nn.Parameter(offset.clone()) for _ in range(n_recipes)])  # R of [L, S, C]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [L, B, h, w, R S, C] of normalised tokens [L, B, h, w, D]."""
+        weight, offset = torch.cat(list(self.weights), 2), torch.cat(list(self.offsets), 1)
+        logits = torch.baddbmm(offset.flatten(1)[:, None], x.flatten(1, 3), weight.flatten(2))
+        return logits.view(*x.shape[:4], self.n_recipes * self.n_seeds, self.n_classes)
+
+
+def patch_loss(logits: Tensor, shares: Tensor) -> Tensor:
+    """Cross-entropy with the class shares of the patches, summed over patches, [L, G].
+
+    Args:
+        logits: [L, B, h, w, G, C]; shares: [B, h, w, C], which sum to the labelled part of a patch.
+    """
+    known = shares.sum(-1)
+    named = torch.einsum("lbhwgc,bhwc->lg", logits, shares)
+    return torch.einsum("lbhwg,bhw->lg", logits.logsumexp(-1), known) - named
+
+
+def pixel_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of logits scaled up bilinearly with a label map [B, H, W], -1 ignored, summed over pixels, [L, G]."""
+    n_layers, n_images, _, _, n_heads, n_classes = logits.shape
+    x = logits.permute(0, 1, 4, 5, 2, 3).flatten(0, 1).flatten(1, 2)  # [L B, G C, h, w]
+    x = F.interpolate(x, size=target.shape[1:], mode="bilinear", align_corners=False)
+    x = x.view(n_layers, n_images, n_heads, n_classes, *target.shape[1:]).permute(0, 2, 1, 3, 4, 5)
+    wanted = target.expand(n_layers, n_heads, -1, -1, -1).flatten(0, 2)
+    losses = F.cross_entropy(x.flatten(0, 2), wanted, ignore_index=-1, reduction="none")
+    return losses.view(n_layers, n_heads, -1).sum(-1)
+
+
+class Recipe(NamedTuple):
+    """How the heads are trained; see `linear_seg`."""
+
+    lrs: Sequence[float]
+    weight_decays: Sequence[float]
+    epochs: int
+    batch_size: int
+    optimizer: str
+    momentum: float
+    schedule: str
+    drop_at: int
+    gamma: float
+    warmup: float
+    loss: str
+    loss_size: int
+    max_gb: float
+
+    @property
+    def grid(self) -> list[tuple[float, float]]:
+        """Every learning rate with every weight decay."""
+        return list(itertools.product(self.lrs, self.weight_decays))
+
+    def rate(self, epoch: float) -> float:
+        """Factor of the learning rate at a fractional epoch."""
+        if epoch < self.warmup:
+            return (epoch + 1e-8) / self.warmup
+        share = min(epoch / self.epochs, 1.0)
+        return {
+            "constant": 1.0,
+            "step": self.gamma ** (int(epoch) // self.drop_at),
+            "linear": 1.0 - share,
+            "cosine": 0.5 * (1 + math.cos(math.pi * share)),
+        }[self.schedule]
+
+    def optimizer_for(self, heads: Heads) -> torch.optim.Optimizer:
+        """One group per recipe; the decay falls on offsets too, as the optimisers of torch do by default."""
+        groups = [
+            {"params": [w, b], "lr": lr, "weight_decay": decay, "base": lr}
+            for w, b, (lr, decay) in zip(heads.weights, heads.offsets, self.grid, strict=True)
+        ]
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=0.1, momentum=self.momentum)
+        return torch.optim.AdamW(groups, lr=0.1)
+
+
+def train_epoch(
+    heads: Heads,
+    norm: Normalization,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Batch],
+    n_batches: int,
+    epoch: int,
+    recipe: Recipe,
+) -> None:
+    """One pass over the training images; a batch is cut into parts that fit `max_gb`, which changes no number.
+
+    Raises:
+        UserError: a loss that is not finite.
+    """
+    heads.train()
+    norm.train()
+    for step, (x, maps) in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = group["base"] * recipe.rate(epoch + step / n_batches)
+        x = norm(x)
+        if recipe.loss == "patches":
+            target = soft_labels(maps, x.shape[2:4], heads.n_classes)  # [B, h, w, C]
+            count, area = target.sum(), x.shape[2] * x.shape[3]
+        else:
+            target = resize_map(maps, (recipe.loss_size,) * 2)
+            target = torch.where((target >= 0) & (target < heads.n_classes), target, -1)
+            count, area = (target >= 0).sum(), recipe.loss_size**2
+        if not count:
+            continue
+        floats = len(x) * area * heads.n_recipes * heads.n_seeds * heads.n_classes
+        part = max(1, int(recipe.max_gb * 1e9 // (16 * floats)))
+        optimizer.zero_grad(set_to_none=True)
+        for rows in torch.arange(x.shape[1]).split(part):
+            measure = patch_loss if recipe.loss == "patches" else pixel_loss
+            loss = measure(heads(x[:, rows]), target[rows]) / count  # [L, G]
+            if not torch.isfinite(loss).all():
+                raise UserError(
+                    f"the loss of linear segmentation is not finite in epoch {epoch + 1} (learning rates "
+                    f"{list(recipe.lrs)}); leave out the largest, or set normalize=standardize"
+                )
+            loss.sum().backward()
+        optimizer.step()
