@@ -133,7 +133,8 @@ def retrieval(options: argparse.Namespace) -> list[str]:
     share = median(flop / a / (2 * 2048**3 / b) for a, b in zip(times["ours"], times["products"], strict=True))
     rate = flop / median(times["ours"]) / 1e9
     return [
-        f"retrieval     {options.queries} queries, memory {options.bank} x {options.dim}: {rate:.0f} GFLOP/s, {share:.2f} of the machine's matrix products, {ratio(times, 'published', 'ours'):.1f} x the published speed"
+        f"retrieval     {options.queries} queries, memory {options.bank} x {options.dim}: {rate:.0f} GFLOP/s, "
+        f"{share:.2f} of the machine's matrix products, {ratio(times, 'published', 'ours'):.1f} x the published speed"
     ]
 
 
@@ -187,8 +188,9 @@ def linear(options: argparse.Namespace) -> list[str]:
     times = interleave({**calls, "one on pixels": stepper(lrs[:1], 1, "pixels")}, options.rounds)
     seconds = median(times["stack"])
     return [
-        f"linear        a step of {options.images} images, 45 heads: {seconds:.2f} s, {ratio(times, 'stack', 'one'):.1f} x one head of ours, {ratio(times, 'stack', 'published'):.1f} x one published head; "
-        f"one head on pixels: {ratio(times, 'published', 'one on pixels'):.1f} x the published speed"
+        f"linear        a step of {options.images} images, 45 heads: {seconds:.2f} s, "
+        f"{ratio(times, 'stack', 'one'):.1f} x one head of ours, "
+        f"{ratio(times, 'stack', 'published'):.1f} x one published head; one head on pixels: {ratio(times, 'published', 'one on pixels'):.1f} x the published speed"
     ]
 
 

@@ -39,13 +39,14 @@ def test_projection_equals_a_plain_decomposition():
 
 def test_planted_classes_are_found_and_every_image_counts():
     grids, maps = planted()
-    results = overcluster({"test": grids}, {"test": maps}, n_clusters=["classes", 12], seeds=2, pca=4, iterations=10, size=18)
+    options = {"n_clusters": ["classes", 12], "seeds": 2, "pca": 4, "iterations": 10, "restarts": 2, "size": 18}
+    results = overcluster({"test": grids}, {"test": maps}, **options)
     assert len(results) == 2 * 2 * 3
     published = [r for r in results if r.notes["published"]]
     assert [r.setting["matching"] for r in published] == ["hungarian"] * 2 + ["many_to_one_precision"] * 2
     assert all(float(r.metrics["miou"].value) > 0.99 for r in published)
     assert all(int(r.confusion.sum()) == 9 * 18 * 18 for r in results)
-    again = overcluster({"test": grids}, {"test": maps}, n_clusters=["classes", 12], seeds=2, pca=4, iterations=10, size=18)
+    again = overcluster({"test": grids}, {"test": maps}, **options)
     assert all(torch.equal(a.confusion, b.confusion) for a, b in zip(results, again, strict=True))
 
 
@@ -53,7 +54,7 @@ def test_shuffled_labels_are_not_found():
     grids, maps = planted()
     order = torch.randperm(9)
     shuffled = maps.subset(order.roll(1))
-    found = overcluster({"test": grids}, {"test": shuffled}, n_clusters=4, seeds=1, pca=4, iterations=10, size=18)
+    found = overcluster({"test": grids}, {"test": shuffled}, n_clusters=4, seeds=1, pca=4, iterations=10, restarts=2, size=18)
     assert all(float(r.metrics["miou"].value) < 0.5 for r in found)
 
 
