@@ -190,7 +190,8 @@ def linear(options: argparse.Namespace) -> list[str]:
     return [
         f"linear        a step of {options.images} images, 45 heads: {seconds:.2f} s, "
         f"{ratio(times, 'stack', 'one'):.1f} x one head of ours, "
-        f"{ratio(times, 'stack', 'published'):.1f} x one published head; one head on pixels: {ratio(times, 'published', 'one on pixels'):.1f} x the published speed"
+        f"{ratio(times, 'stack', 'published'):.1f} x one published head; one head on pixels: "
+        f"{ratio(times, 'published', 'one on pixels'):.1f} x the published speed"
     ]
 
 
