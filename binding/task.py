@@ -33,7 +33,7 @@ from activation import PatchSample
 from binding.examples import decoded_examples
 from binding.information import binding_estimates, bits_per_image, suspicions
 from binding.probes import BINDING_PROBES, check_knobs
-from datasets.codes import split_report
+from datasets.splits import split_report
 from errors import UserError
 from files import write_atomically
 from metrics.bootstrap import mean_estimate, mean_over_seeds

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-import datasets.codes as codes
-from datasets.codes import Prior, check_whole
+import datasets.priors as priors
 from datasets.color_shape import ColorShape, published_streams
+from datasets.sampling import random_words, sample_until, smallest, stream, unit
+from datasets.scene import check_whole
 from errors import UserError
 
 IDLE = {"distribution_mode", "f_split_max_attempt_factor"}  # knobs of ColorShape's own law
@@ -111,8 +112,8 @@ class BalancedColorShape(ColorShape):
     def _largest_scene(self) -> int:
         return self.num_objects
 
-    def _prior(self) -> Prior:
-        return codes.balanced(self.groups.sizes, self.num_objects)
+    def _prior(self) -> priors.Prior:
+        return priors.balanced(self.groups.sizes, self.num_objects)
 
     def _candidates(self) -> np.ndarray:
         """Feature codes of the wanted shape: combinations of colours outside, of shapes inside, lexicographic."""
@@ -124,16 +125,16 @@ class BalancedColorShape(ColorShape):
 
     def _draw(self, n: int, budget: int) -> tuple[np.ndarray, int]:
         del budget  # the feature code is chosen, never refused
-        key = codes.stream(self.name, self.seed, self.split, "features")
-        chosen = (codes.unit(codes.random_words(key, np.arange(n), 0, 1))[:, 0] * len(self.support)).astype(int)
-        key, cells = codes.stream(self.name, self.seed, self.split, "objects"), self.chosen[0] * self.chosen[1]
+        key = stream(self.name, self.seed, self.split, "features")
+        chosen = (unit(random_words(key, np.arange(n), 0, 1))[:, 0] * len(self.support)).astype(int)
+        key, cells = stream(self.name, self.seed, self.split, "objects"), self.chosen[0] * self.chosen[1]
 
         def draw(indices: np.ndarray, attempt: int) -> np.ndarray:
-            words = codes.random_words(key, indices, attempt * cells, cells)
-            return codes.smallest(words, np.full(len(indices), self.num_objects))
+            words = random_words(key, indices, attempt * cells, cells)
+            return smallest(words, np.full(len(indices), self.num_objects))
 
         why = "raise dataset.object_sample_max_attempts or num_objects"
-        found, attempts = codes.sample_until(n, draw, self._covers, n * self.attempts_per_scene, why)
+        found, attempts = sample_until(n, draw, self._covers, n * self.attempts_per_scene, why)
         return self._spread(found, self.support[chosen]), attempts
 
     def _draw_published(self, n: int, budget: int) -> tuple[np.ndarray, int]:

@@ -22,9 +22,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-import datasets.codes as codes
-from datasets.codes import CodeScenes, Groups, Prior, check_whole, data_folder, split_name
-from datasets.scene import Scene, UnreadableScene, check_choice, file_fingerprint, read_image
+import datasets.priors as priors
+from datasets.codes import CodeScenes, Groups
+from datasets.listings import data_folder, file_fingerprint
+from datasets.pictures import read_image
+from datasets.scene import Scene, UnreadableScene, check_choice, check_whole
+from datasets.splits import SPLITS, split_name
 from errors import UserError
 
 VALUES = {
@@ -48,7 +51,7 @@ class Clevr(CodeScenes):
             published 40 000 cut 80:20, and 5 000. A range that reaches beyond the release is clipped, which is
             among the report's warnings.
         max_objects: M (or k) of the assumed law.
-        prior: law of Y: "uniform<=M", "fixed_k", "independent_draws" or "empirical" (see `datasets.codes`).
+        prior: law of Y: "uniform<=M", "fixed_k", "independent_draws" or "empirical" (see `datasets.priors`).
         on_error: "raise", or "skip" to leave out scenes whose scene file is unreadable (named in the report);
             unreadable images raise `UnreadableScene` either way, for the caller to decide.
 
@@ -85,7 +88,7 @@ class Clevr(CodeScenes):
             )
         lengths = {"train": n_train, "val": n_val, "test": n_test}
         lengths = {name: check_whole(f"n_{name}", length, 0) for name, length in lengths.items()}
-        first = sum(lengths[name] for name in codes.SPLITS[: codes.SPLITS.index(self.split)])
+        first = sum(lengths[name] for name in SPLITS[: SPLITS.index(self.split)])
         wanted = range(first, first + lengths[self.split])
         found = range(first, min(wanted.stop, self.total))
         if not found:
@@ -154,10 +157,10 @@ class Clevr(CodeScenes):
             },
         }
 
-    def _law(self, name: str, training: np.ndarray) -> Prior:
+    def _law(self, name: str, training: np.ndarray) -> priors.Prior:
         if name == "empirical":
-            return codes.empirical_sizes(self.groups.sizes, training)
-        make = {"uniform<=M": codes.uniform_up_to, "fixed_k": codes.fixed_size, "independent_draws": codes.independent_draws}
+            return priors.empirical_sizes(self.groups.sizes, training)
+        make = {"uniform<=M": priors.uniform_up_to, "fixed_k": priors.fixed_size, "independent_draws": priors.independent_draws}
         return make[name](self.groups.sizes, self.max_objects)
 
     def _locate(self, scene_id: int, folder: str, ending: str) -> Path:

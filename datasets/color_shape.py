@@ -23,9 +23,13 @@ import PIL
 import torch
 from PIL import Image, ImageDraw
 
-import datasets.codes as codes
-from datasets.codes import CodeScenes, Groups, Prior, check_whole
-from datasets.scene import Scene, UnreadableScene, check_choice, split_planes
+import datasets.priors as priors
+import datasets.sampling as random_draws
+from datasets.codes import CodeScenes, Groups
+from datasets.pictures import split_planes
+from datasets.priors import Prior
+from datasets.scene import Scene, UnreadableScene, check_choice, check_whole
+from datasets.splits import SPLITS, pack, parse_buckets, split_codes, split_name
 from errors import UserError
 
 GENERATOR_VERSION = 1  # part of the fingerprint: raise it with every change that alters a code, a box or a pixel
@@ -127,7 +131,7 @@ class ColorShape(CodeScenes):
         distribution_mode: "uniform", the only published law.
         max_objects: most objects in a scene; None for no limit.
         seed: of the whole data set.
-        split_mode and f_split_*, exclude_all_ones_f: which feature codes a split holds, see `codes.split_codes`.
+        split_mode and f_split_*, exclude_all_ones_f: which feature codes a split holds, see `splits.split_codes`.
         f_split_max_attempt_factor: draws per wanted scene before sampling is given up.
         n_train, n_val, n_test: scenes; the defaults are the published 49 000 cut 80:20, and 9 800.
         sampling: "hashed" or "published", see the module text.
@@ -170,7 +174,7 @@ class ColorShape(CodeScenes):
         sampling: str = "hashed",
         on_error: str = "raise",
     ) -> None:
-        self.split, self.on_error = codes.split_name(split), on_error
+        self.split, self.on_error = split_name(split), on_error
         check_choice("on_error", on_error, ("raise", "skip"))
         check_choice("sampling", sampling, ("hashed", "published"))
         check_choice("distribution_mode", distribution_mode, ("uniform",))
@@ -199,13 +203,13 @@ class ColorShape(CodeScenes):
             "salt": f_split_salt,
             "exclude_all_ones": bool(exclude_all_ones_f),
             "hash_mod": f_split_hash_mod,
-            "test_buckets": codes.parse_buckets(f_split_test_buckets, "f_split_test_buckets"),
-            "val_buckets": codes.parse_buckets(f_split_val_buckets, "f_split_val_buckets"),
+            "test_buckets": parse_buckets(f_split_test_buckets, "f_split_test_buckets"),
+            "val_buckets": parse_buckets(f_split_val_buckets, "f_split_val_buckets"),
             "train_count": f_split_train_count,
             "val_count": f_split_val_count,
             "test_count": f_split_test_count,
         }
-        self.support = codes.split_codes(self._candidates(), self.split, **self.rule)  # [n_F, n]
+        self.support = split_codes(self._candidates(), self.split, **self.rule)  # [n_F, n]
         if not len(self.support):
             raise UserError(f"dataset.split_mode={split_mode}: no feature code is left for {self.split}")
         budget = max(n, int(n * max(1, f_split_max_attempt_factor)))
@@ -233,9 +237,9 @@ class ColorShape(CodeScenes):
         low, span = self.board.margin, self.board.size - 2 * self.board.margin - self.board.obj + 1
 
         def corners():
-            key = codes.stream(self.name, self.seed, self.split, "place")
+            key = random_draws.stream(self.name, self.seed, self.split, "place")
             for block in range(2 * self.board.tries * self.max_objects):
-                drawn = codes.unit(codes.random_words(key, [index], 128 * block, 128))[0]
+                drawn = random_draws.unit(random_draws.random_words(key, [index], 128 * block, 128))[0]
                 yield from (low + (drawn * span).astype(int)).reshape(-1, 2).tolist()
 
         n = int(self.object_code[index].sum())
@@ -253,7 +257,7 @@ class ColorShape(CodeScenes):
     @cached_property
     def _all_splits(self) -> dict[str, Any]:
         mode = self.rule | {"mode": "independent"}
-        return self.prior.population(codes.split_codes(self._candidates(), "train", **mode))
+        return self.prior.population(split_codes(self._candidates(), "train", **mode))
 
     def info(self) -> dict[str, float]:
         """Constants in bits: mean H_Y_given_F of the scenes; exact H_Y, H_F, E_H_Y_given_F of the split's law.
@@ -305,17 +309,17 @@ class ColorShape(CodeScenes):
         return self.max_objects
 
     def _prior(self) -> Prior:
-        return codes.uniform_up_to(self.groups.sizes, self.max_objects)
+        return priors.uniform_up_to(self.groups.sizes, self.max_objects)
 
     def _candidates(self) -> np.ndarray:
         return self.groups.candidates()
 
     def _draw(self, n: int, budget: int) -> tuple[np.ndarray, int]:
         """Object codes [n, K] and the number of draws they took."""
-        key = codes.stream(self.name, self.seed, self.split, "objects")
-        draw = codes.draw_uniform(key, self.groups.n_objects, self.max_objects)
+        key = random_draws.stream(self.name, self.seed, self.split, "objects")
+        draw = random_draws.draw_uniform(key, self.groups.n_objects, self.max_objects)
         why = "raise dataset.f_split_max_attempt_factor or give the split more feature codes"
-        return codes.sample_until(n, draw, self._admits, budget, why)
+        return random_draws.sample_until(n, draw, self._admits, budget, why)
 
     def _draw_published(self, n: int, budget: int) -> tuple[np.ndarray, int]:
         generator, rng = published_streams(self.seed, self.split)
@@ -328,7 +332,7 @@ class ColorShape(CodeScenes):
                     "dataset.f_split_max_attempt_factor or give the split more feature codes"
                 )
             attempts += 1
-            code = codes.draw_published(generator, self.groups.n_objects, self.max_objects)
+            code = random_draws.draw_published(generator, self.groups.n_objects, self.max_objects)
             if self.groups.feature_code(code).tobytes() in support:
                 found.append(code)
                 self._published_boxes.append(self._place_published(int(code.sum()), rng, len(found) - 1))
@@ -339,12 +343,12 @@ class ColorShape(CodeScenes):
         return self.board.place(n, lambda: (rng.randint(low, high), rng.randint(low, high)), self.key(index))
 
     def _admits(self, object_code: np.ndarray) -> np.ndarray:
-        return np.isin(codes.pack(self.groups.feature_code(object_code)), codes.pack(self.support))
+        return np.isin(pack(self.groups.feature_code(object_code)), pack(self.support))
 
 
 def published_streams(seed: int, split: str) -> tuple[torch.Generator, random.Random]:
     """The two random streams the published program uses, as if freshly seeded for the split."""
-    seed += codes.SPLITS.index(split)
+    seed += SPLITS.index(split)
     return torch.Generator().manual_seed(seed), random.Random(seed)
 
 

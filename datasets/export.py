@@ -15,9 +15,10 @@ Images are written aside and renamed; a second call writes only what is missing.
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,17 @@ from safetensors.numpy import load_file, save
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets.codes import CodeScenes, Groups, split_name, split_report
-from datasets.scene import Scene, UnreadableScene, build, check_choice, file_fingerprint, read_image
+from datasets.codes import CodeScenes, Groups
+from datasets.listings import data_root, file_fingerprint, inside
+from datasets.metadata import Entry, read_json
+from datasets.pictures import read_image
+from datasets.scene import Scene, UnreadableScene, build, check_choice
+from datasets.splits import split_name, split_report
 from errors import UserError
+from files import write_atomically
 
 FORMAT = 1
+REDO = "delete it and export again"
 
 
 def run(cfg: Any, run: Any) -> dict[str, Any]:
@@ -78,10 +85,10 @@ def export(dataset: Any, directory: str | os.PathLike, *, workers: int = 0) -> P
 def _export(dataset: CodeScenes, target: Path, fingerprint: dict, workers: int) -> Path:
     header = {"format": FORMAT, "complete": False, "fingerprint": fingerprint}
     if (target / "metadata.json").exists():
-        if _read_json(target / "metadata.json").get("fingerprint") != fingerprint:
+        if read_json(target / "metadata.json", damaged=REDO).key("fingerprint").value != fingerprint:
             raise UserError(f"{target} holds a data set made with other settings; choose another export.dir or delete it")
     else:
-        _write(target / "metadata.json", json.dumps(header))
+        write_atomically(target / "metadata.json", json.dumps(header))
     writer = _Writer(dataset, target / "images")
     loader = DataLoader(writer, batch_size=None, num_workers=int(workers))
     rows, unreadable = [], []
@@ -97,8 +104,8 @@ def _export(dataset: CodeScenes, target: Path, fingerprint: dict, workers: int) 
         raise UserError(f"{target}: no image of the data set can be read, first: {': '.join(unreadable[0])}")
     labels = {name: values[kept] for name, values in _labels(dataset).items()}
     lines = (json.dumps(_row(dataset, labels, row, index, key)) for row, (index, key) in enumerate(rows))
-    _write(target / "image_metadata.jsonl", "".join(f"{line}\n" for line in lines))
-    _write(target / "codes.safetensors", save(labels))
+    write_atomically(target / "image_metadata.jsonl", "".join(f"{line}\n" for line in lines))
+    write_atomically(target / "codes.safetensors", save(labels))
     facts = {
         "groups": dataset.groups.names,
         "prior": dataset.prior_name,
@@ -108,7 +115,7 @@ def _export(dataset: CodeScenes, target: Path, fingerprint: dict, workers: int) 
         "files": [_file(index) for index, _ in rows],
         "unreadable": unreadable,
     }
-    _write(target / "metadata.json", json.dumps(header | facts | {"complete": True}, indent=1))
+    write_atomically(target / "metadata.json", json.dumps(header | facts | {"complete": True}, indent=1))
     return target
 
 
@@ -127,46 +134,70 @@ class Exported(CodeScenes):
     def __init__(self, split: str, *, root: str, on_error: str = "raise") -> None:
         self.split, self.on_error = split_name(split), on_error
         check_choice("on_error", on_error, ("raise", "skip"))
-        found = sorted(Path(root).glob(f"dataset_{self.split}*/metadata.json"))
-        if len(found) != 1:
-            what = f"{len(found)} of them" if found else "none"
+        folder = data_root(root, "one written by mode=export_data")
+        places = sorted(folder.glob(f"dataset_{self.split}*/metadata.json"))
+        if len(places) != 1:
             raise UserError(
-                f"dataset.root={root}: expected one exported split dataset_{self.split}_…/metadata.json, got {what}; write one "
-                "with mode=export_data"
+                f"dataset.root={root}: expected one exported split dataset_{self.split}_…/metadata.json, got "
+                f"{len(places) or 'none'}; write one with mode=export_data"
             )
-        self.directory = found[0].parent
-        self.meta = _read_json(found[0])
-        if self.meta.get("format") != FORMAT or not self.meta.get("complete"):
+        self.directory = places[0].parent
+        meta = read_json(places[0], damaged=REDO)
+        if meta.key("format").value != FORMAT or meta.key("complete").value is not True:
             raise UserError(f"{self.directory}: the export is not complete; repeat its command, images already there are kept")
+        self._read_metadata(meta)
+        self._read_codes([[name.text() for name in group.each()] for group in meta.key("groups").each()], meta)
+
+    def _read_metadata(self, meta: Entry) -> None:
+        """Take over names and facts, each checked."""
+        self.keys = [entry.text() for entry in meta.key("keys").each()]
+        self.files = [entry.text() for entry in meta.key("files").each(len(self.keys))]
+        if len(set(self.keys)) != len(self.keys):
+            raise UserError(f"{meta.key('keys').place}: got the same key twice, expected each once; {REDO}")
+        for entry in meta.key("files").each():
+            inside(self.directory / "images", entry.text(), entry.place)
+        self._info = {name: entry.number() for name, entry in meta.key("info").items()}
+        self._report = {name: entry.value for name, entry in meta.key("report").items()}
+        self._origin = {name: entry.value for name, entry in meta.key("fingerprint").items()}
+
+    def _read_codes(self, groups: list[list[str]], meta: Entry) -> None:
+        """Load the codes; they must be of the groups and the length that the metadata say."""
+        path = self.directory / "codes.safetensors"
         try:
-            codes = load_file(self.directory / "codes.safetensors")
-            groups = Groups(self.meta["groups"])
-            self.set_codes(groups, codes["object_code"], self.meta["prior"], codes["H_Y_given_F"])
-            whole = np.array_equal(self.feature_code, codes["feature_code"]) and len(self) == len(self.meta["files"])
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise UserError(f"{self.directory}/codes.safetensors is damaged ({error}); export again") from None
-        if not whole:
-            raise UserError(f"{self.directory}: codes.safetensors and metadata.json do not fit together; export again")
+            codes = load_file(path)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}); {REDO}") from None
+        self.groups = Groups(groups)
+        n, shapes = len(self.keys), {"object_code": self.groups.n_objects, "feature_code": self.groups.n_features}
+        for name, width in shapes.items():
+            code = codes.get(name)
+            if code is None or code.dtype != np.uint8 or code.shape != (n, width) or (code > 1).any():
+                raise UserError(f"{path}: expected {name} of 0 and 1, [{n}, {width}] uint8, as metadata.json says; {REDO}")
+        entropy = codes.get("H_Y_given_F")
+        if entropy is None or entropy.dtype != np.float32 or entropy.shape != (n,) or not np.isfinite(entropy).all():
+            raise UserError(f"{path}: expected H_Y_given_F of finite numbers, [{n}] float32; {REDO}")
+        self.set_codes(self.groups, codes["object_code"], meta.key("prior").text(), entropy)
+        if not np.array_equal(self.feature_code, codes["feature_code"]):
+            raise UserError(f"{path}: feature_code does not follow from object_code and the groups of metadata.json; {REDO}")
 
     def __getitem__(self, index: int) -> Scene:
         """Scene `index` as it was exported: image [3, H, W] uint8, the three labels, the same key."""
         index = self.position(index)
-        key = self.meta["keys"][index]
-        image = read_image(self.directory / "images" / self.meta["files"][index], key)
-        return Scene(image, self.labels(index), key)
+        image = read_image(self.directory / "images" / self.files[index], self.keys[index])
+        return Scene(image, self.labels(index), self.keys[index])
 
     def info(self) -> dict[str, float]:
         """The constants of the data set that was exported, bits."""
-        return self.meta["info"]
+        return dict(self._info)
 
     def report(self) -> dict[str, Any]:
         """The facts of the data set that was exported."""
-        return self.meta["report"] | {"source": str(self.directory)}
+        return self._report | {"source": str(self.directory)}
 
     def fingerprint(self) -> dict[str, Any]:
         """What was exported, and the images as they lie on disk now (size and time of every file)."""
-        files = file_fingerprint(self.directory / "images", self.meta["files"])
-        return {"dataset": "exported", "split": self.split, "of": self.meta["fingerprint"], **files}
+        files = file_fingerprint(self.directory / "images", self.files)
+        return {"dataset": "exported", "split": self.split, "of": self._origin, **files}
 
 
 class _Writer:
@@ -186,12 +217,9 @@ class _Writer:
             scene = self.dataset[index]
         except UnreadableScene as error:
             return index, error.key, error.reason
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            Image.fromarray(scene.image.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        png = io.BytesIO()
+        Image.fromarray(scene.image.permute(1, 2, 0).numpy()).save(png, format="PNG")
+        write_atomically(path, png.getvalue())
         return index, scene.key, None
 
 
@@ -217,21 +245,3 @@ def _row(dataset: CodeScenes, labels: Mapping[str, np.ndarray], row: int, index:
 
 def _file(index: int) -> str:
     return f"sample_{index:06d}.png"
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it and export again") from None
-
-
-def _write(path: Path, content: str | bytes) -> None:
-    """Write aside, then rename: the file appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    write: Callable = temporary.write_bytes if isinstance(content, bytes) else temporary.write_text
-    try:
-        write(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

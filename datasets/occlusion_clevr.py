@@ -1,17 +1,11 @@
 """OcclusionClevr: CLEVR-like scenes that hide parts of each other, rendered by Blender, Y uniform over all object sets.
 
-Published with "Formalizing the Binding Problem" (arXiv 2606.03976). Drawn once by `scripts/generate_occlusion_clevr.py`
+Published with "Formalizing the Binding Problem" (arXiv 2606.03976). Rendered once by `scripts/generate_occlusion_clevr.py`
 inside Blender and kept below the root:
 
     <root>/<split>_N<n>_seed<seed>_M<max>_C<colours>_S<shapes>_render<r>_out<s>[_camz<z>][_campitch<p>]/
-        spec.jsonl                    a line per scene: file name, index, split, seed, objects: the source of the codes
-        images/CLEVRGEN_<split>_000000.png      and .png.json, the digest of the line and the settings it was drawn with
-        meta.json                     settings, number asked for, scenes dropped for good
-
-The folder's name is the published one and leaves out half of what decides an image, so settings and digests are kept
-beside the images and compared: an image of another line or other settings is drawn anew, never used. A complete cache
-needs no Blender. A cache of the published program (spec.jsonl and images, its pickled meta.pt is not read) is adopted as
-it is.
+        spec.jsonl                              a line per scene: the source of the codes
+        images/CLEVRGEN_<split>_000000.png      and what `datasets/occlusion_cache.py` keeps beside them
 
 Random numbers: `sampling=hashed` draws every scene from a hash of (seed, split, index). `sampling=published` repeats the
 published objects and seeds (dataset seed + index, so image i + 1 of training and image i of validation share camera,
@@ -20,40 +14,31 @@ light and places).
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
-import json
-import os
-import shutil
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
-import datasets.codes as codes
-from datasets.codes import CodeScenes, Groups, check_whole, data_folder, split_name
-from datasets.scene import Scene, check_choice, file_fingerprint, read_image
+import datasets.sampling as draws
+from datasets.codes import CodeScenes, Groups
+from datasets.listings import data_folder, file_fingerprint
+from datasets.metadata import Entry
+from datasets.occlusion_cache import RenderCache, line_of
+from datasets.pictures import read_image
+from datasets.priors import uniform_up_to
+from datasets.scene import Scene, check_choice, check_whole
+from datasets.splits import SPLITS, split_name
 from errors import UserError
 
-FORMAT = 1
 COLORS = ("gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow")
 SHAPES = ("cube", "sphere", "cylinder")
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "generate_occlusion_clevr.py"
-PROGRESS = "__CLEVRGEN_PROGRESS__"  # begins the script's lines "... done total"
-UNPLACED = 3  # the script's exit status when some scenes could not be placed: worth another pass
-PNG_END = bytes.fromhex("0000000049454e44ae426082")
 
 
-class OcclusionClevr(CodeScenes):
+class OcclusionClevr(CodeScenes, RenderCache):
     """Rendered scenes with the codes of their list of objects.
 
     Args:
@@ -61,24 +46,11 @@ class OcclusionClevr(CodeScenes):
         root: where caches lie; else OCCLUSION_CLEVR_GEN_ROOT, CLEVR_GEN_ROOT, data/generated/occlusionclevr.
         n_colors, n_shapes: the first so many of the canonical lists, or of `colors` and `shapes` where given.
         max_objects: most objects in a scene; None for no limit.
-        image_size, render_size: pixels of the square yielded and rendered.
-        render_num_samples, min_dist, margin, max_retries, *_jitter, camera_elevation, camera_pitch_deg, use_gpu,
-            gpu_backend, gpu_device_index, gpu_device_name: of the script, see there.
-        gpu_device_indices: several processes, each on one GPU of its own.
-        render_workers: processes; None for one per entry of `gpu_device_indices`.
-        default_size, default_material: of every object.
-        clevr_gen_dir: checkout of clevr-dataset-gen; else CLEVR_GEN_DIR.
-        blender_path: the executable; else BLENDER_PATH, else `blender` on the path.
-        use_cache_only: never call Blender.
-        render_missing_only: keep the images that are there and valid; false draws all of an unfinished cache.
-        repair_missing, repair_missing_passes: try images that are missing after the first pass again, so often.
-        missing_policy: what is done about images still missing: "raise", or "drop" ("filter") to go on without them;
-            the number asked for and the dropped scenes are recorded, later runs do not draw those again.
-        show_tqdm: progress of rendering.
         n_train, n_val, n_test: scenes; the defaults are the published 10 000 cut 80:20, and 2 000.
         seed: of the whole data set; folders are named by seed, seed + 1, seed + 2 for train, val, test.
         sampling: "hashed" or "published", see the module text.
         on_error: "raise" or "skip", for the caller: unreadable images raise `UnreadableScene` either way.
+        rendering: the options of `RenderCache`.
 
     Raises:
         UserError: images are missing and what rendering needs is not there, Blender failed, a damaged list, other settings.
@@ -94,94 +66,32 @@ class OcclusionClevr(CodeScenes):
         colors: Sequence[str] | None = None,
         shapes: Sequence[str] | None = None,
         max_objects: int | None = 12,
-        image_size: int = 336,
-        render_size: int | None = 336,
-        render_num_samples: int = 64,
-        use_gpu: int = 1,
-        gpu_backend: str = "CUDA",
-        gpu_device_index: int | None = None,
-        gpu_device_name: str | None = None,
-        gpu_device_indices: Sequence[int] | None = None,
-        render_workers: int | None = None,
-        min_dist: float = 0.25,
-        margin: float = 0.4,
-        max_retries: int = 50,
-        key_light_jitter: float = 1.0,
-        fill_light_jitter: float = 1.0,
-        back_light_jitter: float = 1.0,
-        camera_jitter: float = 0.5,
-        camera_elevation: float | None = 3.2,
-        camera_pitch_deg: float | None = 32,
-        default_size: str = "small",
-        default_material: str = "rubber",
-        clevr_gen_dir: str | None = None,
-        blender_path: str | None = None,
-        use_cache_only: bool = False,
-        render_missing_only: bool = True,
-        repair_missing: bool = True,
-        repair_missing_passes: int = 5,
-        missing_policy: str = "raise",
-        show_tqdm: bool = True,
         n_train: int = 8000,
         n_val: int = 2000,
         n_test: int = 2000,
         seed: int = 123223,
         sampling: str = "hashed",
         on_error: str = "raise",
+        **rendering: Any,
     ) -> None:
         self.split, self.on_error = split_name(split), on_error
-        for knob, value, valid in (
-            ("on_error", on_error, ("raise", "skip")),
-            ("sampling", sampling, ("hashed", "published")),
-            ("missing_policy", missing_policy, ("raise", "drop", "filter")),
-            ("gpu_backend", gpu_backend, ("CUDA",)),
-            ("default_size", default_size, ("small", "large")),
-            ("default_material", default_material, ("rubber", "metal")),
-        ):
-            check_choice(knob, value, valid)
+        check_choice("on_error", on_error, ("raise", "skip"))
+        check_choice("sampling", sampling, ("hashed", "published"))
         groups = Groups([_first("n_colors", n_colors, colors, COLORS), _first("n_shapes", n_shapes, shapes, SHAPES)])
         self.groups, self.sampling, self.seed = groups, sampling, check_whole("seed", seed, 0)
         most = groups.n_objects if max_objects is None else check_whole("max_objects", max_objects, 1)
         self.max_objects = min(most, groups.n_objects)
         lengths = {"train": n_train, "val": n_val, "test": n_test}
         self.requested = check_whole(f"n_{self.split}", lengths[self.split], 1)
-        self.image_size = check_whole("image_size", image_size, 8)
-        self.render_size = self.image_size if render_size is None else check_whole("render_size", render_size, 8)
-        self.object_kind = {"size": default_size, "material": default_material}
-        self.settings = {  # of the pixels; compared with those a cache was drawn with
-            "render_size": self.render_size,
-            "render_num_samples": check_whole("render_num_samples", render_num_samples, 1),
-            "min_dist": float(min_dist),
-            "margin": float(margin),
-            "max_retries": check_whole("max_retries", max_retries, 1),
-            "key_light_jitter": float(key_light_jitter),
-            "fill_light_jitter": float(fill_light_jitter),
-            "back_light_jitter": float(back_light_jitter),
-            "camera_jitter": float(camera_jitter),
-            "camera_elevation": camera_elevation,
-            "camera_pitch_deg": camera_pitch_deg,
-        }
-        self.machine = {  # of the process; no matter for the pixels
-            "use_gpu": int(use_gpu),
-            "gpu_backend": gpu_backend,
-            "gpu_device_index": gpu_device_index,
-            "gpu_device_name": gpu_device_name,
-        }
-        self.gpus = [] if gpu_device_indices is None else [int(gpu) for gpu in gpu_device_indices]
-        self.workers = check_whole("render_workers", render_workers or max(1, len(self.gpus)), 1)
-        self.clevr_gen_dir = clevr_gen_dir or os.environ.get("CLEVR_GEN_DIR")
-        self.blender_path = blender_path or os.environ.get("BLENDER_PATH") or shutil.which("blender")
-        self.cache_only, self.missing_only = bool(use_cache_only), bool(render_missing_only)
-        self.repairs = check_whole("repair_missing_passes", repair_missing_passes, 0) if repair_missing else 0
-        self.policy, self.show_tqdm = "raise" if missing_policy == "raise" else "drop", bool(show_tqdm)
+        super().__init__(**rendering)
         variables = ["OCCLUSION_CLEVR_GEN_ROOT", "CLEVR_GEN_ROOT"]
         self.root = data_folder(root, variables, "data/generated/occlusionclevr")
-        self.directory = self.root / self.directory_name(camera_elevation, camera_pitch_deg)
+        self.directory = self.root / self.directory_name()
 
         self.ids = self._prepare()
         self.dropped = sorted(set(range(self.requested)) - set(self.ids))
-        object_code = np.stack([self._object_code(self.spec[i], i) for i in self.ids])
-        self.prior = codes.uniform_up_to(groups.sizes, self.max_objects)
+        object_code = np.stack([self._object_code(self.line(i), i) for i in self.ids])
+        self.prior = uniform_up_to(groups.sizes, self.max_objects)
         self.set_codes(groups, object_code, self.prior.name, self.prior)
 
     def __getitem__(self, index: int) -> Scene:
@@ -203,9 +113,9 @@ class OcclusionClevr(CodeScenes):
         return {**self.spec[self.ids[index]], **super().details(index)}
 
     def info(self) -> dict[str, float]:
-        """Constants in bits: mean H_Y_given_F of the scenes; exact H_Y, H_F, E_H_Y_given_F of the law."""
-        found = self.prior.population()
-        return super().info() | {name: found[name] for name in ("H_Y", "H_F", "E_H_Y_given_F")}
+        """Constants in bits: mean H_Y_given_F of the scenes; exact H_Y, H_F, E_H_Y_given_F of the prior."""
+        entropies = self.prior.population()
+        return super().info() | {name: entropies[name] for name in ("H_Y", "H_F", "E_H_Y_given_F")}
 
     def report(self) -> dict[str, Any]:
         """Facts on the split beside those of the base; scenes without an image are listed."""
@@ -226,35 +136,34 @@ class OcclusionClevr(CodeScenes):
             "prior": self.prior_name,
             "image_size": self.image_size,
             "settings": self.settings,
-            "spec": hashlib.sha256("\n".join(_line(self.spec[i]) for i in self.ids).encode()).hexdigest(),
+            "spec": hashlib.sha256("\n".join(line_of(self.spec[i]) for i in self.ids).encode()).hexdigest(),
             "images": file_fingerprint(self.directory / "images", [self.spec[i]["image_filename"] for i in self.ids]),
         }
 
-    def directory_name(self, elevation: float | None, pitch: float | None) -> str:
+    def directory_name(self) -> str:
         """Name of the cache folder, as published."""
+        elevation, pitch = self.settings["camera_elevation"], self.settings["camera_pitch_deg"]
         colors, shapes = ("-".join(names) for names in self.groups.names)
         name = f"{self.split}_N{self.requested}_seed{self._split_seed}_M{self.max_objects}_C{colors}_S{shapes}"
         name += f"_render{self.render_size}_out{self.image_size}"
         name += f"_camz{elevation:g}" if elevation is not None else ""
         return name + (f"_campitch{pitch:g}" if pitch is not None else "")
 
-    # ------------------------------------------------------------------------------------------ what is to be drawn
-
     @property
     def _split_seed(self) -> int:
-        return self.seed + codes.SPLITS.index(self.split)
+        return self.seed + SPLITS.index(self.split)
 
     def _sample(self) -> list[dict[str, Any]]:
         """The list of scenes of this configuration."""
         n, cells = self.requested, self.groups.n_objects
         if self.sampling == "published":
             generator = torch.Generator().manual_seed(self._split_seed)
-            drawn = np.stack([codes.draw_published(generator, cells, self.max_objects) for _ in range(n)])
+            drawn = np.stack([draws.draw_published(generator, cells, self.max_objects) for _ in range(n)])
             seeds = [self._split_seed + i for i in range(n)]
         else:
-            draw = codes.draw_uniform(codes.stream("occlusionclevr", self.seed, self.split), cells, self.max_objects)
-            drawn, _ = codes.sample_until(n, draw, lambda code: np.ones(len(code), bool), n, "")
-            seeds = [codes.stream("occlusionclevr", self.seed, self.split, i) % 2**31 for i in range(n)]
+            draw = draws.draw_uniform(draws.stream("occlusionclevr", self.seed, self.split), cells, self.max_objects)
+            drawn, _ = draws.sample_until(n, draw, lambda code: np.ones(len(code), bool), n, "")
+            seeds = [draws.stream("occlusionclevr", self.seed, self.split, i) % 2**31 for i in range(n)]
         return [
             {
                 "image_filename": f"CLEVRGEN_{self.split}_{i:06d}.png",
@@ -268,334 +177,35 @@ class OcclusionClevr(CodeScenes):
             for i, (code, seed) in enumerate(zip(drawn, seeds, strict=True))
         ]
 
-    def _object_code(self, line: dict[str, Any], number: int) -> np.ndarray:
+    def _object_code(self, line: Entry, number: int) -> np.ndarray:
         """Y [K] of a line of the list, checked."""
-        where = f"{self.directory / 'spec.jsonl'}: line {number + 1}"
-        if line.get("image_index") != number or not isinstance(line.get("objects"), list) or "image_filename" not in line:
-            raise UserError(f"{where}: expected image_index {number}, image_filename and objects, got {sorted(line)}")
+        line.key("image_index").whole(number, number)
         values = []
-        for i, thing in enumerate(line["objects"]):
+        for thing in line.key("objects").each():
             row = []
             for field, known in zip(("color", "shape"), self.groups.names, strict=True):
-                if field not in thing:
-                    raise UserError(f"{where}: objects[{i}].{field} missing")
-                if thing[field] not in known:
-                    raise UserError(f"{where}: objects[{i}].{field}: got {thing[field]!r}, expected one of {', '.join(known)}")
-                row.append(known.index(thing[field]))
+                value = thing.key(field)
+                if value.text() not in known:
+                    raise value.wrong(f"one of {', '.join(known)}")
+                row.append(known.index(value.text()))
             for field, wanted in self.object_kind.items():
-                if thing.get(field) != wanted:
+                if thing.key(field).value != wanted:
                     raise UserError(
-                        f"{where}: objects[{i}].{field} is {thing.get(field)!r}, dataset.default_{field} {wanted!r}; set it "
+                        f"{thing.key(field).place} is {thing.key(field).value!r}, dataset.default_{field} {wanted!r}; set it "
                         "back, or choose another dataset.root"
                     )
             values.append(row)
         code = self.groups.object_code(values)
         if code.sum() > self.max_objects:
-            raise UserError(f"{where}: {int(code.sum())} different objects, more than dataset.max_objects={self.max_objects}")
+            raise UserError(
+                f"{line.place}: {int(code.sum())} different objects, more than dataset.max_objects={self.max_objects}"
+            )
         return code
 
-    def _read_spec(self) -> list[dict[str, Any]] | None:
-        """The list on disk; None where there is none, or one that was only begun."""
-        path = self.directory / "spec.jsonl"
-        try:
-            lines = path.read_text().splitlines()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from None
-        spec, damage = [], f"{len(lines)} lines" if len(lines) != self.requested else None
-        for number, line in enumerate(lines):
-            try:
-                spec.append(json.loads(line))
-            except ValueError:
-                damage = f"line {number + 1} is not JSON"
-                break
-        if damage is None:
-            return spec
-        begun = [_line(line) for line in self._sample()]
-        if begun[: len(spec)] == [_line(line) for line in spec] and not self.cache_only:
-            return None  # the beginning of what would be written
-        raise UserError(
-            f"{path} is damaged ({damage}, expected {self.requested} scenes) and not of this configuration; mend it, or delete "
-            f"{self.directory} to draw it anew"
-        )
 
-    # --------------------------------------------------------------------------------------------- what has been drawn
-
-    def _image(self, number: int) -> Path:
-        return self.directory / "images" / self.spec[number]["image_filename"]
-
-    def _digest(self, number: int) -> str:
-        """What identifies the pixels of a scene: its line and the settings."""
-        return hashlib.sha256(f"{_line(self.spec[number])}|{_line(self.settings)}".encode()).hexdigest()
-
-    def _valid(self, number: int, adopted: bool) -> bool:
-        """Whether the image is there, whole and drawn for this line; adopted caches have no record of the last."""
-        path = self._image(number)
-        try:
-            with open(path, "rb") as file:
-                file.seek(-len(PNG_END), os.SEEK_END)
-                whole = file.read() == PNG_END
-        except OSError:
-            return False
-        try:
-            record = json.loads(path.with_name(f"{path.name}.json").read_text())
-            return whole and record.get("digest") == self._digest(number)
-        except FileNotFoundError:
-            return whole and adopted
-        except (OSError, ValueError, AttributeError):
-            return False
-
-    def _prepare(self) -> list[int]:
-        """See that the images are there; returns the numbers of the scenes that have one. Sets `spec`."""
-        if self.cache_only:
-            spec, meta = self._read_spec(), self._read_meta()
-            if spec is None:
-                raise UserError(
-                    f"{self.directory}/spec.jsonl is missing and dataset.use_cache_only=true; put the generated cache there, "
-                    "or set use_cache_only=false to draw it with Blender"
-                )
-            self.spec = spec
-            return self._settle(self._valid_images(meta is None or meta["adopted"]), meta)
-        if (there := self._complete()) is not None:
-            return there
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            with _locked(self.directory):
-                there = self._complete()  # another process may just have finished
-                return self._generate() if there is None else there
-        except OSError as error:
-            raise UserError(f"cannot write to {self.directory}: {error.strerror}; set dataset.root=…") from error
-
-    def _complete(self) -> list[int] | None:
-        """The numbers of the scenes of a cache that was finished earlier, by the names of its files; None to look closer."""
-        spec, meta = self._read_spec(), self._read_meta()
-        if spec is None or meta is None or not meta["complete"]:
-            return None
-        self.spec = spec
-        names = set(os.listdir(self.directory / "images"))
-        there = [i for i, line in enumerate(spec) if line.get("image_filename") in names]
-        return there if there and set(range(self.requested)) == {*there, *self._dropped_before(meta)} else None
-
-    def _generate(self) -> list[int]:
-        """Write the list, draw what is missing, repair, record; as `_prepare`."""
-        images = self.directory / "images"
-        images.mkdir(exist_ok=True)
-        for torn in images.glob(".*.part*"):
-            torn.unlink()
-        meta, spec = self._read_meta(), self._read_spec()
-        adopted = meta["adopted"] if meta else spec is not None and self._foreign()
-        if spec is None:
-            spec = self._sample()
-            _write(self.directory / "spec.jsonl", "".join(f"{_line(line)}\n" for line in spec))
-        self.spec = spec
-        if meta is None:  # before the first image: what lies in the folder from now on has our records
-            self._write_meta(adopted=adopted, dropped=[], complete=False)
-        begun = meta is None or not meta["complete"]
-        there, dropped = self._valid_images(adopted), self._dropped_before(meta)
-        kept = [] if begun and not self.missing_only else there
-        to_draw = sorted(set(range(self.requested)) - {*kept, *dropped})
-        for attempt in range(self.repairs + begun):
-            if not to_draw:
-                break
-            name = "spec.to_render.jsonl" if attempt == 0 else f"spec.missing.pass{attempt}.jsonl"
-            self._render(to_draw, name, attempt)
-            there = self._valid_images(adopted)
-            to_draw = sorted(set(range(self.requested)) - {*there, *dropped})
-        return self._settle(there, self._read_meta())
-
-    def _foreign(self) -> bool:
-        """Whether the cache on disk was drawn by the published program: images without any record of ours."""
-        files = os.listdir(self.directory / "images")
-        return any(name.endswith(".png") for name in files) and not any(name.endswith(".png.json") for name in files)
-
-    def _valid_images(self, adopted: bool) -> list[int]:
-        return [i for i in range(self.requested) if self._valid(i, adopted)]
-
-    def _dropped_before(self, meta: dict | None) -> list[int]:
-        """Scenes an earlier run went on without; one that may not drop tries them again."""
-        return meta["dropped"] if meta and self.policy == "drop" else []
-
-    def _settle(self, there: list[int], meta: dict | None) -> list[int]:
-        """Apply the policy on missing images and record the outcome."""
-        missing = sorted(set(range(self.requested)) - set(there))
-        if missing and (self.policy == "raise" or not there):
-            names = ", ".join(self.spec[i]["image_filename"] for i in missing[:3]) + (", …" if len(missing) > 3 else "")
-            advice = ["set dataset.missing_policy=drop to go on without them"] if there else []
-            advice += ["set dataset.use_cache_only=false to draw them"] if self.cache_only else []
-            raise UserError(
-                f"{self.directory}: {len(missing)} of {self.requested} images are missing or damaged ({names}); "
-                + (" or ".join(advice) or "the scenes could not be placed, lower dataset.margin, min_dist or max_objects")
-            )
-        if not self.cache_only:
-            self._write_meta(adopted=meta["adopted"], dropped=missing, complete=True)
-            for name in ("spec.to_render.jsonl", *(f"spec.missing.pass{i + 1}.jsonl" for i in range(self.repairs))):
-                (self.directory / name).unlink(missing_ok=True)
-            shutil.rmtree(self.directory / "spec_parts", ignore_errors=True)
-        return there
-
-    def _read_meta(self) -> dict[str, Any] | None:
-        path = self.directory / "meta.json"
-        try:
-            meta = json.loads(path.read_text())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}); delete it, the images are kept") from None
-        if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-            raise UserError(f"{path}: unknown format, expected {FORMAT}; delete it, the images are kept")
-        for knob, drawn in meta["settings"].items():
-            if drawn != self.settings.get(knob):
-                raise UserError(
-                    f"{self.directory} was drawn with dataset.{knob}={drawn}, got {self.settings.get(knob)}; set it back, or "
-                    "choose another dataset.root"
-                )
-        return meta
-
-    def _write_meta(self, *, adopted: bool, dropped: list[int], complete: bool) -> None:
-        """Record the state of the cache; nobody knows the settings of an adopted one."""
-        meta = {"format": FORMAT, "requested": self.requested, "settings": {} if adopted else self.settings}
-        meta |= {"adopted": adopted, "dropped": dropped, "complete": complete}
-        _write(self.directory / "meta.json", json.dumps(meta, indent=1) + "\n")
-
-    # -------------------------------------------------------------------------------------------------------- drawing
-
-    def _render(self, numbers: Sequence[int], name: str, attempt: int) -> None:
-        """Draw scenes in one or several Blender processes, each with a contiguous share of the list."""
-        lacking = []
-        if not self.blender_path or not (Path(self.blender_path).is_file() or shutil.which(self.blender_path)):
-            lacking.append(f"Blender (BLENDER_PATH or dataset.blender_path, got {self.blender_path})")
-        if not self.clevr_gen_dir or not Path(self.clevr_gen_dir).is_dir():
-            lacking.append(
-                f"a checkout of clevr-dataset-gen (CLEVR_GEN_DIR or dataset.clevr_gen_dir, got {self.clevr_gen_dir})"
-            )
-        if lacking:
-            without = "; dataset.use_cache_only=true dataset.missing_policy=drop goes on without them"
-            raise UserError(
-                f"{self.directory}: {len(numbers)} of {self.requested} images are missing and to draw them needs "
-                f"{' and '.join(lacking)}{without if len(numbers) < self.requested else ''}"
-            )
-        lines = [_line({**self.spec[i], "digest": self._digest(i), "attempt": attempt}) for i in numbers]
-        shares = [self.directory / name]
-        _write(shares[0], "".join(f"{line}\n" for line in lines))
-        workers = min(self.workers, len(lines))
-        if workers > 1:
-            (self.directory / "spec_parts").mkdir(exist_ok=True)
-            shares = [self.directory / "spec_parts" / f"spec.part{w}.jsonl" for w in range(workers)]
-            for w, share in enumerate(shares):
-                part = lines[len(lines) * w // workers : len(lines) * (w + 1) // workers]
-                _write(share, "".join(f"{line}\n" for line in part))
-        _run_all([(self._command(share), self._environment(w)) for w, share in enumerate(shares)], len(lines), self.show_tqdm)
-
-    def _command(self, share: Path) -> list[str]:
-        options = {
-            "clevr_gen_dir": self.clevr_gen_dir,
-            "spec_jsonl": share,
-            "output_image_dir": self.directory / "images",
-            "width": self.render_size,
-            "height": self.render_size,
-            **{knob: value for knob, value in self.settings.items() if knob != "render_size"},
-            **self.machine,
-        }
-        if self.gpus:
-            options["gpu_device_index"] = 0  # the only one the process sees
-        pairs = [part for knob, value in options.items() if value is not None for part in (f"--{knob}", str(value))]
-        return [str(self.blender_path), "--background", "--python-exit-code", "1", "--python", str(SCRIPT), "--", *pairs]
-
-    def _environment(self, worker: int) -> dict[str, str]:
-        """The environment of a process: one GPU of its own, numbered as on the bus."""
-        if not self.gpus:
-            return dict(os.environ)
-        gpu = str(self.gpus[worker % len(self.gpus)])
-        return {**os.environ, "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": gpu}
-
-
-def _run_all(jobs: Sequence[tuple[list[str], dict[str, str]]], total: int, show: bool) -> None:
-    """Run the processes side by side, show their progress, stop all when one fails or the user does.
-
-    Raises:
-        UserError: a process cannot be started, or ends with another status than 0 or "some scenes could not be placed".
-    """
-    running: list[subprocess.Popen] = []
-    tails: list[list[str]] = [[] for _ in jobs]
-    bar = tqdm(total=total, desc="blender", disable=None if show else True)
-
-    def follow(process: subprocess.Popen, tail: list[str]) -> None:
-        done = 0
-        for text in process.stdout:
-            if text.startswith(PROGRESS):
-                with contextlib.suppress(ValueError, IndexError):
-                    now = int(text.split()[1])
-                    bar.update(now - done)
-                    done = now
-            elif text.strip():
-                tail.append(text.strip())
-                del tail[:-20]
-
-    try:
-        for command, environment in jobs:
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-            running.append(subprocess.Popen(command, env=environment, text=True, errors="replace", **pipes))
-        threads = [threading.Thread(target=follow, args=pair, daemon=True) for pair in zip(running, tails, strict=True)]
-        for thread in threads:
-            thread.start()
-        while True:
-            states = [process.poll() for process in running]
-            failed = next((i for i, state in enumerate(states) if state not in (None, 0, UNPLACED)), None)
-            if failed is not None:
-                threads[failed].join(5)
-                tail = tails[failed]
-                said = next((text for text in reversed(tail) if "error" in text.lower()), tail[-1] if tail else "no output")
-                raise UserError(
-                    f"Blender ended with status {states[failed]}: {said}; images drawn so far are kept, the same command draws "
-                    "the rest"
-                )
-            if None not in states:
-                break
-            time.sleep(0.05)
-        for thread in threads:
-            thread.join()
-    except OSError as error:
-        raise UserError(f"Blender cannot be started: {error}; set BLENDER_PATH to the executable") from error
-    finally:
-        bar.close()
-        for process in running:
-            if process.poll() is None:
-                process.terminate()
-        for process in running:
-            process.wait()
-            process.stdout.close()
-
-
-def _first(knob: str, number: int, given: Sequence[str] | None, canonical: Sequence[str]) -> list[str]:
+def _first(option: str, number: int, chosen: Sequence[str] | None, canonical: Sequence[str]) -> list[str]:
     """The first `number` values of the given list, else of the canonical one."""
-    names = list(canonical if given is None else given)
+    names = list(canonical if chosen is None else chosen)
     for name in names:
-        check_choice(knob.removeprefix("n_"), name, canonical)
-    return names[: check_whole(knob, number, 1, len(names))]
-
-
-def _line(content: dict[str, Any]) -> str:
-    return json.dumps(content, sort_keys=True)
-
-
-def _write(path: Path, content: str) -> None:
-    """Write aside, then rename: the file appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_text(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """One process at a time draws into a cache; the others wait and then find it complete."""
-    with open(directory / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            print(f"waiting for another process that draws into {directory}", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        check_choice(option.removeprefix("n_"), name, canonical)
+    return names[: check_whole(option, number, 1, len(names))]

@@ -169,7 +169,7 @@ def identify(cfg: DictConfig) -> dict[str, str]:
         "task": cfg.task or "",
         "protocol": cfg.protocol.name,
         "model": _choice("model", str(cfg.model.name)),
-        "dataset": _choice("dataset", str(cfg.dataset._target_).split(".")[1]),
+        "dataset": _choice("dataset", str(cfg.dataset._target_).rpartition(".")[0].rpartition(".")[2]),
         "probe": cfg.probe.mode,
     }
 

@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 from activation import open_sample  # noqa: E402
 from backbones.contract import Backbone  # noqa: E402
 from backbones.load import load_backbone, resolve_layers  # noqa: E402
-from datasets.scene import Scene  # noqa: E402
+from datasets.scene import Scene, allow  # noqa: E402
 from machine import choose_device, resolve_dtype  # noqa: E402
 
 
@@ -108,6 +108,7 @@ def configure(options: argparse.Namespace, n_images: int, folder: str) -> DictCo
     ]
     with initialize_config_dir(str(ROOT / "cfgs"), version_base="1.3"):
         cfg = compose("config", overrides)
+    allow(__name__)
     noise = {"_target_": f"{__name__}.Noise", "n": n_images, "size": size[:2]}
     return DictConfig({**{key: cfg[key] for key in cfg if key != "dataset"}, "dataset": noise})
 

@@ -61,7 +61,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from datasets.scenes import Scenes  # noqa: E402
+from datasets.procedural import Scenes  # noqa: E402
 from errors import UserError  # noqa: E402
 from runs.run import newest_run  # noqa: E402
 

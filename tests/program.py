@@ -31,7 +31,7 @@ FIT = ["trainer.epochs=1", "trainer.seeds=2", "trainer.n_boot=20", "trainer.lr=1
 TINY = [*MODEL, *SCENES, *FIT]
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["main", "trainer", "pairs.score_maps", "datasets.scenes", "wandb", "timm"])
+context.set_forkserver_preload(["main", "trainer", "pairs.score_maps", "datasets.procedural", "wandb", "timm"])
 
 
 def places(folder: Path) -> list[str]:

@@ -225,7 +225,7 @@ def test_every_patch_can_be_kept_and_shorter_images_are_filled_up(tmp_path: Path
 
 
 def test_wrong_options_of_a_data_set_are_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="unexpected keyword argument 'colour'"):
+    with pytest.raises(UserError, match="dataset.colour: Toy takes no such option; it takes codes"):
         open_sample(toy_config(tmp_path, "+dataset.colour=1".lstrip("+")), "train", say=quiet)
     with pytest.raises(UserError, match=r"^dataset.n: got 'many', expected a whole number$"):
         open_sample(toy_config(tmp_path, "dataset.n=many"), "train", say=quiet)

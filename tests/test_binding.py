@@ -21,7 +21,8 @@ from binding.probes import BINDING_PROBES
 from binding.task import Binding, CodeScorer, row_label
 from controls import Control, pixels
 from datasets.clevr import VALUES
-from datasets.codes import Groups, uniform_up_to
+from datasets.codes import Groups
+from datasets.priors import uniform_up_to
 from errors import UserError
 from metrics.bootstrap import Estimate, interval_over_seeds, mean_estimate, resample
 from patches.geometry import plan_geometry

@@ -15,9 +15,10 @@ from ade20k_tree import NAMES, RELEASE, encode, write_ade20k_tree, write_scene
 from PIL import Image
 
 import datasets.ade20k as ade20k
-from datasets.ade20k import (
+import datasets.ade20k_files as ade20k_files
+from datasets.ade20k import Ade20k
+from datasets.ade20k_files import (
     RAW_CLASSES,
-    Ade20k,
     build_class_map,
     class_of_name,
     decode_segmentation,
@@ -78,7 +79,7 @@ def test_names_are_not_off_by_one(tmp_path: Path) -> None:
 
 def test_shipped_list_has_150_classes_and_the_special_cases() -> None:
     names = read_class_list(SHIPPED)
-    assert len(names) == 150 and set(ade20k.ALIASES.values()) <= set(names)
+    assert len(names) == 150 and set(ade20k_files.ALIASES.values()) <= set(names)
     assert class_of_name("double door", NUMBERS) == class_of_name("door", NUMBERS) == 15
     assert class_of_name("Sky", NUMBERS) == class_of_name("", NUMBERS) == 0
 
@@ -322,7 +323,7 @@ def test_wrong_knobs_are_refused(tmp_path: Path) -> None:
         ({"split": "dev"}, "train, val, test"),
         ({"root": tmp_path / "nowhere"}, "no folder"),
         ({"split_rule": "mine"}, "object_binding_2025"),
-        ({"on_error": "ignore"}, "raise, skip"),
+        ({"on_error": "ignore"}, "raise or skip"),
         ({"train_ratio": 1.5}, "train_ratio"),
         ({"limit": 0}, "limit"),
         ({"split": "test"}, "validation is missing"),

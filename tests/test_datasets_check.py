@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from datasets import check
-from datasets.scene import Scene, UnreadableScene
+from datasets.scene import Scene, UnreadableScene, allow
 from errors import UserError
 
 CFGS = Path(__file__).parent.parent / "cfgs" / "dataset"
@@ -132,6 +132,7 @@ class Codes:
     """A data set of codes whose second training item breaks in an unforeseen way."""
 
     classes: list[str] = []
+    on_error = "raise"
 
     def __init__(self, split: str, on_error: str = "raise") -> None:
         self.split = split
@@ -158,6 +159,7 @@ class Codes:
 
 
 def test_codes_and_unforeseen_errors(tmp_path: Path) -> None:
+    allow("test_datasets_check")
     run, found, error = check_data(tmp_path, {"_target_": "test_datasets_check.Codes"})
     codes = found["splits"]["test"]["codes"]
     assert codes["object_code"] == {"min": 2, "mean": 2.0, "max": 2} and codes["mean_H_Y_given_F_bits"] == 2.0

@@ -5,12 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 
 from datasets.clevr import VALUES, Clevr
-from datasets.scene import UnreadableScene
+from datasets.scene import UnreadableScene, build
 from errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -150,5 +149,5 @@ def test_knobs(root):
         Clevr("train", root=root, prior="flat", **KNOBS)
     config = OmegaConf.load(ROOT / "cfgs/dataset/clevr.yaml")
     assert set(config) - {"_target_"} == set(inspect.signature(Clevr.__init__).parameters) - {"self", "split"}
-    data = instantiate(OmegaConf.merge(config, KNOBS, {"root": str(root)}), split="train")
+    data = build(OmegaConf.merge(config, KNOBS, {"root": str(root)}), "train")
     assert data.fingerprint() == Clevr("train", root=root, **KNOBS).fingerprint()

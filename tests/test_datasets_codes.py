@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from datasets import codes
-from datasets.codes import Groups, count_subsets, split_codes, split_report, uniform_up_to
+from datasets import priors, sampling, splits
+from datasets.codes import Groups
+from datasets.priors import count_subsets, uniform_up_to
+from datasets.splits import split_codes, split_report
 from errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden" / "binding"
@@ -94,11 +96,11 @@ def test_population_entropies(case):
 
 def test_entropy_at_a_fixed_number_of_objects():
     for case in golden("entropy")["H_given_num_objects_7x7"]:
-        assert codes.entropy_given_size((7, 7), case["k"]) == pytest.approx(case["H_bits"], abs=1e-9)
+        assert priors.entropy_given_size((7, 7), case["k"]) == pytest.approx(case["H_bits"], abs=1e-9)
     with pytest.raises(UserError, match="two"):
-        codes.entropy_given_size((2, 2, 2), 2)
+        priors.entropy_given_size((2, 2, 2), 2)
     with pytest.raises(UserError, match="0 to 4"):
-        codes.entropy_given_size((2, 2), 5)
+        priors.entropy_given_size((2, 2), 5)
 
 
 @pytest.mark.parametrize("case", golden("entropy")["balanced"], ids=lambda c: f"{c['split_mode']}-{c['split']}")
@@ -115,7 +117,7 @@ def test_balanced_entropies(case):
         salt="balancedcolorshape_fsplit_v1",
         **dict(zip(names, counts, strict=True)),
     )
-    found = codes.balanced((n, n), case["num_objects"]).population(support)
+    found = priors.balanced((n, n), case["num_objects"]).population(support)
     assert found["num_F"] == case["split_F"] and found["num_Y"] == int(case["split_Y"])
     for name in ("H_F", "H_Y"):
         assert found[name] == pytest.approx(case[name], abs=1e-9)
@@ -125,10 +127,10 @@ def test_balanced_entropies(case):
 @pytest.mark.parametrize(
     "prior",
     [
-        codes.uniform_up_to((2, 3), 4),
-        codes.fixed_size((2, 3), 3),
-        codes.independent_draws((2, 3), 4),
-        codes.empirical_sizes((2, 3), all_object_codes(6)[[0, 3, 7, 9, 20, 63]]),
+        priors.uniform_up_to((2, 3), 4),
+        priors.fixed_size((2, 3), 3),
+        priors.independent_draws((2, 3), 4),
+        priors.empirical_sizes((2, 3), all_object_codes(6)[[0, 3, 7, 9, 20, 63]]),
     ],
     ids=lambda p: p.name,
 )
@@ -161,7 +163,7 @@ def test_independent_draws_is_the_law_of_drawing():
     rng = np.random.default_rng(0)
     draws = rng.integers(0, 6, (20000, 3))
     size = np.array([len(set(row)) for row in draws.tolist()])
-    prior = codes.independent_draws((2, 3), 3)
+    prior = priors.independent_draws((2, 3), 3)
     total = sum(math.comb(6, m) * w for m, w in prior.weight.items())
     for m, w in prior.weight.items():
         share = math.comb(6, m) * w / total
@@ -191,14 +193,14 @@ def test_ranked_split_byte_for_byte(block):
         candidates = candidates[(groups.counts(candidates) == wanted).all(1)]
     assert len(candidates) == block["total"]
     for split, expected in block["splits"].items():
-        rows = codes.bit_strings(
+        rows = splits.bit_strings(
             split_codes(
                 candidates,
                 split,
                 mode="f_ranked_three_way",
                 salt=config["f_split_salt"],
                 exclude_all_ones=config["exclude_all_ones_f"],
-                **{f"{s}_count": config[f"f_split_{s}_count"] for s in codes.SPLITS},
+                **{f"{s}_count": config[f"f_split_{s}_count"] for s in splits.SPLITS},
             )
         )
         assert len(rows) == expected["count"]
@@ -214,7 +216,7 @@ def test_hash_split_byte_for_byte_and_its_population():
     prior, members = uniform_up_to(groups.sizes, 16), {}
     for split, expected in block["splits"].items():
         support = split_codes(candidates, split, mode="f_disjoint_hash", salt=salt, test_buckets="1, 0,1")
-        members[split] = set(codes.bit_strings(support))
+        members[split] = set(splits.bit_strings(support))
         assert len(support) == expected["count"]
         assert sha256(sorted(members[split])) == expected["sha256_sorted"]
         found = prior.population(support)
@@ -222,7 +224,7 @@ def test_hash_split_byte_for_byte_and_its_population():
         for ours, theirs in (("H_Y", "H_Y_bits"), ("E_H_Y_given_F", "E_H_Y_given_F_bits"), ("H_F", "H_F_bits")):
             assert found[ours] == pytest.approx(expected[theirs], abs=1e-9)
     for row in block["rows"]:
-        assert int(codes.digest(salt, row["F"]), 16) % 10 == row["bucket"]
+        assert int(splits.digest(salt, row["F"]), 16) % 10 == row["bucket"]
         assert {split: row["F"] in rows for split, rows in members.items()} == row["accept"]
     assert prior.population(split_codes(candidates, "test", mode="f_disjoint_hash", salt=salt, test_buckets=[0, 1]))[
         "largest_F_mass"
@@ -230,13 +232,13 @@ def test_hash_split_byte_for_byte_and_its_population():
 
 
 def test_digest_of_the_worked_example():
-    assert codes.digest("colorshape_fsplit_v1", "1" * 14) == "d85fd483c95d2d920883ed46034c5576f2e3ce59"
+    assert splits.digest("colorshape_fsplit_v1", "1" * 14) == "d85fd483c95d2d920883ed46034c5576f2e3ce59"
 
 
 def test_three_disjoint_splits_with_validation_buckets():
     candidates = grid(4, 4).candidates()
     knobs = {"mode": "f_disjoint_hash", "salt": "x", "test_buckets": [0, 1], "val_buckets": "2,3"}
-    parts = [set(codes.bit_strings(split_codes(candidates, split, **knobs))) for split in codes.SPLITS]
+    parts = [set(splits.bit_strings(split_codes(candidates, split, **knobs))) for split in splits.SPLITS]
     assert sum(map(len, parts)) == len(set.union(*parts)) == len(candidates)
     without = split_codes(candidates, "train", exclude_all_ones=True, **knobs)
     assert not without.all(1).any()
@@ -264,21 +266,21 @@ def test_split_mistakes_are_named(knobs, word):
 
 def test_split_report_says_what_is_not_comparable():
     groups, prior = grid(7, 7), uniform_up_to((7, 7), 16)
-    rng, splits = np.random.default_rng(0), {}
+    rng, by_split = np.random.default_rng(0), {}
     for name, chance in (("train", 0.2), ("val", 0.2), ("test", 0.6)):
         y = (rng.random((400, 49)) < chance).astype(np.uint8)
         f = groups.feature_code(y)
-        splits[name] = {"object_code": y, "feature_code": f, "H_Y_given_F": prior.entropy(groups.counts(f))[:, None]}
-    splits["val"]["object_code"][:40] = splits["train"]["object_code"][:40]
-    report = split_report({k: {n: torch.from_numpy(a) for n, a in v.items()} for k, v in splits.items()})
+        by_split[name] = {"object_code": y, "feature_code": f, "H_Y_given_F": prior.entropy(groups.counts(f))[:, None]}
+    by_split["val"]["object_code"][:40] = by_split["train"]["object_code"][:40]
+    report = split_report({k: {n: torch.from_numpy(a) for n, a in v.items()} for k, v in by_split.items()})
     assert report["splits"]["test"]["n"] == 400 and report["splits"]["test"]["largest_F_mass"] > 0.9
     assert report["overlap"]["val in train"]["Y"] >= 0.1 and report["overlap"]["test in train"]["Y"] == 0
     assert any("not comparable" in text for text in report["warnings"])
     assert any("one feature code" in text for text in report["warnings"])
     json.dumps(report)
-    same = split_report({"train": splits["train"], "test": splits["train"]})
+    same = split_report({"train": by_split["train"], "test": by_split["train"]})
     assert same["warnings"] == [] and same["overlap"]["test in train"] == {"F": 1.0, "Y": 1.0}
-    f = splits["train"]["feature_code"]
+    f = by_split["train"]["feature_code"]
     plug_in = [np.mean([(row == other).all() for other in f]) for row in f]
     assert report["splits"]["train"]["H_F"] == pytest.approx(-np.mean(np.log2(plug_in)))
 
@@ -287,19 +289,19 @@ def test_split_report_says_what_is_not_comparable():
 
 
 def test_words_do_not_depend_on_what_was_asked_beside_them():
-    all_words = codes.random_words(5, np.arange(100), 0, 40)
-    assert np.array_equal(codes.random_words(5, [17, 3], 8, 9), all_words[[17, 3], 8:17])
+    all_words = sampling.random_words(5, np.arange(100), 0, 40)
+    assert np.array_equal(sampling.random_words(5, [17, 3], 8, 9), all_words[[17, 3], 8:17])
     assert len(np.unique(all_words)) == all_words.size
-    u = codes.unit(codes.random_words(codes.stream("a", 1), np.arange(20000), 0, 4))
+    u = sampling.unit(sampling.random_words(sampling.stream("a", 1), np.arange(20000), 0, 4))
     assert abs(u.mean() - 0.5) < 4 / math.sqrt(12 * u.size) and np.abs(np.corrcoef(u.T) - np.eye(4)).max() < 0.03
 
 
 def test_uniform_law_is_sampled():
     prior = uniform_up_to((7, 7), 16)
-    draw = codes.draw_uniform(codes.stream("test"), 49, 16)
-    y, drawn = codes.sample_until(20000, draw, lambda y: np.ones(len(y), bool), 20000, "")
+    draw = sampling.draw_uniform(sampling.stream("test"), 49, 16)
+    y, drawn = sampling.sample_until(20000, draw, lambda y: np.ones(len(y), bool), 20000, "")
     assert drawn == 20000
-    weights = codes.size_weights(49, 16)
+    weights = sampling.size_weights(49, 16)
     size = y.sum(1)
     for m in range(17):
         p = weights[m] / sum(weights)
@@ -312,6 +314,6 @@ def test_uniform_law_is_sampled():
 
 
 def test_sampling_gives_up_with_a_sentence():
-    draw = codes.draw_uniform(1, 4, 4)
+    draw = sampling.draw_uniform(1, 4, 4)
     with pytest.raises(UserError, match="giving up at 50; relax"):
-        codes.sample_until(10, draw, lambda y: np.zeros(len(y), bool), 50, "relax")
+        sampling.sample_until(10, draw, lambda y: np.zeros(len(y), bool), 50, "relax")

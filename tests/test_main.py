@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from ade20k_tree import write_ade20k_tree
-from hydra.utils import instantiate
 from PIL import Image
 from program import FIT, MODEL, ROOT, SCENES, TINY, Finished, configured, run
 
 import main
 import options
 from backbones.timm_vit import TimmViT
+from datasets.scene import build
 from runs.run import read_config
 
 SHORT = [*TINY, "model.layers=[embed,0]"]
@@ -239,7 +239,7 @@ def test_ade20k_under_every_protocol(folder: Path, ade20k: list[str], protocol: 
 def write_folder(root: Path) -> list[str]:
     """Twelve scenes as a user's own folder of images."""
     with configured("dataset.n_train=12") as cfg:
-        scenes = instantiate(cfg.dataset, split="train")
+        scenes = build(cfg.dataset, "train")
     for kind in ("images", "identity", "class"):
         (root / kind).mkdir(parents=True)
     for i in range(12):

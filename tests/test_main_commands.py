@@ -17,12 +17,12 @@ import pytest
 import timm
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.utils import get_class
 from omegaconf import OmegaConf
 from program import ROOT, TINY, Done, configured, finish, places, start
 
 import main
 import options
+from datasets.scene import find_class
 from runs.records import read_records
 from runs.run import read_facts
 from tasks import find_task
@@ -282,7 +282,7 @@ def test_every_command_of_the_documents_composes(where: str, arguments: tuple[st
         with configured(*overrides) as cfg:
             options.check(cfg)
             assert not OmegaConf.missing_keys(cfg), where
-            assert callable(main.resolve_entry(cfg.entry)) and get_class(cfg.dataset._target_)
+            assert callable(main.resolve_entry(cfg.entry)) and find_class(cfg.dataset._target_)
             assert timm.is_model(cfg.model.name.partition(".")[0])
             if cfg.task:
                 task = find_task(cfg.task)

@@ -4,10 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from datasets.scenes import LOOKS, Scenes
+from datasets.painting import LOOKS
+from datasets.procedural import Scenes
+from datasets.scene import build
 from errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +21,7 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_config_builds_every_split_with_documented_shapes():
     config = OmegaConf.load(ROOT / "cfgs/dataset/scenes.yaml")
     for split, count in (("train", config.n_train), ("val", config.n_val), ("test", config.n_test)):
-        scenes = instantiate(config, split=split)
+        scenes = build(config, split)
         assert len(scenes) == count
         image, labels, key = scenes[count - 1]
         assert image.shape == (3, 96, 96) and image.dtype == torch.uint8
