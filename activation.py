@@ -21,7 +21,7 @@ from backbones.contract import Tokens
 from backbones.load import backbone_facts, resolve_layers
 from errors import UserError
 from machine import choose_device, rank
-from store.extract import STORED, open_store
+from store.extract import STORED, Extraction, open_store
 from store.index import build_dataset, open_index
 from store.shards import DTYPES, StackedTokens
 
@@ -106,12 +106,11 @@ def open_sample(cfg: Any, split: str, *, say: Callable[[str], None] = print) -> 
         raise UserError(
             f"model.output_mode={mode} needs a class token and {facts.name} has none, use mean_spatial, all or patches"
         )
-    index = open_index(
-        cfg, dataset, split, patch_size=facts.patch_size, image_size=facts.image_size, whole=mode != "patches", say=say
-    )
+    index = open_index(cfg, dataset, split, facts, whole_images=mode != "patches", say=say)
     position, labels = index.placed(mode, facts.has_class_token)
     started = time.perf_counter()
-    store, n_bytes, n_images = open_store(cfg, dataset, split, index, facts, layers, STORED[mode], say)
+    wanted = Extraction(cfg, dataset, split, index, facts, layers, STORED[mode])
+    store, n_bytes, n_images = open_store(wanted, say)
     seconds = time.perf_counter() - started
     tokens = StackedTokens.from_store(store, layers, mode, cfg.cache.ram_gb)
     meta = {

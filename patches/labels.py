@@ -95,46 +95,35 @@ def patch_labels(
 def _vote_area(label_map: Tensor, geometry: Geometry, ignore: Sequence[int]) -> PatchLabels:
     """Majority by exact area in the original label map.
 
-    A patch of the scaled image is a rectangle of the original one, whose edges cut through pixels. All lengths are
-    counted in 1/H' (1/W') of an original pixel, where pixel and patch edges are both integers: areas and ties are exact.
+    A patch of the scaled image is a rectangle of the original one, whose edges cut through pixels. Heights are counted in
+    1/H' of a pixel and widths in 1/W', where pixels and patches both have integer edges: areas and ties are exact.
     """
-    ids, names = _compact(label_map.numpy())
-    (height, width), (rows, columns), p = ids.shape, geometry.scaled, geometry.patch
-    in_window = [p * np.arange(n) - pad for n, pad in zip(geometry.grid, (geometry.pad[2], geometry.pad[0]), strict=True)]
-    tops, lefts = (
-        np.unique(np.add.outer(np.unique(starts), steps))  # of all patches, scaled pixels
-        for starts, steps in zip(zip(*geometry.starts, strict=True), in_window, strict=True)
-    )
-    winner, area = (np.zeros((len(tops), len(lefts)), dtype) for dtype in (np.int64, np.float64))
-    whole, ignored = np.zeros_like(area), np.isin(names, ignore)
-    for phase in np.unique(lefts % p):  # patches of equal phase do not overlap; in a cover there is only one phase
-        at = np.flatnonzero(lefts % p == phase)
-        pixel, patch, length = _segments(lefts[at] * width, p * width, width, columns)
-        offset = patch * len(names)
-        for i, top in enumerate(tops):
-            edges = np.array([max(top, 0), min(top + p, rows)]) * height
-            first, last = edges[0] // rows, -(-edges[1] // rows)
-            steps = np.arange(first, last + 1) * rows
-            weight = np.diff(np.clip(steps, *edges)).astype(float)  # of the rows of pixels; integers below 2^53
+    ids, names = _compact(label_map.numpy())  # [H, W], [K]
+    (height, width), (scaled_height, scaled_width), side = ids.shape, geometry.scaled, geometry.patch
+    tops, lefts = _edges(geometry)
+    winner = np.zeros((len(tops), len(lefts)), np.int64)
+    votes, area = np.zeros(winner.shape), np.zeros(winner.shape)
+    is_ignored = np.isin(names, ignore)  # [K]
+    rows = [_cut_axis(np.array([top * height]), side * height, height, scaled_height) for top in tops]
+    for phase in np.unique(lefts % side):  # patches of equal phase do not overlap; a cover has only one phase
+        columns = np.flatnonzero(lefts % side == phase)
+        across = _cut_axis(lefts[columns] * width, side * width, width, scaled_width)
+        of_patch = across.patch * len(names)  # one range of ids per patch: all patches of a row are counted at once
+        for row, down in enumerate(rows):
+            pixels = ids[down.pixel[0] : down.pixel[-1] + 1][:, across.pixel]
             count = np.bincount(
-                (ids[first:last][:, pixel] + offset).ravel(),
-                weights=np.outer(weight, length).ravel(),
-                minlength=len(at) * len(names),
-            ).reshape(len(at), len(names))
-            whole[i, at] = count.sum(1)
-            count[:, ignored] = 0
-            winner[i, at] = count.argmax(1)  # the first of equals: ids ascend
-            area[i, at] = count.max(1)
-    label, share = np.where(area > 0, names[winner], 0), area / whole
-
-    def windows(x: np.ndarray) -> Tensor:
-        at = [
-            np.ix_(np.searchsorted(tops, y + in_window[0]), np.searchsorted(lefts, left + in_window[1]))
-            for y, left in geometry.starts
-        ]
-        return torch.from_numpy(np.stack([x[rectangle] for rectangle in at]))
-
-    return PatchLabels(windows(label).int(), windows(share).float(), windows(area > 0))
+                (pixels + of_patch).ravel(),
+                weights=np.outer(down.length, across.length).ravel(),  # integers below 2^53
+                minlength=len(columns) * len(names),
+            ).reshape(len(columns), len(names))
+            area[row, columns] = count.sum(1)
+            count[:, is_ignored] = 0
+            winner[row, columns] = count.argmax(1)  # the first of equals: names ascend
+            votes[row, columns] = count.max(1)
+    label = np.where(votes > 0, names[winner], 0)
+    at = _lattice_index(tops, lefts, geometry)  # [n_windows, h, 1], [n_windows, 1, w]
+    label, purity, valid = (torch.from_numpy(x[at]) for x in (label, votes / area, votes > 0))  # [n_windows, h, w]
+    return PatchLabels(label.int(), purity.float(), valid)
 
 
 def _compact(label_map: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -146,17 +135,50 @@ def _compact(label_map: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return ids.reshape(label_map.shape), names
 
 
-def _segments(starts: np.ndarray, size: int, n: int, unit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut an axis of n pixels of `unit` at all pixel and patch edges: pixel, patch and length of every piece.
+def _offsets(geometry: Geometry) -> list[np.ndarray]:
+    """Top edges [h] and left edges [w] of the patches of a window, in scaled pixels from its start."""
+    before = geometry.pad[2], geometry.pad[0]
+    return [geometry.patch * np.arange(n) - pad for n, pad in zip(geometry.grid, before, strict=True)]
 
-    starts: ascending starts of patches of length `size` that do not overlap. Pieces in no patch are left out.
+
+def _edges(geometry: Geometry) -> list[np.ndarray]:
+    """All different top edges and all different left edges of patches, ascending, in scaled pixels.
+
+    The windows stand on a lattice of rows and columns, so every pair of a top and a left edge is a patch of some window.
     """
-    edges = np.clip(np.concatenate([starts, starts + size]), 0, n * unit)
-    cuts = np.unique(np.concatenate([np.arange(n + 1) * unit, edges]))
+    starts = zip(*geometry.starts, strict=True)
+    return [np.unique(np.add.outer(of_axis, offsets)) for of_axis, offsets in zip(starts, _offsets(geometry), strict=True)]
+
+
+def _lattice_index(tops: np.ndarray, lefts: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, np.ndarray]:
+    """Indices that read an array [tops, lefts] as [n_windows, h, w]: those of its rows [n_windows, h, 1], its columns."""
+    ys, xs = np.array(geometry.starts).T
+    rows, columns = _offsets(geometry)
+    rows, columns = np.searchsorted(tops, np.add.outer(ys, rows)), np.searchsorted(lefts, np.add.outer(xs, columns))
+    return rows[:, :, None], columns[:, None, :]
+
+
+class _Pieces(NamedTuple):
+    """Pieces of an axis, cut at every edge of a pixel or a patch: the pixel [n] and patch [n] each lies in, its length [n]."""
+
+    pixel: np.ndarray
+    patch: np.ndarray
+    length: np.ndarray
+
+
+def _cut_axis(starts: np.ndarray, size: int, n_pixels: int, unit: int) -> _Pieces:
+    """Cut an axis of `n_pixels` pixels of length `unit`; pieces in no patch are left out.
+
+    Args:
+        starts: ascending starts of patches of length `size` that do not overlap.
+    """
+    edges = np.clip(np.concatenate([starts, starts + size]), 0, n_pixels * unit)
+    first, last = edges[0] // unit, -(-edges[-1] // unit)  # pixels that any patch can touch
+    cuts = np.unique(np.concatenate([np.arange(first, last + 1) * unit, edges]))
     left, length = cuts[:-1], np.diff(cuts)
     patch = np.searchsorted(starts, left, side="right") - 1
     inside = (patch >= 0) & (left < starts[patch] + size)
-    return left[inside] // unit, patch[inside], length[inside]
+    return _Pieces(left[inside] // unit, patch[inside], length[inside])
 
 
 def _vote_bilinear_round(label_map: Tensor, geometry: Geometry, ignore: Sequence[int]) -> PatchLabels:

@@ -31,8 +31,8 @@ from probes import FitAxes
 from runs.records import read_records
 from runs.run import Run, open_run
 from show.records import Scored
-from store.extract import _kept
 from store.shards import StackedTokens
+from store.writing import kept_tokens
 from tasks import Batch, find_task
 
 ROOT = Path(__file__).parent.parent
@@ -119,12 +119,12 @@ def test_published_epoch_of_adam(case: dict) -> None:
 @pytest.mark.parametrize("case", GOLDEN["tokens"]["modes"])
 def test_published_output_modes(case: dict) -> None:
     tokens = torch.tensor(case["tokens"])  # [B, T, D], class token first
-    facts, n = type("Facts", (), {"has_class_token": True}), len(tokens)
+    n = len(tokens)
     split = Tokens(tokens[:, :1], tokens[:, 1:], (1, tokens.shape[1] - 1))
-    everything = _kept(split, None, "all", facts, torch.float32)[0]
+    everything = kept_tokens(split, None, "all", torch.float32)[0]
     torch.testing.assert_close(everything.view(n, -1), torch.tensor(case["all"]), atol=1e-6, rtol=0)
     if tokens.shape[1] > 1:  # an image always has patches here; the published program pools the class token if not
-        cls, mean = _kept(split, None, "pooled", facts, torch.float32)[0].view(n, 2, -1).unbind(1)
+        cls, mean = kept_tokens(split, None, "pooled", torch.float32)[0].view(n, 2, -1).unbind(1)
         for found, name in ((cls, "cls"), (mean, "mean_spatial"), (torch.cat([cls, mean], 1), "cls_mean")):
             torch.testing.assert_close(found, torch.tensor(case[name]), atol=1e-6, rtol=0)
 
