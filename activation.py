@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -99,7 +100,7 @@ def open_sample(cfg: Any, split: str, *, say: Callable[[str], None] = print) -> 
     if rank()[0]:
         say = _silent
     dataset = build_dataset(cfg, split)
-    facts = backbone_facts(cfg.model)
+    facts = backbone_facts(cfg.model, Path(cfg.cache.dir) / "architectures")
     check_attention(cfg.model, choose_device(cfg.device))
     layers = resolve_layers(cfg.model.layers, facts.depth)
     if mode in ("cls", "cls_mean") and not facts.has_class_token:

@@ -10,8 +10,6 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any
 
-import huggingface_hub.errors
-import timm
 import torch
 from torch import nn
 
@@ -29,6 +27,8 @@ def create(name: str, kwargs: str, image_size: Size, **options: Any) -> tuple[nn
     Args:
         name: timm's; kwargs: JSON of further arguments of the model; options: for `timm.create_model`.
     """
+    import timm  # here and below: it takes seconds, and what is cached needs none of it
+
     extra = json.loads(kwargs)
     if "global_pool" in extra:
         raise UserError("model.kwargs.global_pool changes the norms of a model, leave it out: pooling is model.output_mode")
@@ -55,6 +55,8 @@ def skeleton(name: str, kwargs: str, image_size: Size) -> tuple[nn.Module, bool]
     Raises:
         UserError: a name timm does not have, a model that is no plain ViT, a size or argument it refuses.
     """
+    import timm
+
     bare, _, tag = name.partition(".")
     if not timm.is_model(bare):
         near = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), 4)
@@ -92,6 +94,9 @@ def random_model(name: str, kwargs: str, image_size: Size, seed: int) -> nn.Modu
 
 def hub_model(name: str, kwargs: str, image_size: Size, where: str, say: Callable[[str], None]) -> nn.Module:
     """The model with the weights timm has for it; `where` names them, whatever goes wrong in there is said of them."""
+    import huggingface_hub.errors
+    import timm
+
     twin = name.replace("_clip_", "_clip_quickgelu_")
     if twin != name and twin in timm.list_pretrained():
         say(f"note: {name} computes another activation than its weights were trained with, {twin} the same")

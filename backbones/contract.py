@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -122,7 +123,7 @@ class Backbone(nn.Module):
         self.facts = facts
 
     @classmethod
-    def describe(cls, options: Options) -> BackboneFacts:
+    def describe(cls, options: Options, remembered: Path | None = None) -> BackboneFacts:
         """The facts, from the configuration alone."""
         raise NotImplementedError
 

@@ -6,6 +6,7 @@ A new source is a subclass of `Backbone` and one line in `SOURCES`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +19,18 @@ from errors import UserError
 SOURCES: dict[str, type[Backbone]] = {"timm": TimmViT, "pixels": Pixels}
 
 
-def backbone_facts(model_cfg: Mapping[str, Any]) -> BackboneFacts:
-    """What `load_backbone` would give, from a skeleton that holds no weights.
+def backbone_facts(model_cfg: Mapping[str, Any], remembered: Path | None = None) -> BackboneFacts:
+    """What `load_backbone` would give, without its weights.
+
+    Args:
+        model_cfg: the `model` section.
+        remembered: a folder where facts of architectures are kept, so that timm is asked once; None asks it.
 
     Raises:
         UserError: unknown model, a size it refuses, no pretrained weights, a weight file that is missing or altered.
     """
     source, options = _read(model_cfg)
-    return source.describe(options)
+    return source.describe(options, remembered)
 
 
 def load_backbone(model_cfg: Mapping[str, Any], device: torch.device | str, say: Callable[[str], None] = print) -> Backbone:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,11 @@ class Pixels(Backbone):
     """Control: the normalised pixels of each patch [3 p p], cut as the named model would see them; only "embed"."""
 
     @classmethod
-    def describe(cls, options: Options) -> BackboneFacts:
+    def describe(cls, options: Options, remembered: Path | None = None) -> BackboneFacts:
         """Sizes and preprocessing of the named model, nothing else of it: all models that share them share a cache."""
         if options.norm:
             raise UserError("model.norm=true and pixels have no norm, set model.norm=false")
-        seen = TimmViT.describe(dataclasses.replace(options, pretrained=False))
+        seen = TimmViT.describe(dataclasses.replace(options, pretrained=False), remembered)
         changes = {"depth": 0, "dim": 3 * seen.patch_size**2, "heads": 0, "num_prefix_tokens": 0, "kwargs": "{}"}
         changes |= {"has_class_token": False, "final_norm": "none", "weights": "none", "dynamic_size": True}
         return dataclasses.replace(seen, name="pixels", source="pixels", **changes)

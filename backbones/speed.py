@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from errors import UserError
@@ -29,6 +28,8 @@ def tune_for_cpu(model: nn.Module, fuse: bool) -> None:
         return
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return
+    from timm.layers import Mlp
+
     for block in model.blocks:
         for module in block.modules():
             if type(module) is nn.Linear:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from backbones.architecture import find_architecture
 from backbones.attention import XformersAttention, check_attention
-from backbones.build import hub_model, random_model, skeleton
+from backbones.build import hub_model, random_model
 from backbones.contract import Backbone, BackboneFacts, Layer, Options, by_pixels
 from backbones.speed import compile_blocks, tune_for_cpu
 from backbones.weights import file_digest, find_file, load_weights
@@ -35,15 +36,12 @@ class TimmViT(Backbone):
         self.splits_prefix = "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
 
     @classmethod
-    def describe(cls, options: Options) -> BackboneFacts:
-        """Facts from a skeleton without memory; only the digest of a local weight file reads anything."""
-        model, dynamic = skeleton(options.name, options.kwargs, options.image_size)
-        norms = [name for name in ("norm", "fc_norm") if _is_norm(getattr(model, name, None))]
-        if options.norm and not norms:
+    def describe(cls, options: Options, remembered: Path | None = None) -> BackboneFacts:
+        """Facts of the architecture, from a skeleton or remembered; of a local weight file its digest."""
+        seen = find_architecture(options.name, options.kwargs, options.image_size, remembered)
+        if options.norm and not seen.norms:
             raise UserError(f"model.norm=true and {options.name} has no norm after its last block, set model.norm=false")
-        native = json.loads(options.kwargs).get("img_size") or model.pretrained_cfg["input_size"][1:]
-        native = (native, native) if isinstance(native, int) else tuple(native)
-        (patch_size, patch_width), image_size = model.patch_embed.patch_size, options.image_size or native
+        (patch_size, patch_width), image_size = seen.patch_size, options.image_size or seen.image_size
         if patch_size != patch_width:
             raise UserError(f"{options.name} has patches of {patch_size} x {patch_width}, only square ones are supported")
         if any(side < patch_size or side % patch_size for side in image_size):
@@ -51,23 +49,22 @@ class TimmViT(Backbone):
                 f"model.image_size={by_pixels(image_size)} does not fit {options.name}, expected multiples of its patch size "
                 f"{patch_size}, such as {max(1, round(image_size[0] / patch_size)) * patch_size}"
             )
-        prefix = getattr(model, "num_prefix_tokens", 0)
         return BackboneFacts(
             name=options.name,
             source=options.source,
             patch_size=patch_size,
-            depth=len(model.blocks),
-            dim=model.embed_dim,
-            heads=getattr(getattr(model.blocks[0], "attn", None), "num_heads", 0),
-            num_prefix_tokens=prefix,
-            has_class_token=prefix > 0 and getattr(model, "cls_token", None) is not None,
+            depth=seen.depth,
+            dim=seen.dim,
+            heads=seen.heads,
+            num_prefix_tokens=seen.num_prefix_tokens,
+            has_class_token=seen.has_class_token,
             image_size=image_size,
-            dynamic_size=dynamic,
-            mean=tuple(options.mean or model.pretrained_cfg["mean"]),
-            std=tuple(options.std or model.pretrained_cfg["std"]),
-            interpolation=options.interpolation or model.pretrained_cfg["interpolation"],
-            final_norm=norms[0] if norms else "none",
-            weights=_weights_id(options, model.pretrained_cfg),
+            dynamic_size=seen.dynamic_size,
+            mean=options.mean or seen.mean,
+            std=options.std or seen.std,
+            interpolation=options.interpolation or seen.interpolation,
+            final_norm=seen.norms[0] if seen.norms else "none",
+            weights=_weights_id(options, seen.hub),
             kwargs=options.kwargs,
         )
 
@@ -112,7 +109,7 @@ class TimmViT(Backbone):
         return [self.norm(_flat(caught[layer], layer, self.splits_prefix)) for layer in layers]
 
 
-def _weights_id(options: Options, pretrained_cfg: Mapping[str, Any]) -> str:
+def _weights_id(options: Options, hub: str | None) -> str:
     """Where the weights come from, in words that tell two of them apart; checks the digest of a local file."""
     if not options.pretrained:
         return f"random:{options.seed}"
@@ -128,10 +125,8 @@ def _weights_id(options: Options, pretrained_cfg: Mapping[str, Any]) -> str:
         return f"sha256:{found}" + (f":{options.weights_part}" if options.weights_part else "")
     if options.digest or options.weights_part:
         raise UserError("model.digest and model.weights_part describe a local file, set model.weights too")
-    if pretrained_cfg.get("hf_hub_id"):
-        return f"hub:{pretrained_cfg['hf_hub_id']}/{pretrained_cfg.get('hf_hub_filename') or 'model.safetensors'}"
-    if pretrained_cfg.get("url"):
-        return f"url:{pretrained_cfg['url']}"
+    if hub:
+        return hub
     raise UserError(
         f"timm has no pretrained weights for {options.name}, set model.weights=<file>, or take random ones with "
         "model.pretrained=false"
@@ -160,7 +155,3 @@ def _flat(x: Tensor, layer: Layer, tokens_last: bool) -> Tensor:
     if x.ndim == 4:
         return x.flatten(1, 2) if isinstance(layer, str) else x.flatten(2).mT
     return x
-
-
-def _is_norm(module: nn.Module | None) -> bool:
-    return module is not None and not isinstance(module, nn.Identity)

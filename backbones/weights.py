@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from errors import UserError
@@ -159,6 +158,8 @@ def _adapt(
     model: nn.Module, state: dict[str, Any], dynamic: bool, say: Callable[[str], None]
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Rename and reshape to the model's own keys, with timm's converter of the family last; and what was dropped."""
+    from timm.models import VisionTransformer
+
     dropped = [key for key in ("mask_token", "register_tokens") if key in state]
     state = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): value for key, value in state.items()}
     if isinstance(model, VisionTransformer):

@@ -9,7 +9,6 @@ Shapes: S seeds, L layers, B images, T tokens, K outputs, Q mask queries.
 """
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -121,6 +120,8 @@ def match(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         three int64 vectors: index into the N*B problems, query, object. With more objects than queries the dearest
         objects stay unmatched.
     """
+    from scipy.optimize import linear_sum_assignment  # here: only the identity read-out waits for it
+
     costs = cost.detach().double().nan_to_num(1e30, 1e30, -1e30).cpu().numpy()
     problem, query, target = [], [], []
     for n in range(costs.shape[0]):

@@ -13,6 +13,7 @@ number is never taken over from other code. W&B is a mirror; these files are the
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -90,6 +91,7 @@ class Run:
         self.reused = reused
         self.source = source
         self.mirror: Any = None
+        self.start_mirror: Callable[[], Any] | None = None  # called at the first new record: it takes seconds
         self.opened = time.monotonic()
         self._log: IO[str] = open(directory / "log.txt", "a", encoding="utf-8")
         self._files: dict[str, IO[str]] = {}
@@ -112,6 +114,9 @@ class Run:
         if key in self._seen[file]:
             return
         self._seen[file].add(key)
+        if self.start_mirror is not None:
+            start, self.start_mirror = self.start_mirror, None
+            self.mirror = start()
         # Python writes NaN, which is not JSON: an undefined metric is null.
         line = json.dumps(jsonable({**self.identity, **record}), allow_nan=False)
         self._files[file].write(line + "\n")
@@ -247,7 +252,7 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
         run.facts.update(provenance(), identity=run.identity, inputs=read_facts(directory).get("inputs"))
         run.facts.update(command=sys.argv, started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), status="running")
         _write_facts(run)
-        run.mirror = None if rank else open_mirror(cfg, run.dir, run.say)
+        run.start_mirror = None if rank else functools.partial(open_mirror, cfg, run.dir, run.say)
         status = "failed"
         try:
             yield run

@@ -15,7 +15,8 @@ import main
 import options
 from backbones.timm_vit import TimmViT
 from datasets.scene import build
-from runs.run import read_config
+from errors import UserError
+from runs.run import Run, read_config
 
 SHORT = [*TINY, "model.layers=[embed,0]"]
 
@@ -323,18 +324,28 @@ def test_the_mirror_gets_the_curve_and_is_closed(folder: Path, mirrors: list[Mir
     assert max(v["probe/is_same_object/all/auroc"] for v in mirror.logged) == finished.objective
 
 
-def test_a_failed_run_is_marked_as_such(folder: Path, mirrors: list[Mirror], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_mirrored_where_there_is_nothing_new(folder: Path, mirrors: list[Mirror]) -> None:
     with pytest.raises(SystemExit, match="there is no layer 9"):
         run(folder, *TINY, "model.layers=[9]", "wandb.mode=offline")
-    assert [mirror.exit_code for mirror in mirrors] == [1]
+    assert mirrors == []
+    for _ in range(2):
+        run(folder, *SHORT, "wandb.mode=offline", "seed=8")
+        assert [mirror.exit_code for mirror in mirrors] == [0]  # the second one shows what is there
 
-    def interrupt(*_args: object) -> None:
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr("trainer.run", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), UserError("a mistake")], ids=lambda stop: type(stop).__name__)
+def test_a_failed_run_is_marked_as_such(
+    folder: Path, mirrors: list[Mirror], monkeypatch: pytest.MonkeyPatch, stop: BaseException
+) -> None:
+
+    def fail(cfg: object, run: Run) -> None:
+        run.write({"kind": "epoch", "name": type(stop).__name__})
+        raise stop
+
+    monkeypatch.setattr("trainer.run", fail)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
         run(folder, *TINY, "wandb.mode=offline")
-    assert [mirror.exit_code for mirror in mirrors] == [1, 1]
+    assert [mirror.exit_code for mirror in mirrors] == [1]
 
 
 def test_only_extraction_is_shared_by_ranks_and_only_the_first_is_mirrored(

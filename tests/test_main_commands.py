@@ -57,6 +57,21 @@ def test_the_command_prints_its_table_and_where_the_files_are(tmp_path: Path) ->
     assert read_facts(directory)["status"] == "finished"
     assert not [path for path in tmp_path.iterdir() if path.name not in ("cache", "outputs")]  # nothing left elsewhere
 
+    # Again, with everything there: what takes seconds to import and has nothing to do is not imported.
+    again = shell(
+        tmp_path, sys.executable, "-X", "importtime", "main.py", *places(tmp_path), *TINY, "controls=[position]",
+        "wandb.mode=offline",
+    )  # fmt: skip
+    assert again.status == 0 and "all pairs AUROC" in again.out
+    imported = set(re.findall(r"^import time:.*\| +(\S+)$", again.err, re.MULTILINE))
+    assert "torch" in imported and not imported & {"timm", "torchvision", "torch._dynamo", "wandb", "scipy"}
+    assert run_directories(tmp_path) == [directory]
+
+
+def test_the_command_line_is_checked_before_torch_is_imported(tmp_path: Path) -> None:
+    code = "import sys, main, options, runs.run; print(sorted(sys.modules.keys() & {'torch', 'timm', 'wandb', 'matplotlib'}))"
+    assert shell(tmp_path, sys.executable, "-c", code).out == "[]\n"
+
 
 @pytest.mark.parametrize(
     ("mistake", "said"),
@@ -94,8 +109,8 @@ def test_a_sweep_extracts_once_mirrors_every_job_and_survives_one_that_fails(tmp
     status = {directory.name.split("-")[3]: read_facts(directory)["status"] for directory in run_directories(tmp_path)}
     assert status == {"linear": "finished", "nonsense": "failed", "cosine": "finished"}
     for directory in run_directories(tmp_path):
-        (mirror,) = (directory / "wandb").glob("offline-run-*")
-        assert list(mirror.glob("*.wandb"))
+        mirrors = list((directory / "wandb").glob("offline-run-*/*.wandb"))
+        assert len(mirrors) == (read_facts(directory)["status"] == "finished")  # the failed one has nothing to mirror
 
 
 # ---------------------------------------------------------------------------------------------- stopped and resumed
