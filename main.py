@@ -10,26 +10,47 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import options
 from errors import UserError
-from runs.run import interrupt_later, open_run
+from files import ROOT
+from runs import signals
+from runs.run import open_run
 
 # Hydra would print its own trace and exit; with this set it hands the exception to `cli`, which prints one sentence.
 os.environ["HYDRA_FULL_ERROR"] = "1"
 
 
-def resolve_entry(name: str) -> Callable:
-    """The function behind a dotted name such as `trainer.run`."""
-    module, _, function = name.rpartition(".")
-    return getattr(importlib.import_module(module), function)
+def find_entry(cfg: DictConfig) -> Callable:
+    """The entry function of the chosen mode, as the mode's file names it and nothing else does.
+
+    Modes are files of `cfgs/mode`, and of a folder of the user's own that the command line adds (`--config-dir mine`).
+
+    Raises:
+        UserError: `entry` was set to something else, or what the mode's file names is not there.
+    """
+    mode = HydraConfig.get().runtime.choices.get("mode")
+    folders = [source.path for source in HydraConfig.get().runtime.config_sources if source.schema == "file"]
+    files = [file for folder in folders if (file := Path(folder) / "mode" / f"{mode}.yaml").is_file()]
+    entry = OmegaConf.load(files[0]).get("entry") if files else None
+    if entry is None or cfg.entry != entry:
+        raise UserError(f"entry={cfg.entry} is not the entry of mode={mode} ({entry}); leave entry=… out, choose with mode=…")
+    module, _, function = str(entry).rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        ours = isinstance(error, ImportError) and error.name != module
+        if ours or (ROOT / f"{module.replace('.', '/')}.py").is_file():
+            raise  # a defect inside of a module that is there
+        raise UserError(f"{files[0]}: entry {entry} cannot be imported ({error}); put its folder on PYTHONPATH") from error
 
 
 @hydra.main(version_base="1.3", config_path="cfgs", config_name="config")
@@ -39,9 +60,12 @@ def main(cfg: DictConfig) -> float | None:
     try:
         options.check(cfg)
         with open_run(cfg) as run:
-            with interrupt_later():
-                entry = resolve_entry(cfg.entry)
-            return entry(cfg, run).get("objective")
+            with signals.stop_later():  # an import of torch that is broken off half-way kills the process
+                entry = find_entry(cfg)
+            objective = entry(cfg, run).get("objective")
+        if not sweeping:
+            signals.ignore()  # what is left is the way out: it does not turn success into anything else
+        return objective
     except UserError as error:
         if sweeping:  # the other jobs go on; Hydra raises the first failure at the end
             print(f"job {HydraConfig.get().job.num} failed: {error}", file=sys.stderr)
@@ -53,11 +77,14 @@ def main(cfg: DictConfig) -> float | None:
 def cli() -> None:
     """Turn every failure into one sentence and an exit status; `debug=true` shows the full trace."""
     debug = any(argument.lstrip("+").lower() in ("debug=true", "debug=1") for argument in sys.argv[1:])
+    signals.install()
     try:
         main()
-    except KeyboardInterrupt:
-        print("\ninterrupted: nothing finished is lost, the same command resumes here", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        signals.ignore()
+        ended = "terminated" if signals.exit_status(stop) == 143 else "interrupted"
+        print(f"\n{ended}: nothing finished is lost, the same command resumes here", file=sys.stderr)
+        sys.exit(signals.exit_status(stop))
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -66,6 +93,8 @@ def cli() -> None:
             sys.exit(f"error: {error}")
         if isinstance(error, HydraException | OmegaConfBaseException):
             sys.exit(f"error: {options.explain(error)}")
+        if isinstance(error, OSError) and error.filename is not None:  # the file system's, not the program's fault
+            sys.exit(f"error: {os.fsdecode(error.filename)}: {error.strerror}; look at this path, then repeat the command")
         where = traceback.extract_tb(error.__traceback__)[-1]
         if "submitit" in where.filename:
             sys.exit(f"error: the launcher cannot start the jobs: {error}")

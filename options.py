@@ -32,7 +32,11 @@ RENAMED = {
     "cache.batch_size": "cache.batch_windows",
     "trainer.max_gb": "trainer.stack_gb",
     "trainer.batch_size": "trainer.batch_images",
+    "eval.run": "run",
+    "vis.run": "run",
 }
+# Options of data sets that name or start programs, and write: of a finished run's file they are not believed.
+FROM_COMMAND_LINE = {"blender_path": None, "clevr_gen_dir": None, "use_cache_only": True}
 
 
 def check(cfg: DictConfig) -> None:
@@ -144,6 +148,31 @@ def with_new_names(stored: DictConfig) -> DictConfig:
     return stored
 
 
+def complete(stored: DictConfig, path: Path) -> DictConfig:
+    """The configuration of a finished run with the options added since then, at their defaults; changed in place.
+
+    Raises:
+        UserError: a section or an option that the run's mode had is missing or of another kind: the file is damaged.
+    """
+    choices = {"config": "", "model/_defaults": "model.", f"protocol/{stored.protocol.get('name')}": ""}
+    for name, prefix in (choices | {f"mode/{stored.mode}": ""}).items():
+        file = CONFIGS / f"{name}.yaml"
+        if not (re.fullmatch(r"[\w/-]+", name) and file.is_file()):
+            continue  # a protocol or mode of the user's own
+        for key, default in _leaves(OmegaConf.to_container(OmegaConf.load(file)), prefix):
+            section, _, option = key.rpartition(".")
+            inside = OmegaConf.select(stored, section) if section else stored
+            if not isinstance(inside, DictConfig) and (inside is not None or section.partition(".")[0] in stored):
+                raise UserError(f"{path} is damaged (it has no section {section}); name another run with run=…")
+            if inside is None or option not in inside:  # added since then
+                OmegaConf.update(stored, key, default, force_add=True)
+            kind, fits = _kind(default, least=0)
+            value = OmegaConf.select(stored, key)
+            if not (key in NAMES + LISTS or value in ALSO.get(key, ()) or fits(value)):
+                raise UserError(f"{path} is damaged ({key} is {value!r}, expected {kind}); name another run with run=…")
+    return stored
+
+
 def valid_keys(parent: str) -> str:
     """The keys the configuration has at a place, read from the composed defaults and the chosen files."""
     GlobalHydra.instance().clear()
@@ -188,7 +217,10 @@ def adopt(fitted: DictConfig, cfg: DictConfig, directory: Path) -> DictConfig:
     Raises:
         UserError: the command line names something that was settled when the run was fitted.
     """
-    with_new_names(fitted)
+    complete(with_new_names(fitted), directory / "config.yaml")
+    for key, value in FROM_COMMAND_LINE.items():
+        if key in fitted.dataset:
+            fitted.dataset[key] = value
     for key in named():
         head, value = key.split(".")[0], OmegaConf.select(cfg, key)
         if head == "dataset" or key in ("trainer.batch_images", "trainer.n_boot"):

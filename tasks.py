@@ -183,7 +183,7 @@ class Task:
         if probe.recipe["mode"] != self.cfg.probe.mode:
             raise UserError(
                 f"the checkpoint holds a {probe.recipe['mode']} probe and its run was of probe.mode={self.cfg.probe.mode}; "
-                "name the run it was fitted in with eval.run=…"
+                "name the run it was fitted in with run=…"
             )
 
     def introduce(self, samples: Mapping[str, PatchSample], run: Any) -> None:
@@ -227,5 +227,7 @@ TASKS = {
 
 def find_task(name: str) -> type[Task]:
     """The class behind the name of a task (`TASKS`); a name, so that a task may live in a module above this one."""
+    if name not in TASKS:
+        raise UserError(f"unknown task '{name}'; valid: {', '.join(TASKS)}")
     module, _, task = TASKS[name].rpartition(".")
     return getattr(importlib.import_module(module), task)

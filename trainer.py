@@ -78,7 +78,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
 
 
 def run_eval(cfg: DictConfig, run: Run) -> dict[str, Any]:
-    """Score a finished run's probes again: `eval.run`, `eval.split`, `eval.checkpoint`, and any data set.
+    """Score a finished run's probes again: `run`, `eval.split`, `eval.checkpoint`, and any data set.
 
     Model, protocol and probe are those of the run; the data set is the run's own unless one is named on the command line.
 
@@ -130,7 +130,7 @@ def load_stack(directory: Path, name: str, which: str, part: Task, sample: Patch
     if expected != list(sample.tokens.layers) or probes[0].dim != width:
         raise UserError(
             f"the checkpoint in {directory} holds layers {expected} of width {probes[0].dim}, the activations are layers "
-            f"{list(sample.tokens.layers)} of width {width}; name the run that was fitted on this backbone with eval.run=…"
+            f"{list(sample.tokens.layers)} of width {width}; name the run that was fitted on this backbone with run=…"
         )
     part.refuse(probes[0], sample)
     return probes

@@ -16,6 +16,11 @@ from torch import nn
 from errors import UserError
 
 Size = tuple[int, int] | None
+# What `timm.create_model` takes beside the architecture: weights, files and folders come from options of this program.
+NOT_ARCHITECTURE = frozenset(
+    "pretrained pretrained_cfg pretrained_cfg_overlay checkpoint_path cache_dir scriptable exportable no_jit num_classes "
+    "features_only out_indices pretrained_strict pretrained_filter_fn".split()
+)
 
 
 def create(name: str, kwargs: str, image_size: Size, **options: Any) -> tuple[nn.Module, bool]:
@@ -32,6 +37,8 @@ def create(name: str, kwargs: str, image_size: Size, **options: Any) -> tuple[nn
     extra = json.loads(kwargs)
     if "global_pool" in extra:
         raise UserError("model.kwargs.global_pool changes the norms of a model, leave it out: pooling is model.output_mode")
+    if refused := sorted(NOT_ARCHITECTURE & extra.keys()):
+        raise UserError(f"model.kwargs.{refused[0]} is no argument of an architecture, leave it out (files: model.weights)")
     build = functools.partial(timm.create_model, name, num_classes=0, **options)
     sized = {"img_size": image_size} if image_size else {}
     told = " and ".join([f"model.kwargs={extra}"] * bool(extra) + [f"model.image_size={image_size}"] * bool(sized))

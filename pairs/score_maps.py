@@ -28,7 +28,7 @@ from patches.geometry import DroppedImage, plan_geometry
 from patches.labels import patch_labels
 from patches.windows import cut_windows, merge_scores
 from probes import Probe, load_probe
-from runs.run import PATCH_MODES, Run, checkpoint_files, newest_run, read_config
+from runs.run import Run, checkpoint_files, read_config
 from runs.states import pack
 from show.style import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE, YELLOW, figure_pixels, png_bytes
 from store.index import build_dataset
@@ -206,7 +206,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         UserError: no such run, image or anchor.
     """
     vis = cfg.vis
-    directory = Path(vis.run) if vis.run else newest_run(cfg.output_dir, PATCH_MODES)
+    directory = run.source
     fitted = options.adopt(read_config(directory), cfg, directory)
     dataset = build_dataset(fitted, str(vis.split))
     if not 0 <= int(vis.image) < len(dataset):

@@ -18,11 +18,9 @@ import hashlib
 import json
 import os
 import re
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,48 +28,35 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from errors import UserError
-from files import write_atomically
+from files import cannot_write, write_atomically
 from machine import torch_facts
+from runs.finished import newest_run, read_config, read_facts, source_run
 from runs.mirror import WANDB_MODES, open_mirror
 from runs.provenance import code_digest, provenance
-from runs.records import drop_torn_line, jsonable, read_records, record_key
+from runs.records import jsonable, line_of, open_records, record_key
+from runs.signals import ignored
 
+__all__ = [
+    "Run", "checkpoint_files", "checkpoint_path", "deciding", "identify", "newest_run", "open_run", "read_config",
+    "read_facts", "run_directory", "source_run",
+]  # fmt: skip
 # Settings that change where or how a run is carried out, never its numbers.
-_NOT_IN_HASH = ("debug", "resume", "output_dir", "wandb", "threads")
+_NOT_IN_HASH = ("debug", "resume", "output_dir", "wandb", "threads", "run", "looks_at")
 # Of these a restart takes over what is there.
 RESULT_FILES = ("metrics.jsonl", "history.jsonl", "layers.csv", "layers.png", "checkpoints")
-PATCH_MODES = ("train", "train_class", "train_identity")  # what they fit is asked about patches
-TRAIN_MODES = (*PATCH_MODES, "train_binding")
 
 
 @contextlib.contextmanager
-def interrupt_later() -> Iterator[None]:
-    """Put Ctrl-C off until the end of the block: an import of torch that is broken off half-way kills the process."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def one_sentence_if_full(directory: Path) -> Iterator[None]:
-    """Say it in one sentence when the disk is full; what was written before stays and is continued."""
+def one_sentence(directory: Path) -> Iterator[None]:
+    """Say it in one sentence when a file of the run cannot be written or read; what was written before is continued."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else directory
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not (full or (error.filename is not None and path.is_relative_to(directory))):
             raise
-        raise UserError(
-            f"the disk is full, writing into {directory} failed; free some space or set output_dir, then repeat the command: "
-            "it goes on where it stopped"
-        ) from error
+        raise cannot_write(path, error) from error
 
 
 class Run:
@@ -93,6 +78,7 @@ class Run:
         self.mirror: Any = None
         self.start_mirror: Callable[[], Any] | None = None  # called at the first new record: it takes seconds
         self.opened = time.monotonic()
+        self.ending = contextlib.ExitStack()
         self._log: IO[str] = open(directory / "log.txt", "a", encoding="utf-8")
         self._files: dict[str, IO[str]] = {}
         self._seen: dict[str, set[str]] = {}
@@ -107,8 +93,7 @@ class Run:
         """Append a record (one JSON line, flushed); a record already there from before a restart is not repeated."""
         if file not in self._files:
             path = self.dir / file
-            self._seen[file] = {record_key(old) for old in read_records(path)} if path.exists() else set()
-            drop_torn_line(path)
+            self._seen[file] = open_records(path, self.say)
             self._files[file] = open(path, "a", encoding="utf-8")
         key = record_key(record)
         if key in self._seen[file]:
@@ -117,9 +102,7 @@ class Run:
         if self.start_mirror is not None:
             start, self.start_mirror = self.start_mirror, None
             self.mirror = start()
-        # Python writes NaN, which is not JSON: an undefined metric is null.
-        line = json.dumps(jsonable({**self.identity, **record}), allow_nan=False)
-        self._files[file].write(line + "\n")
+        self._files[file].write(line_of({**self.identity, **record}) + "\n")
         self._files[file].flush()
 
     def rest_on(self, inputs: Mapping[str, Any]) -> None:
@@ -129,7 +112,7 @@ class Run:
         or a checkpoint of other data is never taken over.
         """
         inputs, before = jsonable(inputs), self.facts.get("inputs")
-        if before not in (None, inputs):
+        if before != inputs and any((self.dir / name).exists() for name in RESULT_FILES):
             number = 1 + len(list(self.dir.glob("superseded-*")))
             aside = self.dir / f"superseded-{number}"
             aside.mkdir()
@@ -152,6 +135,10 @@ class Run:
         self.mirror.define_metric("*", step_metric="layer_index")
         for index in sorted(steps):
             self.mirror.log({"layer_index": index, **steps[index]})
+
+    def finishing(self) -> None:
+        """All results are written: from here to the end of the run Ctrl-C and SIGTERM no longer make it an unfinished one."""
+        self.ending.enter_context(ignored())
 
     def close(self) -> None:
         """Close the files."""
@@ -179,30 +166,10 @@ def identify(cfg: DictConfig) -> dict[str, str]:
     }
 
 
-def source_run(cfg: DictConfig) -> Path | None:
-    """The run a mode looks at: `<mode>.run` or the newest finished training run; None for modes that look at none.
-
-    Raises:
-        UserError: it is no run directory, or there is none.
-    """
-    block = cfg.get(cfg.mode)
-    if not isinstance(block, DictConfig) or "run" not in block:
-        return None
-    modes = PATCH_MODES if cfg.mode == "vis" else TRAIN_MODES
-    directory = Path(block.run) if block.run else newest_run(cfg.output_dir, modes)
-    read_config(directory)
-    return directory
-
-
 def run_directory(cfg: DictConfig, source: Path | None = None) -> Path:
     """Where a configuration's results live: readable names and a hash of configuration and code."""
-    plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
-    if source is not None:
-        plain[cfg.mode]["run"] = str(source.resolve())  # type: ignore[index,call-overload]
-    for key in _NOT_IN_HASH:
-        plain.pop(key, None)  # type: ignore[union-attr]
-    plain["cache"] = {"dtype": plain["cache"]["dtype"]}  # the rest says where and how fast, not what
-    fingerprint = hashlib.sha256((json.dumps(plain, sort_keys=True, default=str) + code_digest()).encode()).hexdigest()
+    numbers = deciding(cfg) if source is None else {**deciding(cfg), "run": str(source.resolve())}
+    fingerprint = hashlib.sha256((json.dumps(numbers, sort_keys=True, default=str) + code_digest()).encode()).hexdigest()
     label = "-".join(re.sub(r"[^\w.]+", "_", identify(cfg)[k]) for k in ("model", "dataset", "protocol", "probe"))
     if source is not None:
         label = source.name
@@ -214,6 +181,14 @@ def run_directory(cfg: DictConfig, source: Path | None = None) -> Path:
         directory = directory.with_name(f"{label}-{fingerprint[:8]}-{number}")
         number += 1
     return directory
+
+
+def deciding(cfg: DictConfig) -> dict[str, Any]:
+    """What of a configuration decides the numbers of a run, as plain values."""
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)  # type: ignore[assignment]
+    plain = {key: value for key, value in plain.items() if key not in _NOT_IN_HASH}
+    plain["cache"] = {"dtype": plain["cache"]["dtype"]}  # the rest says where and how fast, not what
+    return plain
 
 
 @contextlib.contextmanager
@@ -238,7 +213,7 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create the run directory {directory}: {error.strerror}; set output_dir=…") from error
-    with one_sentence_if_full(directory), open(directory / ".lock", "w") as lock:
+    with one_sentence(directory), open(directory / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -254,62 +229,28 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
         _write_facts(run)
         run.start_mirror = None if rank else functools.partial(open_mirror, cfg, run.dir, run.say)
         status = "failed"
-        try:
-            yield run
-            status = "finished"
-        except KeyboardInterrupt:
-            status = "interrupted"
-            raise
-        finally:
-            run.facts |= {"status": status, **torch_facts()}
+        with run.ending:
             try:
-                _write_facts(run)
+                yield run
+                run.finishing()
+                status = "finished"
+            except KeyboardInterrupt:
+                status = "interrupted"
+                raise
             finally:
-                if run.mirror is not None:
-                    run.mirror.finish(exit_code=0 if status == "finished" else 1)
-                run.close()
+                run.finishing()  # a second signal finds the last writes under way, and does no harm
+                run.facts |= {"status": status, **torch_facts()}
+                try:
+                    _write_facts(run)
+                finally:
+                    if run.mirror is not None:
+                        run.mirror.finish(exit_code=0 if status == "finished" else 1)
+                    run.close()
 
 
 def _write_facts(run: Run) -> None:
     run.facts["seconds"] = round(time.monotonic() - run.opened, 2)
     write_atomically(run.dir / "run.json", json.dumps(jsonable(run.facts), indent=2) + "\n")
-
-
-def read_facts(directory: Path) -> dict[str, Any]:
-    """What run.json says; empty without one."""
-    path = directory / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def newest_run(output_dir: str | Path, modes: Iterable[str] = ("train",)) -> Path:
-    """The run directory that finished last among the given modes.
-
-    Raises:
-        UserError: there is none.
-    """
-    found = []
-    for mode in modes:
-        for facts in Path(output_dir).glob(f"{mode}/*/run.json"):
-            if json.loads(facts.read_text()).get("status") == "finished":
-                found.append((facts.stat().st_mtime, facts.parent))
-    if not found:
-        raise UserError(
-            f"no finished run of mode {' or '.join(modes)} under {output_dir}; run `python main.py mode=train` first, "
-            "or name a run directory"
-        )
-    return max(found)[1]
-
-
-def read_config(directory: str | Path) -> DictConfig:
-    """The composed configuration of a run.
-
-    Raises:
-        UserError: the folder is not a run directory.
-    """
-    path = Path(directory) / "config.yaml"
-    if not path.exists():
-        raise UserError(f"{directory} is not a run directory: it has no config.yaml; name a folder below outputs/")
-    return OmegaConf.load(path)  # type: ignore[return-value]
 
 
 def checkpoint_path(directory: str | Path, name: str, which: str) -> Path:

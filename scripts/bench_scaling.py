@@ -25,11 +25,10 @@ ROOT = Path(__file__).parent.parent
 
 # The measured process: run one mode with the given overrides, print seconds of the entry function and peak memories.
 CHILD = """
-import json, re, sys, threading, time
+import importlib, json, re, sys, threading, time
 from hydra import compose, initialize_config_dir
 sys.path.insert(0, sys.argv[1])
-from main import resolve_entry
-from results import open_run
+from runs.run import open_run
 peak, done = [0, 0], threading.Event()
 def sample():
     while not done.wait(0.01):
@@ -38,7 +37,8 @@ def sample():
 with initialize_config_dir(sys.argv[1] + "/cfgs", version_base="1.3"):
     cfg = compose("config", sys.argv[2:])
 with open_run(cfg) as run:
-    entry = resolve_entry(cfg.entry)
+    module, _, function = cfg.entry.rpartition(".")
+    entry = getattr(importlib.import_module(module), function)
     threading.Thread(target=sample, daemon=True).start()
     start = time.perf_counter()
     entry(cfg, run)

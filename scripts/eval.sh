@@ -12,7 +12,7 @@ found=0
 for facts in "$outputs"/train*/*/run.json; do
     grep -qs '"status": "finished"' "$facts" || continue
     found=1
-    "$python" main.py mode=eval eval.run="$(dirname "$facts")" output_dir="$outputs" "$@"
+    "$python" main.py mode=eval run="$(dirname "$facts")" output_dir="$outputs" "$@"
 done
 if [ "$found" = 0 ]; then
     echo "error: no finished run under $outputs; run scripts/train.sh first" >&2

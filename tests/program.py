@@ -88,6 +88,7 @@ class Done(NamedTuple):
 
 def _main(arguments: Sequence[str], files: str, environment: dict[str, str]) -> None:
     os.environ.update(environment, OMP_NUM_THREADS="1")
+    sys.path += [folder for folder in environment.get("PYTHONPATH", "").split(os.pathsep) if folder]
     for number, end in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{files}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)

@@ -338,7 +338,7 @@ def test_decoded_objects_are_named(default_run: Run) -> None:
 
 def test_eval_scores_the_run_again(default_run: Run, tmp_path: Path) -> None:
     with initialize_config_dir(str(ROOT / "cfgs"), version_base="1.3"):
-        cfg = compose("config", ["mode=eval", f"eval.run={default_run.dir}", f"output_dir={tmp_path}", "wandb.mode=disabled",
+        cfg = compose("config", ["mode=eval", f"run={default_run.dir}", f"output_dir={tmp_path}", "wandb.mode=disabled",
                                  f"cache.dir={default_run.dir.parents[2] / 'cache'}"])  # fmt: skip
     with open_run(cfg) as run:
         trainer.run_eval(cfg, run)

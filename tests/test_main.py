@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ade20k_tree import write_ade20k_tree
+from omegaconf import OmegaConf
 from PIL import Image
 from program import FIT, MODEL, ROOT, SCENES, TINY, Finished, configured, run
 
@@ -43,7 +44,7 @@ def scores(finished: Finished) -> list[dict[str, Any]]:
 def test_every_mode_composes_and_names_an_entry(path: Path) -> None:
     with configured(f"mode={path.stem}") as cfg:
         options.check(cfg)
-        assert cfg.mode == path.stem and callable(main.resolve_entry(cfg.entry))
+        assert cfg.mode == path.stem and callable(main.find_entry(cfg))
 
 
 def test_the_default_run_leaves_records_curve_checkpoints_and_provenance(trained: Finished) -> None:
@@ -108,7 +109,7 @@ def test_class_and_identity_are_scored_on_both_questions(folder: Path, mode: str
     records = finished.records()
     assert {r["question"] for r in records if r["name"] == "probe"} == questions
     assert {r["name"] for r in records} == {"probe", "position", "class_oracle"}
-    again = run(folder, "mode=eval", f"eval.run={finished.dir}", "wandb.mode=disabled")
+    again = run(folder, "mode=eval", f"run={finished.dir}", "wandb.mode=disabled")
     assert scores(again) == scores(finished)
 
 
@@ -126,14 +127,14 @@ def test_extract_fills_the_cache_once(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_eval_reproduces_the_recorded_numbers(folder: Path, trained: Finished) -> None:
-    again = run(folder, "mode=eval", f"eval.run={trained.dir}", "wandb.mode=disabled")
+    again = run(folder, "mode=eval", f"run={trained.dir}", "wandb.mode=disabled")
     assert again.dir != trained.dir and again.objective == trained.objective
     assert scores(again) == scores(trained)  # names, values, intervals, distance bins: equal to the last digit
     assert {r["mode"] for r in again.records()} == {"eval"}
 
 
 def test_eval_takes_another_split_checkpoint_or_data_set(folder: Path, trained: Finished) -> None:
-    base = ["mode=eval", f"eval.run={trained.dir}", "wandb.mode=disabled"]
+    base = ["mode=eval", f"run={trained.dir}", "wandb.mode=disabled"]
     of = lambda finished: [r["metrics"]["auroc"] for r in scores(finished) if (r["block"], r["seed"]) == ("all", "mean")]
     val = run(folder, *base, "eval.split=val")
     noisy = run(folder, *base, "dataset.noise=1")  # the rest of the run's own data set stays
@@ -163,7 +164,7 @@ def test_looking_at_a_run_with_something_else_than_it_was_fitted_with_is_refused
     folder: Path, trained: Finished, mode: str, other: str
 ) -> None:
     with pytest.raises(SystemExit, match=r"error: .* was fitted with another .* leave .* out"):
-        run(folder, f"mode={mode}", f"{mode}.run={trained.dir}", "wandb.mode=disabled", other)
+        run(folder, f"mode={mode}", f"run={trained.dir}", "wandb.mode=disabled", other)
 
 
 def test_eval_refuses_a_probe_of_other_weights(folder: Path, trained: Finished, tmp_path: Path) -> None:
@@ -174,7 +175,7 @@ def test_eval_refuses_a_probe_of_other_weights(folder: Path, trained: Finished, 
     head, _, tail = text.partition("model:")
     config.write_text(head + "model:" + tail.replace("\n  seed: 0\n", "\n  seed: 1\n", 1))
     with pytest.raises(SystemExit, match="was fitted on the backbone weights random:0, those at hand are random:1"):
-        run(folder, "mode=eval", f"eval.run={altered}", "wandb.mode=disabled")
+        run(folder, "mode=eval", f"run={altered}", "wandb.mode=disabled")
 
 
 def test_eval_refuses_a_checkpoint_of_another_probe_and_names_what_is_missing(
@@ -183,7 +184,7 @@ def test_eval_refuses_a_checkpoint_of_another_probe_and_names_what_is_missing(
     mixed = shutil.copytree(trained.dir, tmp_path / "mixed")
     linear = run(folder, *TINY, "probe.mode=linear")
     shutil.rmtree(mixed / "checkpoints")
-    asked = ["mode=eval", f"eval.run={mixed}", "wandb.mode=disabled"]
+    asked = ["mode=eval", f"run={mixed}", "wandb.mode=disabled"]
     with pytest.raises(SystemExit, match="holds no best checkpoint of probe"):
         run(folder, *asked)
     shutil.copytree(linear.dir / "checkpoints", mixed / "checkpoints")
@@ -200,13 +201,69 @@ def test_a_class_read_out_is_not_asked_for_other_classes(folder: Path, tmp_path:
     root = tmp_path / "mine"
     write_folder(root)
     (root / "classes.txt").write_text("".join(f"thing {i}\n" for i in range(20)))
-    asked = ["mode=eval", f"eval.run={fitted.dir}", "wandb.mode=disabled", "dataset=folder", f"dataset.root={root}"]
+    asked = ["mode=eval", f"run={fitted.dir}", "wandb.mode=disabled", "dataset=folder", f"dataset.root={root}"]
     with pytest.raises(SystemExit, match=r"the checkpoint names 8 classes .* these images have 20 \(thing 0, thing 1"):
         run(tmp_path, *asked, "dataset.test_fraction=0.5")
 
 
+HOSTILE = {  # changes of config.yaml that would call, load, write or read something if they were believed
+    "dataset.size": {"_target_": "torch.load", "f": "MARK.pt", "weights_only": False},
+    "dataset.n_val": {"_target_": "pathlib.Path.touch", "_args_": [{"_target_": "pathlib.Path", "_args_": ["MARK"]}]},
+    "dataset._target_": "os.mkdir",
+    "dataset._partial_": True,
+    "dataset._args_": ["MARK"],
+    "dataset": {"_target_": "shutil.copyfile", "allow": "shutil"},
+    "task": "os.system",
+    "model.source": "os.system",
+    "model.kwargs": {"checkpoint_path": "MARK.pt"},
+    "probe.mode": {"_target_": "os.mkdir", "path": "MARK"},
+    "protocol.name": "${oc.create:MARK}",
+}
+
+
+@pytest.mark.parametrize("mode", ["eval", "vis"])
+@pytest.mark.parametrize("key", HOSTILE)
+def test_a_run_directory_of_somebody_else_runs_no_code(
+    folder: Path, trained: Finished, tmp_path: Path, mode: str, key: str
+) -> None:
+    mark = tmp_path / "mark"
+    torch.save({"a": Bomb(str(mark))}, f"{mark}.pt")
+    hostile = shutil.copytree(trained.dir, tmp_path / "hostile")
+    text = json.dumps(HOSTILE[key]).replace("MARK", str(mark))
+    config = OmegaConf.load(hostile / "config.yaml")
+    OmegaConf.update(config, key, json.loads(text), force_add=True, merge=False)
+    (hostile / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    if (key, mode) == ("task", "vis"):  # nobody asks
+        run(folder, f"mode={mode}", f"run={hostile}", "wandb.mode=disabled")
+    else:
+        with pytest.raises(SystemExit, match="^error: ") as caught:
+            run(folder, f"mode={mode}", f"run={hostile}", "wandb.mode=disabled")
+        assert "\n" not in str(caught.value)
+    assert not mark.exists()
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return open, (self.path, "w")
+
+
+def test_programs_that_a_stored_configuration_names_are_not_started() -> None:
+    with configured("dataset=occlusionclevr", "mode=eval") as cfg:
+        stored = OmegaConf.create(OmegaConf.to_container(cfg))
+        stored.dataset.update(blender_path="/tmp/evil", clevr_gen_dir="/tmp/evil", use_cache_only=False)
+    with configured("mode=eval", "dataset.on_error=skip") as cfg:
+        adopted = options.adopt(stored, cfg, Path("run"))
+    assert (adopted.dataset.blender_path, adopted.dataset.clevr_gen_dir) == (None, None)
+    assert adopted.dataset.use_cache_only is True and adopted.dataset.on_error == "skip"
+
+
 def test_vis_shows_the_run(folder: Path, trained: Finished) -> None:
-    finished = run(folder, "mode=vis", f"vis.run={trained.dir}", "vis.image=1", "wandb.mode=disabled")
+    finished = run(folder, "mode=vis", f"run={trained.dir}", "vis.image=1", "wandb.mode=disabled")
     endings = sorted(p.suffix for p in finished.dir.glob("test-0-0000001_*"))
     assert endings == [".gif", ".json", ".png", ".safetensors"]
     facts = json.loads(next(finished.dir.glob("test-*.json")).read_text())

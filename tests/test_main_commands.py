@@ -18,7 +18,7 @@ import timm
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from program import ROOT, TINY, Done, configured, finish, places, start
+from program import ROOT, TINY, Done, configured, finish, places, run, start
 
 import main
 import options
@@ -95,10 +95,34 @@ def test_debug_shows_the_trace(tmp_path: Path, mistake: str) -> None:
     assert done.status == 1 and "Traceback" in done.err
 
 
+def own_mode(folder: Path, code: str) -> str:
+    """A mode of the user's own: its file in a folder, its module on the import path."""
+    (folder / "mine" / "mode").mkdir(parents=True)
+    (folder / "mine" / "mode" / "own.yaml").write_text("# @package _global_\nmode: own\nentry: own_mode.run\ntask: null\n")
+    (folder / "own_mode.py").write_text(code)
+    return f"--config-dir={folder / 'mine'}"
+
+
 def test_a_defect_is_told_apart_from_a_mistake(tmp_path: Path) -> None:
-    done = finish(start(tmp_path, *TINY, "entry=shutil.copyfile"))  # takes a path for the configuration
+    place = own_mode(tmp_path, "def run(cfg, run):\n    return 1 / 0\n")
+    done = finish(start(tmp_path, place, *TINY, "mode=own", PYTHONPATH=str(tmp_path)))
     assert done.status == 1 and "Traceback" not in done.err
-    assert "error: unexpected " in errors(done)[0] and "debug=true" in errors(done)[0]
+    assert "error: unexpected ZeroDivisionError" in errors(done)[0] and "debug=true" in errors(done)[0]
+
+
+def test_a_mode_of_ones_own_runs_and_what_cannot_be_imported_is_named(tmp_path: Path) -> None:
+    place = own_mode(tmp_path, "def run(cfg, run):\n    run.say('my own mode')\n    return {}\n")
+    done = finish(start(tmp_path, place, *TINY, "mode=own", PYTHONPATH=str(tmp_path)))
+    assert done.status == 0 and "my own mode" in done.out
+    (tmp_path / "own_mode.py").unlink()
+    done = finish(start(tmp_path, place, *TINY, "mode=own", "resume=false", PYTHONPATH=str(tmp_path)))
+    assert re.search(r"own.yaml: entry own_mode.run cannot be imported .*put its folder on PYTHONPATH", errors(done)[0])
+
+
+@pytest.mark.parametrize("entry", ["os.system", "foo.bar", "nodots", "datasets.check.run", "''"])
+def test_nothing_but_the_entry_of_the_mode_is_called(tmp_path: Path, entry: str) -> None:
+    with pytest.raises(SystemExit, match=r"error: entry(=.* is not the entry of mode=train|: got ''|: '').*"):
+        run(tmp_path, *TINY, f"entry={entry}")
 
 
 def test_a_sweep_extracts_once_mirrors_every_job_and_survives_one_that_fails(tmp_path: Path) -> None:
@@ -171,16 +195,21 @@ def test_killed_at_random_moments_it_resumes_to_the_same_records(tmp_path: Path,
     compare(tmp_path, undisturbed)
 
 
+@pytest.mark.parametrize(
+    ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
 @pytest.mark.parametrize("stage", ["cache", "outputs"])
-def test_ctrl_c_is_clean_and_the_same_command_resumes(tmp_path: Path, undisturbed: Path, stage: str) -> None:
+def test_a_signal_is_clean_and_the_same_command_resumes(
+    tmp_path: Path, undisturbed: Path, stage: str, number: int, status: int, word: str
+) -> None:
     process = start(tmp_path, *LONG)
     begun = {"cache": "cache/tokens/*/shards/*.json", "outputs": "outputs/train/*/history.jsonl"}[stage]
     while process.is_alive() and not list(tmp_path.glob(begun)):
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     done = finish(process)
-    assert done.status == 130 and "Traceback" not in done.err
-    assert "interrupted: nothing finished is lost, the same command resumes here" in done.err
+    assert done.status == status and "Traceback" not in done.err
+    assert f"{word}: nothing finished is lost, the same command resumes here" in done.err
     assert read_facts(run_directories(tmp_path)[0])["status"] == "interrupted"
     assert not list(tmp_path.rglob("*.part"))
     assert finish(start(tmp_path, *LONG)).status == 0
@@ -297,7 +326,7 @@ def test_every_command_of_the_documents_composes(where: str, arguments: tuple[st
         with configured(*overrides) as cfg:
             options.check(cfg)
             assert not OmegaConf.missing_keys(cfg), where
-            assert callable(main.resolve_entry(cfg.entry)) and find_class(cfg.dataset._target_)
+            assert callable(main.find_entry(cfg)) and find_class(cfg.dataset._target_)
             assert timm.is_model(cfg.model.name.partition(".")[0])
             if cfg.task:
                 task = find_task(cfg.task)

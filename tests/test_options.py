@@ -122,7 +122,7 @@ def test_what_nobody_reads_is_refused(override: str, said: str) -> None:
 def test_the_stored_configuration_of_an_older_run_is_read_with_the_new_names(composed: DictConfig, key: str, new: str) -> None:
     stored = OmegaConf.create(OmegaConf.to_container(composed))  # as read from a file
     section, _, name = new.rpartition(".")
-    stored[section].pop(name)
+    (stored[section] if section else stored).pop(name)
     OmegaConf.update(stored, key, 7, force_add=True)
     read = options.with_new_names(stored)
     assert OmegaConf.select(read, new) == 7 and OmegaConf.select(read, key) is None
@@ -173,7 +173,7 @@ WRONG = [
     (["+dataset.nonsense=1"], r"dataset.nonsense: Scenes takes no such option; it takes hue_spread"),
     (["mode=eval"], r"no finished run of mode train"),
     (["trainer.seeds=[1,1]"], r"trainer.seeds names a seed twice"),
-    (["mode=vis", "vis.run=/nowhere"], r"/nowhere is not a run directory"),
+    (["mode=vis", "run=/nowhere"], r"/nowhere is not a run directory"),
     (["output_dir=/proc/nowhere"], r"cannot create the run directory .* set output_dir=…"),
     (["cache.dir=/proc/nowhere"], r"cannot be written .* set cache.dir"),
 ]  # fmt: skip

@@ -332,8 +332,8 @@ def test_objects_have_colours_of_their_own_and_background_is_grey():
 
 
 class FakeRun:
-    def __init__(self, directory: Path):
-        self.dir, self.said = directory, []
+    def __init__(self, directory: Path, source: Path):
+        self.dir, self.source, self.said = directory, source, []
         directory.mkdir(parents=True)
 
     def say(self, text: str) -> None:
@@ -345,18 +345,19 @@ def finished(tmp_path: Path) -> SimpleNamespace:
     """A finished training run as the trainer leaves it, in two cuts."""
     cfg = config(tmp_path, "dataset.n=3", "dataset.widths=[32,80]")
     cfg.output_dir = str(tmp_path / "outputs")
+    cfg.update(mode="train", probe={"mode": "quadratic"}, trainer={"n_boot": 10})
     directory = tmp_path / "outputs/train/toy-1"
     (directory / "checkpoints/probe").mkdir(parents=True)
     (directory / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
     (directory / "run.json").write_text(json.dumps({"status": "finished"}))
     stack("quadratic", ["embed", 0], 16).save(directory / "checkpoints/probe/best.00.safetensors")
     stack("quadratic", [1], 16).save(directory / "checkpoints/probe/best.01.safetensors")
-    cfg.vis = {"run": None, "split": "test", "image": 1, "pixel": None, "gif": True, "out": None}
+    cfg.vis = {"split": "test", "image": 1, "pixel": None, "gif": True, "out": None}
     return SimpleNamespace(cfg=cfg, directory=directory)
 
 
 def test_mode_vis_writes_strip_gif_numbers_and_facts_with_fixed_names(finished, tmp_path):
-    first, second = FakeRun(tmp_path / "vis1"), FakeRun(tmp_path / "vis2")
+    first, second = (FakeRun(tmp_path / name, finished.directory) for name in ("vis1", "vis2"))
     result = run_vis(finished.cfg, first)
     run_vis(finished.cfg, second)
     names = sorted(path.name for path in first.dir.iterdir())
@@ -377,8 +378,8 @@ def test_mode_vis_writes_strip_gif_numbers_and_facts_with_fixed_names(finished, 
 
 
 def test_mode_vis_takes_a_named_run_an_anchor_and_a_folder(finished, tmp_path):
-    finished.cfg.vis.update(run=str(finished.directory), pixel=[17, 60], gif=False, out=str(tmp_path / "here"))
-    run = FakeRun(tmp_path / "vis")
+    finished.cfg.vis.update(pixel=[17, 60], gif=False, out=str(tmp_path / "here"))
+    run = FakeRun(tmp_path / "vis", finished.directory)
     run_vis(finished.cfg, run)
     files = list((tmp_path / "here").iterdir())
     assert len(files) == 3 and not list(run.dir.iterdir())
@@ -389,7 +390,7 @@ def test_mode_vis_takes_a_named_run_an_anchor_and_a_folder(finished, tmp_path):
 
 
 def test_mode_vis_names_what_is_missing(finished, tmp_path):
-    run = FakeRun(tmp_path / "vis")
+    run = FakeRun(tmp_path / "vis", finished.directory)
     finished.cfg.vis.image = 3
     with pytest.raises(UserError, match=r"vis.image=3, expected 0 … 2"):
         run_vis(finished.cfg, run)
@@ -398,12 +399,8 @@ def test_mode_vis_names_what_is_missing(finished, tmp_path):
     with pytest.raises(UserError, match=r"device=nonsense is unknown, expected auto"):
         run_vis(finished.cfg, run)
     finished.cfg.update(device="cpu")
-    finished.cfg.vis.update(run=str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="is not a run directory"):
-        run_vis(finished.cfg, run)
     for file in (finished.directory / "checkpoints/probe").iterdir():
         file.unlink()
-    finished.cfg.vis.run = None
     with pytest.raises(UserError, match="holds no best checkpoint of probe"):
         run_vis(finished.cfg, run)
 

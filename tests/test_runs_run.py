@@ -13,7 +13,8 @@ from omegaconf import DictConfig
 from errors import UserError
 from files import write_atomically
 from runs.records import read_records
-from runs.run import interrupt_later, newest_run, open_run, run_directory, source_run
+from runs.run import newest_run, open_run, run_directory, source_run
+from runs.signals import stop_later
 from show.text import format_table
 
 ROOT = Path(__file__).parent.parent
@@ -134,12 +135,12 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(tmp_path: Path, m
 def test_ctrl_c_waits_for_an_import() -> None:
     steps = []
     with pytest.raises(KeyboardInterrupt):
-        with interrupt_later():
+        with stop_later():
             signal.raise_signal(signal.SIGINT)
             steps.append("imported")
         steps.append("went on")
     assert steps == ["imported"]
-    with interrupt_later():
+    with stop_later():
         pass
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
@@ -153,6 +154,7 @@ def test_the_mirror_never_costs_a_result(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(wandb, "init", broken)
     with open_run(configure(tmp_path, "wandb.mode=offline")) as run:
+        run.write({"kind": "score"})
         run.mirror_curve([])
     assert "W&B is not mirrored" in (run.dir / "log.txt").read_text()
 
@@ -160,3 +162,55 @@ def test_the_mirror_never_costs_a_result(tmp_path: Path, monkeypatch: pytest.Mon
 def test_tables_are_flush() -> None:
     text = format_table(["layer", "score"], [["embed", ".5"], ["0", ".75"]])
     assert text.splitlines() == ["layer  score", "-----  -----", "embed     .5", "0        .75"]
+
+
+# ------------------------------------------------------------------------------------------- damaged and hostile files
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[]", b"[" * 100_000, None])
+def test_a_damaged_run_json_stops_nobody_else(tmp_path: Path, content: bytes | None, capsys: pytest.CaptureFixture) -> None:
+    with open_run(configure(tmp_path)) as finished:
+        pass
+    other = tmp_path / "train" / "other" / "run.json"
+    other.parent.mkdir()
+    other.mkdir() if content is None else other.write_bytes(content)
+    assert newest_run(tmp_path) == finished.dir
+    assert f"{other} is " in (said := capsys.readouterr().err) and "this run is passed over" in said
+
+
+def test_a_damaged_run_json_of_its_own_is_named_and_can_be_deleted(tmp_path: Path) -> None:
+    with open_run(configure(tmp_path)) as run:
+        run.rest_on({"activations": "a"})
+        run.write({"kind": "score", "layer": 1})
+    (run.dir / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run.json is damaged \(.*\); delete it: .*the rest stays"):
+        with open_run(configure(tmp_path)):
+            pass
+    (run.dir / "run.json").unlink()
+    with open_run(configure(tmp_path)) as run:  # nobody knows any more what these records rest on
+        run.rest_on({"activations": "a"})
+    assert (run.dir / "superseded-1" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"a: [", "is damaged"), (b"\xff\xfea", "not UTF-8"), (b"", "no section model"), (b"text", "no section model"),
+        (b"- 1", "is damaged"), (b"a: &a [1]\nb: *a", "YAML alias"), (b"a: ${oc.env:HOME}", "interpolation"),
+        (b"a: " + b"[" * 3_000 + b"]" * 3_000, "nested too deeply"), (b"a: \x00", "is damaged"),
+        (b"a: !!python/object/apply:os.getcwd []", "is damaged"),
+        (None, "is a folder where a file belongs"),
+    ],
+)  # fmt: skip
+def test_a_damaged_config_is_named_with_what_to_do(tmp_path: Path, content: bytes | None, reason: str) -> None:
+    path = tmp_path / "run" / "config.yaml"
+    path.parent.mkdir()
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{path} .*{reason}.*; name another run with run=") as caught:
+        source_run(configure(tmp_path, "mode=eval", f"run={path.parent}"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mode_that_looks_at_no_run_refuses_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="mode=train looks at no finished run, got run=here; leave run=… out"):
+        source_run(configure(tmp_path, "run=here"))

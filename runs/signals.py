@@ -1,0 +1,94 @@
+"""Signals that end a run in order: Ctrl-C, and SIGTERM, which Slurm and other schedulers send before they kill.
+
+install      both raise `Stopped` wherever the program is
+stop_later   until the end of the block they are only noted: what is half done is finished or saved first
+ignored      they do nothing any more: the last writes of a run, and what comes after success
+"""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+_ignoring = False
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the program to stop."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def exit_status(stop: KeyboardInterrupt) -> int:
+    """The status a shell expects: 130 after Ctrl-C, 143 after SIGTERM."""
+    return 128 + getattr(stop, "number", signal.SIGINT)
+
+
+def install() -> None:
+    """Let both signals raise `Stopped`; one that is ignored already (a job in the background) stays so."""
+    for number in _heard():
+        signal.signal(number, _stop)
+
+
+def ignore() -> None:
+    """Let both signals do nothing for the rest of a process that has called `install`."""
+    for number in _heard():
+        if signal.getsignal(number) is _stop:
+            signal.signal(number, _nothing)
+
+
+@contextlib.contextmanager
+def stop_later() -> Iterator[Callable[[], bool]]:
+    """Note the signals until the end of the block; yields a function that tells whether one has come.
+
+    Raises:
+        Stopped: at the end of the block, if one has come.
+    """
+    noted: list[int] = []
+    with _handled(lambda number, frame: noted.append(number)):
+        yield lambda: bool(noted)
+    if noted:
+        raise Stopped(noted[0])
+
+
+@contextlib.contextmanager
+def ignored() -> Iterator[None]:
+    """Let both signals do nothing inside the block, and inside every `stop_later` in it."""
+    global _ignoring
+    before = _ignoring
+    with _handled(_nothing):
+        _ignoring = True
+        try:
+            yield
+        finally:
+            _ignoring = before
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Both signals go to a handler inside the block; outside the main thread, which alone hears signals, nothing changes."""
+    before = {} if _ignoring else {number: signal.signal(number, handler) for number in _heard()}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _heard() -> list[signal.Signals]:
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    # None: a handler set outside Python, which could not be put back.
+    return [number for number in STOPPING if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped(number)
+
+
+def _nothing(number: int, frame: FrameType | None) -> None:
+    pass

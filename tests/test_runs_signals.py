@@ -1,0 +1,95 @@
+"""Signals end a run in order, and do nothing to one that is complete."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from runs import signals
+from runs.run import open_run
+
+ROOT = Path(__file__).parent.parent
+BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+
+
+@pytest.fixture(autouse=True)
+def installed():
+    before = {number: signal.getsignal(number) for number in signals.STOPPING}
+    signals.install()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def opened(tmp_path: Path):
+    with initialize_config_dir(str(ROOT / "cfgs"), version_base="1.3"):
+        return open_run(compose("config", [f"output_dir={tmp_path}", "wandb.mode=disabled"]))
+
+
+def status(run) -> str:
+    return json.loads((run.dir / "run.json").read_text())["status"]
+
+
+@BOTH
+def test_a_signal_stops_and_says_which_it_was(number: int) -> None:
+    with pytest.raises(signals.Stopped) as stop:
+        signal.raise_signal(number)
+    assert signals.exit_status(stop.value) == 128 + number
+
+
+@BOTH
+def test_what_is_half_done_is_finished_first(number: int) -> None:
+    done = []
+    with pytest.raises(signals.Stopped), signals.stop_later() as stopping:
+        assert not stopping()
+        signal.raise_signal(number)
+        signal.raise_signal(signal.SIGINT)  # an impatient second one
+        done.append(stopping())
+    assert done == [True]
+
+
+def test_a_second_signal_during_the_last_writes_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = os.fsync, []
+
+    def press_again(handle: int) -> None:
+        calls.append(handle)
+        if stopping:
+            signal.raise_signal(signal.SIGTERM)
+        real(handle)
+
+    stopping = False
+    monkeypatch.setattr(os, "fsync", press_again)
+    with pytest.raises(signals.Stopped) as stop, opened(tmp_path) as run:
+        stopping = True
+        signal.raise_signal(signal.SIGINT)
+    assert status(run) == "interrupted" and stop.value.number == signal.SIGINT
+    with pytest.raises(signals.Stopped):  # and afterwards signals are heard again
+        signal.raise_signal(signal.SIGTERM)
+
+
+@BOTH
+def test_a_signal_after_the_results_are_written_leaves_a_finished_run(tmp_path: Path, number: int) -> None:
+    with opened(tmp_path) as run:
+        run.finishing()
+        signal.raise_signal(number)
+        with signals.stop_later() as stopping:
+            signal.raise_signal(number)
+            assert not stopping()
+    assert status(run) == "finished"
+
+
+def test_a_process_that_is_on_its_way_out_ignores_signals() -> None:
+    signals.ignore()
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_job_in_the_background_keeps_ignoring_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signals.install()
+    with signals.stop_later():
+        signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
