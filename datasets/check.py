@@ -6,8 +6,8 @@ data set may offer `inspect(i)`, which reads what a Scene does not need (names, 
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +20,12 @@ from tqdm import tqdm
 
 from datasets.scene import Scene, UnreadableScene, build
 from errors import UserError
+from files import write_atomically
 
 SPLITS = ("train", "val", "test")
 LISTED = 10  # how many names the terminal gets; the file has all
+SHARES = {"on objects": "object_share", "ignored": "ignored_share", "unmapped": "unmapped_share"}
+COLUMNS = ("split", "images", "readable", "unreadable", "objects/image", *SHARES, "classes", "H x W")
 
 
 class _Walked(Dataset):
@@ -62,34 +65,44 @@ def describe(scene: Scene) -> dict[str, Any]:
     """Countable facts of one scene.
 
     Returns:
-        "key", "size" [H, W]; with pixel labels "objects" (distinct identities above 0), "pixels", "object_pixels",
-        "classes" {class: pixels}, "labelled" and "unmapped" pixels (with a class, or an object where the data set has
-        no raw classes; and those of them whose class is 0), "unmapped_raw" {raw class: unmapped pixels}; with codes
-        "ones" {code: bits set} and "H_Y_given_F" in bits.
+        "key", "size" [H, W]; with an identity map "objects" (distinct identities above 0) and "object_pixels"; with any map
+        "pixels" and "ignored_pixels"; with a class map "classes" {class: pixels}, "labelled" and "unmapped" pixels, and
+        perhaps "unmapped_raw" (see `_describe_classes`); with codes "ones" {code: bits set} and "H_Y_given_F" in bits.
     """
-    facts: dict[str, Any] = {"key": scene.key, "size": list(scene.image.shape[-2:])}
     labels = scene.labels
+    facts: dict[str, Any] = {"key": scene.key, "size": list(scene.image.shape[-2:])}
     if "object_code" in labels:
         facts["ones"] = {name: int(labels[name].sum()) for name in ("object_code", "feature_code") if name in labels}
         if "H_Y_given_F" in labels:
             facts["H_Y_given_F"] = float(labels["H_Y_given_F"])
+    primary = labels.get("identity", labels.get("class"))  # of the map that says which pixels take part
+    if primary is not None:
+        facts["pixels"], facts["ignored_pixels"] = primary.numel(), int((primary < 0).sum())
     if "identity" in labels:
         objects = count_values(labels["identity"])
-        facts["pixels"] = labels["identity"].numel()
         facts["object_pixels"] = sum(n for value, n in objects.items() if value > 0)
         facts["objects"] = sum(value > 0 for value in objects)
-        if "class" in labels:
-            facts["classes"] = count_values(labels["class"])
-            raw = labels.get("raw_class")
-            if raw is None:
-                on_object = labels["identity"] > 0
-                facts["labelled"] = facts["object_pixels"]
-                facts["unmapped"] = int((on_object & (labels["class"] == 0)).sum())
-            else:
-                table, counts = labels["class_of_raw"], count_values(raw)
-                facts["unmapped_raw"] = {value: n for value, n in counts.items() if value and not int(table[value])}
-                facts["labelled"] = sum(n for value, n in counts.items() if value)
-                facts["unmapped"] = sum(facts["unmapped_raw"].values())
+    if "class" in labels:
+        facts |= _describe_classes(labels)
+    return facts
+
+
+def _describe_classes(labels: dict[str, Tensor]) -> dict[str, Any]:
+    """Pixels per class, and how much of what is labelled has no class of the data set.
+
+    "labelled" are the pixels with a raw class, or on objects where there are no raw classes; "unmapped" are those of them
+    whose class is 0, "unmapped_raw" by raw class. Without raw classes and objects nothing of the kind can be told.
+    """
+    facts: dict[str, Any] = {"classes": count_values(labels["class"])}
+    if "raw_class" in labels:
+        table, counts = labels["class_of_raw"], count_values(labels["raw_class"])
+        facts["unmapped_raw"] = {value: n for value, n in counts.items() if value and not int(table[value])}
+        facts["labelled"] = sum(n for value, n in counts.items() if value)
+        facts["unmapped"] = sum(facts["unmapped_raw"].values())
+    elif "identity" in labels:
+        on_object = labels["identity"] > 0
+        facts["labelled"] = int(on_object.sum())
+        facts["unmapped"] = int((on_object & (labels["class"] == 0)).sum())
     return facts
 
 
@@ -97,6 +110,9 @@ def _spread_of(values: Counter) -> dict[str, float]:
     """Fewest, mean and most of counted values."""
     n = sum(values.values())
     return {"min": min(values), "mean": sum(v * c for v, c in values.items()) / n, "max": max(values)}
+
+
+SUMMED = ("pixels", "ignored_pixels", "object_pixels", "labelled", "unmapped")
 
 
 class Tally:
@@ -131,7 +147,7 @@ class Tally:
             self.ones.setdefault(name, Counter())[n] += 1
         if "objects" in facts:
             self.objects[facts["objects"]] += 1
-        self.sums.update({name: facts[name] for name in ("pixels", "object_pixels", "labelled", "unmapped") if name in facts})
+        self.sums.update({name: facts[name] for name in SUMMED if name in facts})
         if "H_Y_given_F" in facts:
             self.sums["H_Y_given_F"] += facts["H_Y_given_F"]
         self.classes.update(facts.get("classes", {}))
@@ -141,29 +157,42 @@ class Tally:
 
     def summary(self, classes: Sequence[str]) -> dict[str, Any]:
         """Everything counted, JSON-able; shares are of pixels."""
-        found: dict[str, Any] = {"readable": self.readable, "unreadable": self.unreadable}
+        facts: dict[str, Any] = {"readable": self.readable, "unreadable": self.unreadable}
         if self.sizes:
-            (height, width), n = self.sizes.most_common(1)[0]
-            found["sizes"] = {
-                "different": len(self.sizes),
-                "most_common": {"size": [height, width], "images": n},
-                "height": _spread_of(_projected(self.sizes, 0)),
-                "width": _spread_of(_projected(self.sizes, 1)),
-            }
+            facts["sizes"] = self._summarise_sizes()
+        if self.sums["pixels"]:
+            facts["ignored_share"] = self.sums["ignored_pixels"] / self.sums["pixels"]
         if self.objects:
             total = sum(n * images for n, images in self.objects.items())
-            found["objects"] = {"total": total, **_spread_of(self.objects), "images_without": self.objects[0]}
-            found["object_share"] = self.sums["object_pixels"] / max(1, self.sums["pixels"])
+            facts["objects"] = {"total": total, **_spread_of(self.objects), "images_without": self.objects[0]}
+            facts["object_share"] = self.sums["object_pixels"] / max(1, self.sums["pixels"])
         if self.classes:
-            present = sorted(value for value in self.classes if value > 0)
-            found["classes"] = {
-                "present": len(present),
-                "known": len(classes) - 1,
-                "absent": [name for value, name in enumerate(classes) if value and value not in self.classes],
-            }
-            found["unmapped_share"] = self.sums["unmapped"] / max(1, self.sums["labelled"])
+            facts |= self._summarise_classes(classes)
+        if self.ones:
+            facts["codes"] = {name: _spread_of(counts) for name, counts in self.ones.items()}
+            if "H_Y_given_F" in self.sums:
+                facts["codes"]["mean_H_Y_given_F_bits"] = self.sums["H_Y_given_F"] / max(1, self.readable)
+        conflicts = {str(raw): sorted(names) for raw, names in sorted(self.names.items()) if len(names) > 1}
+        return facts | {"names_in_conflict": conflicts, "repeated_keys": self.repeated, "remarks": self.remarks}
+
+    def _summarise_sizes(self) -> dict[str, Any]:
+        (height, width), n = self.sizes.most_common(1)[0]
+        return {
+            "different": len(self.sizes),
+            "most_common": {"size": [height, width], "images": n},
+            "height": _spread_of(_projected(self.sizes, 0)),
+            "width": _spread_of(_projected(self.sizes, 1)),
+        }
+
+    def _summarise_classes(self, classes: Sequence[str]) -> dict[str, Any]:
+        """Classes present and absent, and the raw classes that have none, largest first."""
+        present = [value for value in self.classes if value > 0]
+        absent = [name for value, name in enumerate(classes) if value and value not in self.classes]
+        facts: dict[str, Any] = {"classes": {"present": len(present), "known": len(classes) - 1, "absent": absent}}
+        if "labelled" in self.sums:
+            facts["unmapped_share"] = self.sums["unmapped"] / max(1, self.sums["labelled"])
         if self.unmapped_raw:
-            found["largest_unmapped"] = [
+            facts["largest_unmapped"] = [
                 {
                     "raw_class": raw,
                     "name": self.names[raw].most_common(1)[0][0] if raw in self.names else None,
@@ -171,20 +200,14 @@ class Tally:
                 }
                 for raw, n in self.unmapped_raw.most_common(20)
             ]
-        if self.ones:
-            found["codes"] = {name: _spread_of(counts) for name, counts in self.ones.items()}
-            if "H_Y_given_F" in self.sums:
-                found["codes"]["mean_H_Y_given_F_bits"] = self.sums["H_Y_given_F"] / max(1, self.readable)
-        found["names_in_conflict"] = {str(raw): sorted(names) for raw, names in sorted(self.names.items()) if len(names) > 1}
-        found["repeated_keys"], found["remarks"] = self.repeated, self.remarks
-        return found
+        return facts
 
 
 def _projected(sizes: Counter, axis: int) -> Counter:
-    found: Counter = Counter()
+    counts: Counter = Counter()
     for size, n in sizes.items():
-        found[size[axis]] += n
-    return found
+        counts[size[axis]] += n
+    return counts
 
 
 def walk(dataset: Any, split: str, workers: int) -> Tally:
@@ -207,107 +230,105 @@ def run(cfg: Any, run: Any) -> dict[str, Any]:
         UserError: at the end, when something is wrong and `dataset.on_error` is raise; at once, when no split can be
             opened.
     """
-    found: dict[str, dict[str, Any]] = {}
+    facts: dict[str, dict[str, Any]] = {}
     keys: dict[str, set[str]] = {}
-    closed: dict[str, str] = {}
     for split in SPLITS:
-        try:
-            dataset = build(cfg.dataset, split)
-            facts = {"split": split, "images": len(dataset), "fingerprint": dataset.fingerprint()}
-        except UserError as error:
-            closed[split] = str(error)
-            found[split] = {"split": split, "cannot_be_opened": str(error)}
-            continue
-        tally = walk(dataset, split, int(cfg.cache.workers))
-        keys[split] = tally.keys
-        facts |= {"report": dataset.report(), "info": dataset.info(), **tally.summary(dataset.classes)}
-        found[split] = facts
+        facts[split], keys[split] = check_split(cfg, split)
+    closed = {split: facts[split]["cannot_be_opened"] for split in SPLITS if "cannot_be_opened" in facts[split]}
     if len(closed) == len(SPLITS):
-        raise UserError(next(iter(closed.values())))
-    shared = {
-        f"{one} and {other}": sorted(keys[one] & keys[other])
-        for place, one in enumerate(keys)
-        for other in list(keys)[place + 1 :]
-        if keys[one] & keys[other]
-    }
+        raise UserError(closed[SPLITS[0]])
+    shared = {f"{one} and {other}": sorted(keys[one] & keys[other]) for one, other in itertools.combinations(SPLITS, 2)}
+    shared = {pair: names for pair, names in shared.items() if names}
     path = Path(run.dir) / "check_data.json"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.write_text(json.dumps({"splits": found, "keys_in_two_splits": shared}, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-    for split, facts in found.items():
-        # A record is written once per kind, split and block: the files' digest lets a mended copy have its own.
-        block = json.dumps(facts.get("fingerprint", {}), sort_keys=True)
-        brief = {name: value for name, value in facts.items() if name not in ("unreadable", "remarks", "fingerprint")}
-        faults = {name: len(facts.get(name, ())) for name in ("unreadable", "remarks")}
-        run.write({"kind": "check_data", "split": split, "block": block, **brief, **faults})
-    _tell(found, shared, path, run.say)
-
-    unreadable = [entry for facts in found.values() for entry in facts.get("unreadable", ())]
-    if getattr(cfg.dataset, "on_error", "raise") == "raise":
+    write_atomically(path, json.dumps({"splits": facts, "keys_in_two_splits": shared}, indent=1) + "\n")
+    for split in SPLITS:
+        run.write(_record(split, facts[split]))
+    for line in [*format_splits(facts), *format_remarks(facts, shared, path)]:
+        run.say(line)
+    unreadable = [entry for split in SPLITS for entry in facts[split].get("unreadable", ())]
+    if cfg.dataset.get("on_error", "raise") == "raise":
         if unreadable:
             raise UserError(
-                f"{len(unreadable)} unreadable scenes, first {': '.join(unreadable[0])}; {path} lists them all: mend them, "
+                f"{len(unreadable)} unreadable scenes, first {': '.join(unreadable[0])}; {path} lists them all: fix them, "
                 "or leave them out with dataset.on_error=skip"
             )
-        if closed:
-            split, why = next(iter(closed.items()))
-            raise UserError(f"split {split} cannot be opened: {why}")
-    return {"unreadable": len(unreadable), "images": sum(facts.get("images", 0) for facts in found.values())}
+        for split, reason in closed.items():
+            raise UserError(f"split {split} cannot be opened: {reason}")
+    return {"unreadable": len(unreadable), "images": sum(facts[split].get("images", 0) for split in SPLITS)}
 
 
-def _tell(found: dict[str, dict[str, Any]], shared: dict[str, list[str]], path: Path, say: Any) -> None:
-    """The findings as text."""
-    header = ["split", "images", "readable", "unreadable", "objects/image", "on objects", "unmapped", "classes", "H x W"]
-    rows = [header]
-    for split, facts in found.items():
-        if "cannot_be_opened" in facts:
-            rows.append([split, *["-"] * (len(header) - 1)])
+def check_split(cfg: Any, split: str) -> tuple[dict[str, Any], set[str]]:
+    """Walk a split; returns its facts, JSON-able, and the keys of its scenes. One that cannot be opened says why."""
+    try:
+        dataset = build(cfg.dataset, split)
+        facts = {"split": split, "images": len(dataset), "fingerprint": dataset.fingerprint()}
+    except UserError as error:
+        return {"split": split, "cannot_be_opened": str(error)}, set()
+    tally = walk(dataset, split, int(cfg.cache.workers))
+    return facts | {"report": dataset.report(), "info": dataset.info(), **tally.summary(dataset.classes)}, tally.keys
+
+
+def _record(split: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """The record of a split: counts in place of lists."""
+    # A record is written once per kind, split and block: with the digest of the files a repaired copy has its own.
+    block = json.dumps(facts.get("fingerprint", {}), sort_keys=True)
+    brief = {name: value for name, value in facts.items() if name not in ("unreadable", "remarks", "fingerprint")}
+    faults = {name: len(facts.get(name, ())) for name in ("unreadable", "remarks")}
+    return {"kind": "check_data", "split": split, "block": block, **brief, **faults}
+
+
+def format_splits(facts: dict[str, dict[str, Any]]) -> list[str]:
+    """The table of the splits, a line each."""
+    rows = [list(COLUMNS), *([split, *(_cell(name, facts[split]) for name in COLUMNS[1:])] for split in facts)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ([cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
+    return ["  ".join([cells[0].strip().ljust(widths[0]), *cells[1:]]).rstrip() for cells in lines]
+
+
+def _cell(column: str, facts: dict[str, Any]) -> str:
+    """A cell of the table; "-" where the data set has nothing of the kind."""
+    try:
+        match column:
+            case "images" | "readable":
+                return str(facts[column])
+            case "unreadable":
+                return str(len(facts["unreadable"]))
+            case "objects/image":
+                counts = facts["objects"] if "objects" in facts else facts["codes"]["object_code"]
+                return "{mean:.1f} ({min}-{max})".format(**counts)
+            case "classes":
+                return "{present}/{known}".format(**facts["classes"])
+            case "H x W":
+                size, others = "x".join(map(str, facts["sizes"]["most_common"]["size"])), facts["sizes"]["different"] - 1
+                return f"{size} and {others} more" if others else size
+            case _:
+                return f"{facts[SHARES[column]]:.1%}"
+    except KeyError:
+        return "-"
+
+
+def format_remarks(facts: dict[str, dict[str, Any]], shared: dict[str, list[str]], path: Path) -> list[str]:
+    """What is worth a line beside the table; the file has all of it."""
+    lines = []
+    for split, of_split in facts.items():
+        if "cannot_be_opened" in of_split:
+            lines.append(f"{split}: cannot be opened: {of_split['cannot_be_opened']}")
             continue
-        row = [split, str(facts["images"]), str(facts["readable"]), str(len(facts["unreadable"]))]
-        if "objects" in facts:
-            row += ["{mean:.1f} ({min}-{max})".format(**facts["objects"]), f"{facts['object_share']:.1%}"]
-        elif "codes" in facts:
-            row += ["{mean:.1f} ({min}-{max})".format(**facts["codes"]["object_code"]), "-"]
-        else:
-            row += ["-", "-"]
-        if "classes" in facts:
-            row += [f"{facts['unmapped_share']:.1%}", "{present}/{known}".format(**facts["classes"])]
-        else:
-            row += ["-", "-"]
-        if "sizes" in facts:
-            size = "x".join(map(str, facts["sizes"]["most_common"]["size"]))
-            others = facts["sizes"]["different"] - 1
-            row.append(f"{size} and {others} more" if others else size)
-        else:
-            row.append("-")
-        rows.append(row)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    for row in rows:
-        cells = [cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-        say("  ".join(cells).rstrip())
-    for split, facts in found.items():
-        if "cannot_be_opened" in facts:
-            say(f"{split}: cannot be opened: {facts['cannot_be_opened']}")
-            continue
-        if facts["report"]:
-            say(f"{split}: " + "; ".join(f"{name} {_brief(value)}" for name, value in facts["report"].items()))
-        for what, entries in (("unreadable", facts["unreadable"]), ("remark", facts["remarks"])):
-            for entry in entries[:LISTED]:
-                say(f"{split}: {what}: {': '.join(entry)}")
+        if of_split["report"]:
+            lines.append(f"{split}: " + "; ".join(f"{name} {_brief(value)}" for name, value in of_split["report"].items()))
+        for name, entries in (("unreadable", of_split["unreadable"]), ("remark", of_split["remarks"])):
+            lines += [f"{split}: {name}: {': '.join(entry)}" for entry in entries[:LISTED]]
             if len(entries) > LISTED:
-                say(f"{split}: {len(entries) - LISTED} more of these ({what}) in {path}")
-        lost = [
-            f"{entry['name'] or entry['raw_class']} {entry['share']:.1%}" for entry in facts.get("largest_unmapped", ())[:5]
-        ]
-        if lost:
-            say(f"{split}: largest unmapped classes (share of labelled pixels): {'; '.join(lost)}")
-        if facts["names_in_conflict"]:
-            say(f"{split}: {len(facts['names_in_conflict'])} raw classes have several names, listed in {path}")
-        if facts["repeated_keys"]:
-            say(f"{split}: {len(facts['repeated_keys'])} names occur twice, first {facts['repeated_keys'][0]}")
-    for pair, names in shared.items():
-        say(f"splits {pair} share {len(names)} names, first {names[0]}")
-    say(f"details: {path}")
+                lines.append(f"{split}: {len(entries) - LISTED} more of these ({name}) in {path}")
+        if largest := of_split.get("largest_unmapped", ())[:5]:
+            shares = "; ".join(f"{entry['name'] or entry['raw_class']} {entry['share']:.1%}" for entry in largest)
+            lines.append(f"{split}: largest unmapped classes (share of labelled pixels): {shares}")
+        if of_split["names_in_conflict"]:
+            lines.append(f"{split}: {len(of_split['names_in_conflict'])} raw classes have several names, listed in {path}")
+        if of_split["repeated_keys"]:
+            lines.append(f"{split}: {len(of_split['repeated_keys'])} names occur twice, first {of_split['repeated_keys'][0]}")
+    lines += [f"splits {pair} share {len(names)} names, first {names[0]}" for pair, names in shared.items()]
+    return [*lines, f"details: {path}"]
 
 
 def _brief(value: Any) -> str:

@@ -8,7 +8,9 @@ import numpy as np
 from ade20k_tree import write_ade20k_tree
 from omegaconf import OmegaConf
 from PIL import Image
+from pycocotools import mask as coco_mask
 
+from datasets.coco_masks import read_categories
 from datasets.export import export
 from datasets.occlusion_clevr import OcclusionClevr
 from datasets.scene import build
@@ -111,6 +113,96 @@ def visual_genome(folder: Path, kind: str) -> dict:
     return {"root": str(folder), "n_train": 8, "n_val": 2, "n_test": 4}
 
 
+OBJECTS = [0, 1, 2, 255, 3, 0, 4, 5]
+VOC_LISTS = {"train": [f"2007_{i:06d}" for i in range(8)], "val": ["2008_000001", "2008_000003"]}
+
+
+def voc(folder: Path, layout: str = "official") -> dict:
+    """VOC 2012 as given, or as NeCo rearranges it: palette PNGs, void border 255, one image of background alone."""
+    place = folder / ("VOCdevkit/VOC2012" if layout == "official" else "VOCSegmentation")
+    images, lists = ("JPEGImages", "ImageSets/Segmentation") if layout == "official" else ("images", "sets")
+    masks = {"train": "SegmentationClass" if layout == "official" else "SegmentationClassAug", "val": "SegmentationClass"}
+    for part, names in VOC_LISTS.items():
+        (place / lists).mkdir(parents=True, exist_ok=True)
+        (place / lists / f"{part}.txt").write_text("\n".join(reversed(names)) + "\n")
+        for k, name in enumerate(names):
+            save(place / images / f"{name}.jpg", colour(k))
+            plain = k == 1
+            save(place / masks[part] / f"{name}.png", stripes([0, 0] if plain else [0, 15, 15, 255, 20, 0, 12, 3]), "P")
+            if layout == "official":
+                save(place / "SegmentationObject" / f"{name}.png", stripes([0, 0] if plain else OBJECTS), "P")
+    return {"root": str(folder), "val_fraction": 0.4}
+
+
+def ade20k_challenge(folder: Path) -> dict:
+    for part, stem, n in (("training", "train", 12), ("validation", "val", 2)):
+        for k in range(1, n + 1):
+            name = f"ADE_{stem}_{k:08d}"
+            save(folder / "ADEChallengeData2016" / "images" / part / f"{name}.jpg", colour(k))
+            save(folder / "ADEChallengeData2016" / "annotations" / part / f"{name}.png", stripes([0, 1, 150, k]))
+    return {"root": str(folder), "val_fraction": 0.4}
+
+
+def cityscapes(folder: Path) -> dict:
+    """Road, two cars, a group of persons, own car, a caravan (not evaluated), sky, licence plate."""
+    label, instance = [7, 26, 26, 24, 1, 29, 23, 255], [7, 26001, 26000, 24, 1, 29000, 23, 255]
+    for part, cities, n in (("train", ("aachen", "bochum"), 6), ("val", ("lindau",), 2)):
+        for city in cities:
+            for k in range(n):
+                name = f"{city}/{city}_{k:06d}_000019"
+                save(folder / "leftImg8bit" / part / f"{name}_leftImg8bit.png", colour(k))
+                save(folder / "gtFine" / part / f"{name}_gtFine_labelIds.png", stripes(label))
+                save(folder / "gtFine" / part / f"{name}_gtFine_instanceIds.png", stripes(instance, dtype=np.uint16))
+    return {"root": str(folder), "val_fraction": 0.4}
+
+
+def runs_of(mask: np.ndarray) -> list[int]:
+    """Run lengths of a mask down its columns, zeros first."""
+    flat, runs, value = mask.ravel(order="F"), [0], 0
+    for pixel in flat.tolist():
+        if pixel != value:
+            runs.append(0)
+            value = pixel
+        runs[-1] += 1
+    return runs
+
+
+COCO_SIZE = (12, 16)
+
+
+def coco_annotations(image: int) -> list[dict]:
+    """A large dog (polygon) under a small cat (two polygons), a crowd of persons (list of runs), a kite (compressed runs)."""
+    crowd, kite = np.zeros((2, *COCO_SIZE), np.uint8)
+    crowd[0:3], kite[9:11, 12:15] = 1, 1
+    packed = coco_mask.encode(np.asfortranarray(kite))
+    base = 10 * image
+    return [
+        {"id": base + 4, "category_id": 18, "iscrowd": 0, "segmentation": [[0, 2, 8, 2, 8, 10, 0, 10]]},
+        {"id": base + 2, "category_id": 17, "iscrowd": 0, "segmentation": [[2, 4, 4, 4, 4, 6, 2, 6], [5, 4, 7, 4, 7, 6, 5, 6]]},
+        {"id": base + 3, "category_id": 1, "iscrowd": 1, "segmentation": {"size": list(COCO_SIZE), "counts": runs_of(crowd)}},
+        {"id": base + 1, "category_id": 38, "iscrowd": 0,
+         "segmentation": {"size": list(COCO_SIZE), "counts": packed["counts"].decode()}},
+    ]  # fmt: skip
+
+
+def coco(folder: Path) -> dict:
+    """Both parts: instances, stuff pixel maps, things as pixel maps; the last image of a part has no objects."""
+    categories = [c._asdict() for c in read_categories() if c.kind == "thing"]
+    for part, n in (("train", 12), ("val", 2)):
+        images, annotations = [], []
+        for k in range(1, n + 1):
+            name = f"{k:012d}"
+            images.append({"id": k, "file_name": f"{name}.jpg", "height": COCO_SIZE[0], "width": COCO_SIZE[1]})
+            annotations += [{**entry, "image_id": k} for entry in coco_annotations(k)] if k < n else []
+            save(folder / "images" / f"{part}2017" / f"{name}.jpg", colour(k, COCO_SIZE))
+            stuff = stripes([0, 92, 183, 182])
+            save(folder / "annotations" / "stuff_annotations" / f"stuff_{part}2017_pixelmaps" / f"{name}.png", stuff)
+            save(folder / "annotations" / f"{part}2017" / f"{name}.png", stripes([0, 1, 90, 100, 200, 255, 62, 3]))
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (folder / "annotations" / f"instances_{part}2017.json").write_text(json.dumps(content))
+    return {"root": str(folder), "val_fraction": 0.4}
+
+
 TREES: dict[str, Callable[[Path], dict]] = {
     "scenes": scenes,
     "folder": identities,
@@ -123,4 +215,10 @@ TREES: dict[str, Callable[[Path], dict]] = {
     "vgcolor": lambda folder: visual_genome(folder, "color"),
     "vgtopattr": lambda folder: visual_genome(folder, "topattr"),
     "exported": exported,
+    "voc12": voc,
+    "ade20k_challenge": ade20k_challenge,
+    "cityscapes": cityscapes,
+    "coco_things": coco,
+    "coco_stuff": coco,
+    "coco_all": coco,
 }
