@@ -61,29 +61,29 @@ SPLIT_RULES = {
 
 
 def find_release(root: str | os.PathLike[str]) -> Path:
-    """The folder that holds `images/ADE`: the given one, or `ADE20K_2021_17_01` in it.
+    """The folder that holds `images/ADE`: the one named, or `ADE20K_2021_17_01` in it.
 
     Raises:
         UserError: it is none, or another release of ADE20K.
     """
-    given = data_root(root, f"the folder {RELEASE} (datasets/README.md)")
-    for folder in (given, given / RELEASE):
+    start = data_root(root, f"the folder {RELEASE} (datasets/README.md)")
+    for folder in (start, start / RELEASE):
         if (folder / "images" / "ADE").is_dir():
             return folder
-    for folder in (given, given / "ADEChallengeData2016"):
+    for folder in (start, start / "ADEChallengeData2016"):
         if (folder / "annotations").is_dir() and (folder / "images").is_dir():
             raise UserError(
                 f"dataset.root: got {folder}, the scene-parsing release ADEChallengeData2016, whose masks tell no objects "
                 f"apart; expected the full release {RELEASE} (scripts/download_ade20k.sh says where it comes from)"
             )
-    for folder in (given, given / "ADE20K_2016_07_26"):
+    for folder in (start, start / "ADE20K_2016_07_26"):
         if (folder / "images" / "training").is_dir():
             raise UserError(
                 f"dataset.root: got {folder}, which looks like the full release of 2016 (no JSON files); expected the "
                 f"full release {RELEASE} (scripts/download_ade20k.sh says where it comes from)"
             )
     raise UserError(
-        f"dataset.root: got {given}, which has no images/ADE; expected the folder {RELEASE} or the folder it lies in"
+        f"dataset.root: got {start}, which has no images/ADE; expected the folder {RELEASE} or the folder it lies in"
     )
 
 
@@ -96,7 +96,7 @@ def list_stems(folder: Path, release: Path) -> dict[str, str]:
     Raises:
         UserError: one stem in two places.
     """
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
     waiting = [os.fspath(folder)]
     while waiting:
         place = waiting.pop()
@@ -113,9 +113,9 @@ def list_stems(folder: Path, release: Path) -> dict[str, str]:
                     waiting.append(entry.path)
             elif entry.name[match.end() :] in (".jpg", "_seg.png", ".json"):
                 stem, path = match.group(), f"{below}/{match.group()}"
-                if found.setdefault(stem, path) != path:
-                    raise UserError(f"{stem} lies in two places, {found[stem]} and {path}; remove one")
-    return dict(sorted(found.items()))
+                if paths.setdefault(stem, path) != path:
+                    raise UserError(f"{stem} lies in two places, {paths[stem]} and {path}; remove one")
+    return dict(sorted(paths.items()))
 
 
 class Ade20k:
@@ -138,7 +138,7 @@ class Ade20k:
         classes: 151 names (the list's, synonyms joined by ";"), 0 "background" being unlabelled and all other classes.
 
     Raises:
-        UserError: no such folder, another release, a split without an image, a knob out of range.
+        UserError: no such folder, another release, a split without an image, an option out of range.
     """
 
     def __init__(
@@ -156,12 +156,12 @@ class Ade20k:
         check_choice("split", split, FOLDERS)
         check_choice("on_error", on_error, ("raise", "skip"))
         check_choice("split_rule", split_rule, SPLIT_RULES)
-        given = {
+        replaced = {
             "train_ratio": train_ratio,
             "removed_training": removed_training,
             "removed_validation": removed_validation,
         }
-        rule = SPLIT_RULES[split_rule]._replace(**{name: value for name, value in given.items() if value is not None})
+        rule = SPLIT_RULES[split_rule]._replace(**{name: value for name, value in replaced.items() if value is not None})
         if not 0 <= rule.train_ratio <= 1:
             raise UserError(f"dataset.train_ratio: got {rule.train_ratio}, expected a share from 0 to 1")
         self.split, self.on_error, self.split_rule = split, on_error, split_rule
@@ -256,7 +256,7 @@ class Ade20k:
         raw, blue = split_segmentation(self._picture(i, "_seg.png"))
         _, rule = number_objects(raw, blue, annotation.n_objects)
         if rule == "class_and_code":
-            remarks.append(f"{annotation.n_objects} objects share 255 codes: told apart by (class, code)")
+            remarks.append(f"{annotation.n_objects} objects share 255 codes: kept apart by (class, code)")
         elif rule == "rank" and blue.any():
             remarks.append(f"object codes do not fit {annotation.n_objects} objects: numbered by rank")
         present = np.zeros(RAW_CLASSES, bool)

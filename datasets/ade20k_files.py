@@ -170,7 +170,7 @@ def read_annotation(path: Path, key: str) -> Annotation:
         text = data.decode("latin-1")
     try:
         objects = json.loads(text, strict=False)["annotation"]["object"]
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UnreadableScene(key, f"{path} is truncated or damaged ({error})") from error
     except (KeyError, TypeError):
         raise UnreadableScene(key, f"{path} has no annotation.object") from None

@@ -21,7 +21,7 @@ from datasets.sampling import random_words, sample_until, smallest, stream, unit
 from datasets.scene import check_whole
 from errors import UserError
 
-IDLE = {"distribution_mode", "f_split_max_attempt_factor"}  # knobs of ColorShape's own law
+IDLE = {"distribution_mode", "f_split_max_attempt_factor"}  # options of ColorShape's own prior
 
 
 class BalancedColorShape(ColorShape):
@@ -134,13 +134,13 @@ class BalancedColorShape(ColorShape):
             return smallest(words, np.full(len(indices), self.num_objects))
 
         why = "raise dataset.object_sample_max_attempts or num_objects"
-        found, attempts = sample_until(n, draw, self._covers, n * self.attempts_per_scene, why)
-        return self._spread(found, self.support[chosen]), attempts
+        picked_cells, attempts = sample_until(n, draw, self._covers, n * self.attempts_per_scene, why)
+        return self._spread(picked_cells, self.support[chosen]), attempts
 
     def _draw_published(self, n: int, budget: int) -> tuple[np.ndarray, int]:
         del budget
         generator, rng = published_streams(self.seed, self.split)
-        cells, found, attempts = self.chosen[0] * self.chosen[1], [], 0
+        cells, picked_cells, attempts = self.chosen[0] * self.chosen[1], [], 0
         self._published_boxes = []
         for index in range(n):
             code = self.support[int(torch.randint(len(self.support), (1,), generator=generator))]
@@ -154,9 +154,9 @@ class BalancedColorShape(ColorShape):
                     f"{self.key(index)}: no choice of {self.num_objects} conjunctions used every chosen value in "
                     f"{self.attempts_per_scene} draws; raise dataset.object_sample_max_attempts or num_objects"
                 )
-            found.append(self._spread(picked, code[None])[0])
+            picked_cells.append(self._spread(picked, code[None])[0])
             self._published_boxes.append(self._place_published(self.num_objects, rng, index))
-        return np.stack(found), attempts
+        return np.stack(picked_cells), attempts
 
     def _covers(self, picked: np.ndarray) -> np.ndarray:
         """Whether a choice of cells [m, cells] uses every chosen colour and shape, [m]."""

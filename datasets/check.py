@@ -91,7 +91,7 @@ def _describe_classes(labels: dict[str, Tensor]) -> dict[str, Any]:
     """Pixels per class, and how much of what is labelled has no class of the data set.
 
     "labelled" are the pixels with a raw class, or on objects where there are no raw classes; "unmapped" are those of them
-    whose class is 0, "unmapped_raw" by raw class. Without raw classes and objects nothing of the kind can be told.
+    whose class is 0, "unmapped_raw" by raw class. Without raw classes and objects nothing of the kind is known.
     """
     facts: dict[str, Any] = {"classes": count_values(labels["class"])}
     if "raw_class" in labels:

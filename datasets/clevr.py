@@ -4,9 +4,9 @@ Layout: `<root>/scenes_6obj/CLEVR_6obj_000000.json` and `<root>/images_6obj/CLEV
 `second_root_start` on are looked up below `<root>2` first. Splits are ranges of scene numbers: training from 0,
 validation after it, then test.
 
-The scenes come from CLEVR's own generator, so every H(Y|F) is that of an assumed law. The published one,
+The scenes come from CLEVR's own generator, so every H(Y|F) is that of an assumed prior. The published one,
 `uniform<=M`, takes all sets of at most six conjunctions as equally likely; `independent_draws` is closer to how CLEVR
-draws its objects; the name of the law used is in every report.
+draws its objects; the name of the prior used is in every report.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Clevr(CodeScenes):
         n_train, n_val, n_test: lengths of the three ranges of scene numbers, one after the other; the defaults are the
             published 40 000 cut 80:20, and 5 000. A range that reaches beyond the release is clipped, which is
             among the report's warnings.
-        max_objects: M (or k) of the assumed law.
-        prior: law of Y: "uniform<=M", "fixed_k", "independent_draws" or "empirical" (see `datasets.priors`).
+        max_objects: M (or k) of the assumed prior.
+        prior: prior of Y: "uniform<=M", "fixed_k", "independent_draws" or "empirical" (see `datasets.priors`).
         on_error: "raise", or "skip" to leave out scenes whose scene file is unreadable (named in the report);
             unreadable images raise `UnreadableScene` either way, for the caller to decide.
 
@@ -90,8 +90,8 @@ class Clevr(CodeScenes):
         lengths = {name: check_whole(f"n_{name}", length, 0) for name, length in lengths.items()}
         first = sum(lengths[name] for name in SPLITS[: SPLITS.index(self.split)])
         wanted = range(first, first + lengths[self.split])
-        found = range(first, min(wanted.stop, self.total))
-        if not found:
+        available = range(first, min(wanted.stop, self.total))
+        if not available:
             raise UserError(
                 f"dataset split {self.split}: scene numbers {wanted.start} to {wanted.stop} (exclusive) are none of the "
                 f"{self.total} of dataset.num_total; lower dataset.n_train, n_val, or raise n_{self.split}"
@@ -101,12 +101,12 @@ class Clevr(CodeScenes):
         self.max_objects = check_whole("max_objects", max_objects, 1, groups.n_objects)
         self.skipped: list[tuple[str, str]] = []
         self.groups = groups
-        self.ids, object_code = self._read(found)
+        self.ids, object_code = self._read(available)
         training = object_code
         if prior == "empirical" and self.split != "train":
             training = self._read(range(min(lengths["train"], self.total)))[1]
-        self.law = self._law(prior, training)
-        self.set_codes(groups, object_code, self.law.name, self.law)
+        self.prior = self._build_prior(prior, training)
+        self.set_codes(groups, object_code, self.prior.name, self.prior)
 
     def __getitem__(self, index: int) -> Scene:
         """Scene `index`: image [3, H, W] uint8 as on disk and the three labels of every data set of codes."""
@@ -123,9 +123,9 @@ class Clevr(CodeScenes):
         return {"image_id": self.ids[index], **super().details(index)}
 
     def info(self) -> dict[str, float]:
-        """Constants in bits: mean H_Y_given_F of the scenes, and H_Y, H_F, E_H_Y_given_F of the assumed law."""
-        found = self.law.population()
-        return super().info() | {name: found[name] for name in ("H_Y", "H_F", "E_H_Y_given_F")}
+        """Constants in bits: mean H_Y_given_F of the scenes, and H_Y, H_F, E_H_Y_given_F of the assumed prior."""
+        entropies = self.prior.population()
+        return super().info() | {name: entropies[name] for name in ("H_Y", "H_F", "E_H_Y_given_F")}
 
     def report(self) -> dict[str, Any]:
         """Facts on the split beside those of the base; scenes left out are listed."""
@@ -138,12 +138,12 @@ class Clevr(CodeScenes):
         }
 
     def _warnings(self) -> list[str]:
-        found = len(self.ids) + len(self.skipped)
-        short = [f"only {found} of {self.requested} scenes exist"] if found < self.requested else []
+        existing = len(self.ids) + len(self.skipped)
+        short = [f"only {existing} of {self.requested} scenes exist"] if existing < self.requested else []
         return short + ([f"{len(self.skipped)} scene files cannot be read and are left out"] if self.skipped else [])
 
     def fingerprint(self) -> dict[str, Any]:
-        """The codes, their law, and the image files as they lie on disk (names, sizes, times)."""
+        """The codes, their prior, and the image files as they lie on disk (names, sizes, times)."""
         paths = [self._locate(i, "images_6obj", "png") for i in self.ids]
         roots = {"first": self.root, "second": self.second_root}
         return {
@@ -157,7 +157,7 @@ class Clevr(CodeScenes):
             },
         }
 
-    def _law(self, name: str, training: np.ndarray) -> priors.Prior:
+    def _build_prior(self, name: str, training: np.ndarray) -> priors.Prior:
         if name == "empirical":
             return priors.empirical_sizes(self.groups.sizes, training)
         make = {"uniform<=M": priors.uniform_up_to, "fixed_k": priors.fixed_size, "independent_draws": priors.independent_draws}
@@ -180,7 +180,7 @@ class Clevr(CodeScenes):
                     self.skipped.append((row.key, row.reason))
                 else:
                     pool.shutdown(cancel_futures=True)
-                    raise UnreadableScene(row.key, f"{row.reason}; mend it, or leave it out with dataset.on_error=skip")
+                    raise UnreadableScene(row.key, f"{row.reason}; fix it, or leave it out with dataset.on_error=skip")
         if not rows:
             raise UserError(f"{self.root}: none of the {len(ids)} scene files can be read, first: {self.skipped[0][1]}")
         return list(rows), np.stack(list(rows.values()))
@@ -210,7 +210,7 @@ def read_objects(path: str | os.PathLike, values: Mapping[str, Sequence[str]] = 
     with open(path, encoding="utf-8") as file:
         try:
             scene = json.load(file)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"is not JSON ({error})") from None
     return parse_objects(scene, values)
 
@@ -220,7 +220,7 @@ def parse_objects(scene: Any, values: Mapping[str, Sequence[str]]) -> list[list[
     objects = scene.get("objects") if isinstance(scene, dict) else None
     if not isinstance(objects, list):
         raise ValueError("objects missing")
-    found = []
+    rows = []
     for i, thing in enumerate(objects):
         row = []
         for field, known in values.items():
@@ -229,8 +229,8 @@ def parse_objects(scene: Any, values: Mapping[str, Sequence[str]]) -> list[list[
             if thing[field] not in known:
                 raise ValueError(f"objects[{i}].{field}: got {thing[field]!r}, expected one of {', '.join(known)}")
             row.append(list(known).index(thing[field]))
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def _stem(scene_id: int) -> str:

@@ -143,8 +143,8 @@ class Coco(Published):
         """Classes of the values of a pixel map: of stuff 0 is a thing; of things everything from 92 on is stuff."""
         kind = "thing" if self.kind == "things" else "stuff"
         others = [0, *range(92, 256)] if kind == "thing" else [0, OTHER]
-        own = {c.id: self._class_of[c.id] for c in self._categories.values() if c.kind == kind}
-        return table_of({**dict.fromkeys(others, self._nothing), **own})
+        of_kind = {c.id: self._class_of[c.id] for c in self._categories.values() if c.kind == kind}
+        return table_of({**dict.fromkeys(others, self._nothing), **of_kind})
 
     def _paint(self, key: str, classes: Tensor) -> Tensor:
         """Paint the objects of an image into its class map [H, W]; returns the identity map [H, W] int32."""

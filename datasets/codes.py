@@ -98,7 +98,7 @@ class CodeScenes:
     prior_name: str
 
     def set_codes(self, groups: Groups, object_code: np.ndarray, prior_name: str, entropy: np.ndarray | Prior) -> None:
-        """Store the codes of the split; `entropy` is H(Y|F) in bits per scene, or the law to compute it from."""
+        """Store the codes of the split; `entropy` is H(Y|F) in bits per scene, or the prior to compute it from."""
         self.groups, self.prior_name = groups, prior_name
         self.object_code = np.asarray(object_code, np.uint8)
         self.feature_code = groups.feature_code(self.object_code)
@@ -134,7 +134,7 @@ class CodeScenes:
         return {"H_Y_given_F": float(self.entropy.mean(dtype=np.float32))}
 
     def report(self) -> dict[str, Any]:
-        """Facts on the split: its row of `split_report`, the law of Y, group sizes."""
+        """Facts on the split: its row of `split_report`, the prior of Y, group sizes."""
         labels = {"object_code": self.object_code, "feature_code": self.feature_code, "H_Y_given_F": self.entropy}
         facts = split_report({self.split: labels})["splits"][self.split]
         return {"prior": self.prior_name, "group_sizes": list(self.groups.sizes), **facts}

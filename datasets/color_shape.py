@@ -64,7 +64,7 @@ class Board(NamedTuple):
         Boxes that touch count as disjoint, as published.
 
         Raises:
-            UnreadableScene: an object found no place; the scene is not begun anew, which would change the law of
+            UnreadableScene: an object found no place; the scene is not begun anew, which would change the distribution of
                 positions.
         """
         boxes: list[Box] = []
@@ -128,7 +128,7 @@ class ColorShape(CodeScenes):
         max_place_tries: drawn positions per object before the scene is given up.
         non_overlapping: objects do not overlap; false takes the first position drawn.
         background: RGB.
-        distribution_mode: "uniform", the only published law.
+        distribution_mode: "uniform", the only published prior.
         max_objects: most objects in a scene; None for no limit.
         seed: of the whole data set.
         split_mode and f_split_*, exclude_all_ones_f: which feature codes a split holds, see `splits.split_codes`.
@@ -138,7 +138,7 @@ class ColorShape(CodeScenes):
         on_error: "raise" or "skip", for the caller: a scene whose objects find no place raises `UnreadableScene` either way.
 
     Raises:
-        UserError: for a knob outside its range, or objects that can never be placed.
+        UserError: for an option outside its range, or objects that can never be placed.
     """
 
     name = "colorshape"
@@ -251,7 +251,7 @@ class ColorShape(CodeScenes):
 
     @cached_property
     def population(self) -> dict[str, Any]:
-        """Exact entropies of the law on the feature codes of this split, see `Prior.population`."""
+        """Exact entropies of the prior on the feature codes of this split, see `Prior.population`."""
         return self.prior.population(self.support)
 
     @cached_property
@@ -260,16 +260,16 @@ class ColorShape(CodeScenes):
         return self.prior.population(split_codes(self._candidates(), "train", **mode))
 
     def info(self) -> dict[str, float]:
-        """Constants in bits: mean H_Y_given_F of the scenes; exact H_Y, H_F, E_H_Y_given_F of the split's law.
+        """Constants in bits: mean H_Y_given_F of the scenes; exact H_Y, H_F, E_H_Y_given_F of the split's prior.
 
         H_Y_all_splits and H_F_all_splits are those of a reader who does not know which feature codes the split holds:
         a probe trained on other codes cannot, so I(Y;Z) against H_Y understates what it has learnt.
         """
-        found, everything = self.population, self._all_splits
+        of_split, everything = self.population, self._all_splits
         return super().info() | {
-            "H_Y": found["H_Y"],
-            "H_F": found["H_F"],
-            "E_H_Y_given_F": found["E_H_Y_given_F"],
+            "H_Y": of_split["H_Y"],
+            "H_F": of_split["H_F"],
+            "E_H_Y_given_F": of_split["E_H_Y_given_F"],
             "H_Y_all_splits": everything["H_Y"],
             "H_F_all_splits": everything["H_F"],
         }
@@ -323,20 +323,20 @@ class ColorShape(CodeScenes):
 
     def _draw_published(self, n: int, budget: int) -> tuple[np.ndarray, int]:
         generator, rng = published_streams(self.seed, self.split)
-        found, self._published_boxes, attempts = [], [], 0
+        drawn, self._published_boxes, attempts = [], [], 0
         support = {row.tobytes() for row in self.support}
-        while len(found) < n:
+        while len(drawn) < n:
             if attempts == budget:
                 raise UserError(
-                    f"sampling: {len(found)} of {n} scenes found in {attempts} draws, giving up; raise "
+                    f"sampling: {len(drawn)} of {n} scenes found in {attempts} draws, giving up; raise "
                     "dataset.f_split_max_attempt_factor or give the split more feature codes"
                 )
             attempts += 1
             code = random_draws.draw_published(generator, self.groups.n_objects, self.max_objects)
             if self.groups.feature_code(code).tobytes() in support:
-                found.append(code)
-                self._published_boxes.append(self._place_published(int(code.sum()), rng, len(found) - 1))
-        return np.stack(found), attempts
+                drawn.append(code)
+                self._published_boxes.append(self._place_published(int(code.sum()), rng, len(drawn) - 1))
+        return np.stack(drawn), attempts
 
     def _place_published(self, n: int, rng: random.Random, index: int) -> list[Box]:
         low, high = self.board.margin, self.board.size - self.board.margin - self.board.obj

@@ -8,7 +8,7 @@ One directory per split, `dataset_<split>_seed<seed>`:
     images/sample_000000.png    the image at its native resolution (the published export stores it resized)
     image_metadata.jsonl        a line per image: index, key, Y, F, H_Y_given_F, extras such as boxes and num_objects
     codes.safetensors           object_code [M, K], feature_code [M, n] uint8, H_Y_given_F [M] float32 bits
-    metadata.json               groups, law of Y, constants, facts, what it was made from; "complete" once all is there
+    metadata.json               groups, prior of Y, constants, facts, what it was made from; "complete" once all is there
 
 Images are written aside and renamed; a second call writes only what is missing.
 """

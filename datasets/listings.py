@@ -33,8 +33,8 @@ def data_folder(value: str | os.PathLike | None, variables: Sequence[str], defau
 
     A default is taken below BINDING_PROJECT_ROOT, else below the working directory.
     """
-    given = value or next((os.environ[name] for name in variables if os.environ.get(name)), None)
-    return Path(given) if given else Path(os.environ.get("BINDING_PROJECT_ROOT") or ".") / default
+    folder = value or next((os.environ[name] for name in variables if os.environ.get(name)), None)
+    return Path(folder) if folder else Path(os.environ.get("BINDING_PROJECT_ROOT") or ".") / default
 
 
 def data_root(root: str | os.PathLike[str], expected: str) -> Path:

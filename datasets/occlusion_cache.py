@@ -183,14 +183,14 @@ class RenderCache:
         try:
             with open(path, "rb") as file:
                 file.seek(-len(PNG_END), os.SEEK_END)
-                whole = file.read() == PNG_END
+                complete = file.read() == PNG_END
         except OSError:
             return False
         try:
             record = json.loads(path.with_name(f"{path.name}.json").read_text())
-            return whole and record.get("digest") == self._digest(number)
+            return complete and record.get("digest") == self._digest(number)
         except FileNotFoundError:
-            return whole and adopted
+            return complete and adopted
         except (OSError, ValueError, AttributeError):
             return False
 

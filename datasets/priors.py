@@ -64,7 +64,7 @@ def entropy_given_size(sizes: tuple[int, int], k: int) -> float:
 
 
 class Prior:
-    """A law P(Y) ~ weight[|Y|] over the object codes of a grid; weights are exact (int or Fraction).
+    """A prior P(Y) ~ weight[|Y|] over the object codes of a grid; weights are exact (int or Fraction).
 
     name: as recorded with every result; `sizes` [G] group sizes; `weight` one number per size 0 .. K.
     """
@@ -76,7 +76,7 @@ class Prior:
         self._entropy: dict[tuple[int, ...], float] = {}
 
     def number(self, a: Sequence[int]) -> int:
-        """|Omega(F)|: object codes possible under the law whose F has a_g values in group g."""
+        """|Omega(F)|: object codes possible under the prior whose F has a_g values in group g."""
         table = count_by_size(tuple(a), self._most)
         return sum(table[k] for k in self.weight if k < len(table))
 
@@ -86,7 +86,7 @@ class Prior:
         return sum(table[k] * w for k, w in self.weight.items() if k < len(table))
 
     def entropy_of_counts(self, a: Sequence[int]) -> float:
-        """H(Y | F = f) in bits for an f with a_g values in group g; 0 for an F the law excludes."""
+        """H(Y | F = f) in bits for an f with a_g values in group g; 0 for an F the prior excludes."""
         a = tuple(int(size) for size in a)
         if a not in self._entropy:
             mass = self.mass(a)
@@ -102,10 +102,10 @@ class Prior:
         return np.array([self.entropy_of_counts(counts[i]) for i in first], np.float64)[where.reshape(-1)]
 
     def population(self, support: np.ndarray | None = None) -> dict[str, Any]:
-        """Exact entropies of the law, or of the law restricted to the feature codes of a split.
+        """Exact entropies of the prior, or of the prior restricted to the feature codes of a split.
 
         support: feature codes [n_F, n], or None for all. Returns H_Y, H_F and E_H_Y_given_F in bits, num_Y and num_F
-        (integers), largest_F_mass, and acceptance: the probability of the support under the unrestricted law.
+        (integers), largest_F_mass, and acceptance: the probability of the support under the unrestricted prior.
         """
         if support is None:
             grid = itertools.product(*(range(size + 1) for size in self.sizes))
@@ -160,7 +160,7 @@ def balanced(sizes: Sequence[int], k: int) -> Prior:
 
 
 def independent_draws(sizes: Sequence[int], k: int) -> Prior:
-    """The law of the set of k independent, uniform objects: weight m! S(k, m), the surjections of k draws on m."""
+    """The prior of the set of k independent, uniform objects: weight m! S(k, m), the surjections of k draws on m."""
     weight = {
         m: sum((-1) ** i * math.comb(m, i) * (m - i) ** k for i in range(m + 1)) for m in range(1, min(k, math.prod(sizes)) + 1)
     }

@@ -82,7 +82,7 @@ def sample_until(n: int, draw: Draw, admits: Callable[[np.ndarray], np.ndarray],
 
 
 def draw_uniform(key: int, cells: int, most: int) -> Draw:
-    """The `draw` of `sample_until` for the law uniform<=most: a size, then a uniform subset."""
+    """The `draw` of `sample_until` for the prior uniform<=most: a size, then a uniform subset."""
     weights = size_weights(cells, most)
     total = sum(weights)
     edges = np.array([cumulated / total for cumulated in itertools.accumulate(weights)])

@@ -222,7 +222,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, argument) for argument in arguments)
     if kind in (int, float):
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and (kind is float or float(value).is_integer())
+        return number and (kind is float or isinstance(value, int) or value.is_integer())
     if kind in (bool, str, type(None)):
         return isinstance(value, kind)
     if kind is os.PathLike:
@@ -260,8 +260,8 @@ def check_whole(name: str, value: object, least: int, most: int | None = None) -
     Raises:
         UserError: naming the option and its range.
     """
-    whole = isinstance(value, int | float) and not isinstance(value, bool) and value == int(value)
-    if not whole or value < least or (most is not None and value > most):
+    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if not is_whole or isinstance(value, bool) or value < least or (most is not None and value > most):
         span = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise UserError(f"dataset.{name}: got {value!r}, expected a whole number {span}")
     return int(value)

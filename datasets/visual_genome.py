@@ -87,7 +87,8 @@ class VisualGenome(CodeScenes):
         lengths = {"train": n_train, "val": n_val, "test": n_test}
         self.lengths = {k: None if n is None else check_whole(f"n_{k}", n, 0) for k, n in lengths.items()}
         self.stats = self._read(f"vg_stats_filtered_{attributes}.json")
-        records = self._read(f"attributes_filtered_{attributes}.json").each()
+        self._records_file = f"attributes_filtered_{attributes}.json"
+        records = self._read(self._records_file).each()
         groups = Groups(self._vocabulary())
         self.groups = groups
         self.none = "no_attribute" if "no_attribute" in groups.names[1] else "no_color"
@@ -194,8 +195,8 @@ class VisualGenome(CodeScenes):
             chosen = list(records)[start : start + number]
         if not chosen:
             raise UserError(
-                f"dataset split {split}: none of the {len(records)} images of {self.folder} is left; lower dataset.n_train or "
-                "n_val"
+                f"dataset split {split}: none of the {len(records)} images of {self.folder / self._records_file} is left; "
+                "lower dataset.n_train or n_val"
             )
         return chosen
 

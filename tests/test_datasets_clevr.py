@@ -61,7 +61,7 @@ def test_laws_of_the_objects(root):
     assert not np.allclose(entropies["uniform<=6"], entropies["fixed_6"])
     # The worked example: three colours, everything else present, 17.05 bits against 16.69 at exactly six objects.
     data = Clevr("test", root=root, prior="fixed_k", **KNOBS)
-    assert data.law.entropy_of_counts((3, 2, 2, 2)) == pytest.approx(16.69, abs=5e-3)
+    assert data.prior.entropy_of_counts((3, 2, 2, 2)) == pytest.approx(16.69, abs=5e-3)
 
 
 def test_second_root_falls_back_to_the_first(root):
@@ -119,7 +119,7 @@ def test_too_small_a_law_is_a_mistake_of_the_configuration(root):
 
 def test_damaged_and_missing_files_are_named(root):
     scene_file(root).write_text('{"objects": [')
-    with pytest.raises(UserError, match=r"000002\.json: is not JSON .*; mend it, or leave it out with"):
+    with pytest.raises(UserError, match=r"000002\.json: is not JSON .*; fix it, or leave it out with"):
         Clevr("train", root=root, **KNOBS)
     scene_file(root).write_text("[]")
     with pytest.raises(UserError, match=r"000002\.json: objects missing"):

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -219,3 +220,20 @@ def test_config_file_builds_it(tmp_path: Path) -> None:
     write(tmp_path, "train/a", map_of([0, 1]))
     cfg = OmegaConf.merge(OmegaConf.load(CONFIG), {"root": str(tmp_path)})
     assert len(build(cfg, "train")) == 1
+
+
+def test_class_maps_alone_are_enough(tmp_path: Path) -> None:
+    classes = map_of([0, 1, 2, 255])
+    write(tmp_path, "a", map_of([0, 0]), classes=classes)
+    shutil.rmtree(tmp_path / "identity")
+    (tmp_path / "classes.txt").write_text("background\ncat\ndog\n")
+    data = all_train(tmp_path, ignore=255)
+    labels = data[0].labels
+    assert set(labels) == {"class"} and data.report()["maps"] == ["class"]
+    assert (labels["class"].numpy() == np.where(classes == 255, -1, classes.astype(int))).all()
+    (tmp_path / "class" / "a.png").unlink()
+    with pytest.raises(UnreadableScene, match="class/a.png is missing"):
+        data[0]
+    (tmp_path / "identity").mkdir()
+    with pytest.raises(UnreadableScene, match="identity/a.png is missing"):
+        all_train(tmp_path)[0]

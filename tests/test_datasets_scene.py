@@ -139,6 +139,7 @@ def test_nothing_nested_is_called(options: dict, place: str) -> None:
         ({"on_error": 1}, r"dataset.on_error: got 1, expected a text"),
         ({"on_error": "pass"}, r"dataset.on_error: got 'pass', expected raise or skip"),
         ({"n_train": 99999999999}, r"dataset.n_train: got 99999999999, expected a number below 2147483648"),
+        ({"seed": 10**400}, r"dataset.seed: got 1000.*, expected a number below"),
         ({"noise": float("inf")}, r"dataset.noise: got inf, expected a number below"),
         ({"noise": float("nan")}, r"dataset.noise: got nan, expected a number below"),
         ({"colour": 1}, r"dataset.colour: Scenes takes no such option; it takes .*n_train"),
