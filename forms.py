@@ -9,6 +9,7 @@ Shapes: S seeds, L layers, B images, T tokens, U tokens of a second set, D width
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +68,72 @@ def pair_scores(z: Tensor, y: Tensor) -> Tensor:
     return out.view(n_layers, n_images, n_tokens, n_seeds, -1).permute(3, 0, 1, 2, 4).float()
 
 
+class FormCuts(NamedTuple):
+    """How the products of a symmetric form are cut so that a processor's cache holds what they work on."""
+
+    blocks: list[tuple[int, int]]  # [start, stop) of the channels
+    n_images: int  # at a time
+
+
+def form_cuts(x: Tensor) -> FormCuts:
+    """Cuts for tokens x [L, B, T, D].
+
+    On a CPU two blocks from D = 128 on, four from D = 512 on; 4 M channels of tokens and 256 k pairs at a time (all
+    measured by scripts/bench_fit.py). A GPU prefers one product.
+    """
+    _, n_images, n_tokens, dim = x.shape
+    if x.device.type != "cpu":
+        return FormCuts([(0, dim)], n_images)
+    size = -(-dim // (4 if dim >= 512 else 2 if dim >= 128 else 1))
+    blocks = [(start, min(start + size, dim)) for start in range(0, dim, size)]
+    return FormCuts(blocks, min(n_images, max(1, 2**22 // (n_tokens * dim)), max(1, 2**18 // n_tokens**2)))
+
+
+def fold_form(weight: Tensor, cuts: FormCuts, dtype: torch.dtype) -> list[Tensor]:
+    """The columns of one W [D, D], block by block, the part below the block diagonal added to the part above it.
+
+    Only W + W' matters in a symmetric form, so nothing is lost: every block reads the channels up to its own end.
+    """
+    folded = []
+    for start, stop in cuts.blocks:
+        columns = weight[:stop, start:stop].clone()
+        columns[:start] += weight[start:stop, :start].mT.contiguous()
+        folded.append(columns.to(dtype))
+    return folded
+
+
+def form_products(part: Tensor, folded: Sequence[Tensor], cuts: FormCuts, z: Tensor) -> Tensor:
+    """x_i' U x_j for tokens part [B, T, D] and the folded U of `fold_form` -> [B, T, T] like the tokens; z: work space."""
+    flat, z = part.view(-1, part.shape[-1]), z.view(-1)[: part.numel()].view(part.shape)
+    for (start, stop), columns in zip(cuts.blocks, folded, strict=True):
+        torch.mm(flat[:, :stop], columns, out=z.view(-1, z.shape[-1])[:, start:stop])
+    return torch.bmm(z, part.mT)
+
+
+def add_form_gradient(out: Tensor, part: Tensor, gradient: Tensor, cuts: FormCuts, z: Tensor, *, first: bool) -> None:
+    """Add X' G X to the blocks of `out` [D, D] on and above the diagonal; the first part of a batch overwrites them.
+
+    Args:
+        part: tokens X [B, T, D].
+        gradient: symmetric G [B, T, T], in the number format of the tokens.
+        z: work space of the size of the tokens.
+    """
+    n_images, n_tokens, dim = part.shape
+    # Channels lead in z, tokens of all images follow: the large product then reads both its sides in order.
+    z = z.view(-1)[: part.numel()].view(dim, n_images, n_tokens)
+    torch.bmm(part.mT, gradient, out=z.transpose(0, 1))
+    for start, stop in cuts.blocks:
+        product = torch.mm(z.view(dim, -1)[start:stop], part.view(-1, dim)[:, start:])
+        block = out[start:stop, start:]
+        block.copy_(product) if first else block.add_(product)
+
+
+def mirror_blocks(out: Tensor, cuts: FormCuts) -> None:
+    """Copy what lies above the block diagonal of `out` [D, D] below it."""
+    for start, stop in cuts.blocks:
+        out[stop:, start:stop] = out[start:stop, stop:].mT.contiguous()
+
+
 class SymmetricForm(torch.autograd.Function):
     """x_i' (W + W') x_j / (2 sqrt D) for every pair of tokens of an image, without ever forming W + W'.
 
@@ -77,36 +144,16 @@ class SymmetricForm(torch.autograd.Function):
     """
 
     @staticmethod
-    def cuts(x: Tensor) -> tuple[list[tuple[int, int]], int]:
-        """Blocks [start, stop) of the channels and number of images at a time for tokens x [L, B, T, D].
-
-        On a CPU four blocks from D = 512 on, and 4 M elements at a time (both measured); a GPU prefers one product.
-        """
-        _, n_images, n_tokens, dim = x.shape
-        if x.device.type != "cpu":
-            return [(0, dim)], n_images
-        size = -(-dim // 4) if dim >= 512 else dim
-        blocks = [(start, min(start + size, dim)) for start in range(0, dim, size)]
-        return blocks, min(n_images, max(1, 2**22 // (n_tokens * dim)))
-
-    @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         """Tokens x [L, B, T, D] (float32 or bfloat16), weight float32 [S, L, D, D] -> float32 [S, L, B, T, T]."""
         n_layers, n_images, n_tokens, dim = x.shape
-        blocks, n_part = SymmetricForm.cuts(x)
-        half = torch.empty(len(weight), n_layers, n_images, n_tokens, n_tokens, device=x.device)
-        buffer = x.new_empty(n_part, n_tokens, dim)
+        cuts = form_cuts(x)
+        half = weight.new_empty(len(weight), n_layers, n_images, n_tokens, n_tokens)
+        z = x.new_empty(cuts.n_images, n_tokens, dim)
         for layer, s in itertools.product(range(n_layers), range(len(weight))):
-            w, folded = weight[s, layer], []
-            for start, stop in blocks:
-                columns = w[:stop, start:stop].clone()
-                columns[:start] += w[start:stop, :start].mT.contiguous()
-                folded.append(columns.to(x.dtype))
-            for part, scores in zip(x[layer].split(n_part), half[s, layer].split(n_part), strict=True):
-                z = buffer[: len(part)]
-                for (start, stop), columns in zip(blocks, folded, strict=True):
-                    torch.mm(part.view(-1, dim)[:, :stop], columns, out=z.view(-1, dim)[:, start:stop])
-                scores.copy_(torch.bmm(z, part.mT))
+            folded = fold_form(weight[s, layer], cuts, x.dtype)
+            for part, scores in zip(x[layer].split(cuts.n_images), half[s, layer].split(cuts.n_images), strict=True):
+                scores.copy_(form_products(part, folded, cuts, z))
         ctx.save_for_backward(x)
         return (half + half.mT).mul_(0.5 * dim**-0.5)
 
@@ -116,23 +163,16 @@ class SymmetricForm(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             raise NotImplementedError("the symmetric form has no gradient for its tokens")
         (x,) = ctx.saved_tensors
-        n_layers, n_images, n_tokens, dim = x.shape
-        blocks, n_part = SymmetricForm.cuts(x)
+        n_layers, _, n_tokens, dim = x.shape
+        cuts = form_cuts(x)
         half = (grad + grad.mT).mul_(0.5 * dim**-0.5).to(x.dtype)  # [S, L, B, T, T]
-        out = torch.empty(len(grad), n_layers, dim, dim, device=x.device)
-        buffer = x.new_empty(dim * n_part * n_tokens)
+        out = grad.new_empty(len(grad), n_layers, dim, dim)
+        z = x.new_empty(cuts.n_images, n_tokens, dim)
         for layer, s in itertools.product(range(n_layers), range(len(grad))):
-            parts = zip(x[layer].split(n_part), half[s, layer].split(n_part), strict=True)
+            parts = zip(x[layer].split(cuts.n_images), half[s, layer].split(cuts.n_images), strict=True)
             for number, (part, scores) in enumerate(parts):
-                # Channels lead in z, tokens of all images follow: the large product then reads both its sides in order.
-                z = buffer[: part.numel()].view(dim, len(part), n_tokens)
-                torch.bmm(part.mT, scores, out=z.transpose(0, 1))
-                for start, stop in blocks:
-                    product = torch.mm(z.view(dim, -1)[start:stop], part.view(-1, dim)[:, start:])
-                    block = out[s, layer, start:stop, start:]
-                    block.add_(product) if number else block.copy_(product)
-            for start, stop in blocks:
-                out[s, layer, stop:, start:stop] = out[s, layer, start:stop, stop:].mT.contiguous()
+                add_form_gradient(out[s, layer], part, scores, cuts, z, first=number == 0)
+            mirror_blocks(out[s, layer], cuts)
         return None, out
 
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
-from forms import SymmetricForm, pair_scores, project, resolve_matmul_dtype, sum_scores
+from forms import SymmetricForm, pair_scores, project, resolve_matmul_dtype, sum_scores, token_scores
 from runs.states import load_state, save_state
 
 Layer = int | str
@@ -144,6 +144,14 @@ class Pairwise(Probe):
         """Prepared tokens x [L, B, T, D] against y [L, B, U, D] (None: x itself) -> float32 [S, L, B, T, U]."""
         raise NotImplementedError
 
+    def form_parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What `pairs.form_loss` needs of a probe that scores x_i' (W + W') x_j / (2 sqrt D) + r_i + r_j.
+
+        Returns:
+            prepared tokens [L, B, T, D], W [S, L, D, D] and r [S, L, B, T]; None for a probe of another form.
+        """
+        return None
+
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Tokens x [L, B, T, D] against y [L, B, U, D] (default: x itself) -> logits float32 [S, L, B, T, U]."""
         scores = self.scores(self.prepare(x), None if y is None else self.prepare(y))
@@ -200,6 +208,12 @@ class Quadratic(Pairwise):
         """See `Pairwise`."""
         scores = SymmetricForm.apply(x, self.weight) if y is None else pair_scores(project(x, self.form()), y)
         return scores if self.linear is None else scores + sum_scores(x, y, self.linear)
+
+    def form_parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Pairwise`; each token carries half of the bias."""
+        x = self.prepare(x)
+        rows = (0.5 * self.bias)[:, :, None, None].expand(*self.bias.shape, *x.shape[1:3])
+        return x, self.weight, rows if self.linear is None else rows + token_scores(x, self.linear)
 
 
 class QuadraticFixedRank(Pairwise):
