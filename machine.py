@@ -5,6 +5,7 @@ torch is imported where it is needed: a command that only reads files does not w
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -69,6 +70,18 @@ def set_threads(n_threads: int) -> None:
 
     if n_threads:
         torch.set_num_threads(n_threads)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep up to 64 MB of freed memory for the next arrays instead of handing it back at once.
+
+    Fresh memory costs more than the arithmetic of a small probe: the system clears every page of it first. Other C
+    libraries than glibc, which have no `mallopt`, are left as they are; no number depends on it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: from this size on every array is the system's own, as by default at most
+        mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
 
 
 def rank() -> tuple[int, int]:
