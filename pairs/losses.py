@@ -8,6 +8,7 @@
 Shapes: S seeds, L layers, B images, T tokens, K outputs, Q mask queries.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -99,41 +100,54 @@ def matching_costs(logits: Tensor, masks: Tensor, valid: Tensor | None = None) -
     Returns:
         two [S, L, B, Q, K]: (1/T) sum_t bce(logit_tq, y_kt) and 1 - (2 sum p y + 1) / (sum p + sum y + 1).
     """
+    n_seeds, n_layers, n_images, n_tokens, n_queries = logits.shape
     weight = torch.ones_like(masks[:, 0]) if valid is None else valid.to(logits.dtype)  # [B, T]
-    n_tokens = weight.sum(-1)[:, None, None].clamp_min(1)
-    targets = masks.mT  # [B, T, K], zero on invalid tokens
-    empty = (F.softplus(logits) * weight.unsqueeze(-1)).sum(-2).unsqueeze(-1)  # [S, L, B, Q, 1]
-    bce = (empty - logits.mT @ targets) / n_tokens
-    p = torch.sigmoid(logits) * weight.unsqueeze(-1)
-    dice = 1 - (2 * p.mT @ targets + 1) / (p.sum(-2).unsqueeze(-1) + masks.sum(-1).unsqueeze(-2) + 1)
-    return bce, dice
+    # Tokens are summed by one product per image and layer: a row per object, zero on invalid tokens, then the weights.
+    rows = torch.cat([masks, weight.unsqueeze(1)], 1).repeat(n_layers, 1, 1)  # [L B, K + 1, T]
+    x = logits.permute(1, 2, 3, 0, 4).reshape(n_layers * n_images, n_tokens, n_seeds * n_queries)
+    on_objects = torch.bmm(rows[:, :-1], x)  # [L B, K, S Q]
+    empty = torch.bmm(rows[:, -1:], F.softplus(x))
+    share = torch.bmm(rows, torch.sigmoid(x))
+    size = rows[:, :-1].sum(-1, keepdim=True)
+    bce = (empty - on_objects) / rows[:, -1:].sum(-1, keepdim=True).clamp_min(1)
+    dice = 1 - (2 * share[:, :-1] + 1) / (share[:, -1:] + size + 1)
+    shape = (n_layers, n_images, -1, n_seeds, n_queries)
+    return tuple(part.view(shape).permute(3, 0, 1, 4, 2) for part in (bce, dice))
 
 
 def match(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cheapest one-to-one assignment of queries to objects in every image of every fit.
 
+    Where the objects of an image have different cheapest queries, these are the optimum and are found for all images of
+    all fits at once; only the other problems go through the Hungarian method one by one.
+
     Args:
-        cost: [N, B, Q, K]; not differentiated. Entries that are not finite are treated as very dear.
+        cost: [N, B, Q, K]; not differentiated. Entries that are not finite count as very expensive.
         counts: int64 [B] objects of each image; columns from there on are padding.
 
     Returns:
-        three int64 vectors: index into the N*B problems, query, object. With more objects than queries the dearest
-        objects stay unmatched.
+        three int64 vectors: index into the N*B problems, query, object, by rising problem and query. With more objects
+        than queries the most expensive objects stay unmatched.
     """
     from scipy.optimize import linear_sum_assignment  # here: only the identity read-out waits for it
 
-    costs = cost.detach().double().nan_to_num(1e30, 1e30, -1e30).cpu().numpy()
-    problem, query, target = [], [], []
-    for n in range(costs.shape[0]):
-        for image, count in enumerate(counts.tolist()):
-            if count:
-                q, k = linear_sum_assignment(costs[n, image, :, :count])
-                problem.append(torch.full((len(q),), n * len(counts) + image))
-                query.append(torch.from_numpy(q))
-                target.append(torch.from_numpy(k))
-    if not problem:
-        return (torch.zeros(0, dtype=torch.int64),) * 3
-    return tuple(torch.cat(part).to(cost.device) for part in (problem, query, target))
+    n_queries, n_objects = cost.shape[-2:]
+    costs = cost.detach().double().nan_to_num(1e30, 1e30, -1e30).flatten(0, 1).cpu()  # [N B, Q, K]
+    present = torch.arange(n_objects) < counts.cpu()[:, None]  # [B, K]
+    present = present.repeat(len(cost), 1)  # [N B, K]
+    cheapest = costs.argmin(1)  # [N B, K]
+    distinct = torch.where(present, cheapest, n_queries + torch.arange(n_objects)).sort(1).values.diff(dim=1).ne(0).all(1)
+    problem, target = (present & distinct[:, None]).nonzero().unbind(1)
+    problem, query, target = [problem.numpy()], [cheapest[problem, target].numpy()], [target.numpy()]
+    costs, sizes = costs.numpy(), present.sum(1).numpy()
+    for number in (~distinct).nonzero().flatten().tolist():
+        q, k = linear_sum_assignment(costs[number, :, : sizes[number]])
+        problem.append(np.full(len(q), number))
+        query.append(q)
+        target.append(k)
+    found = np.stack([np.concatenate(part) for part in (problem, query, target)])
+    found = found[:, np.lexsort(found[1::-1])]
+    return tuple(torch.from_numpy(found).to(cost.device).unbind(0))
 
 
 def identity_loss(
@@ -142,7 +156,8 @@ def identity_loss(
     """Mask-query loss: matched queries pay dice and binary cross-entropy, unmatched ones nothing.
 
     As published the sum over images is divided by the number of objects in the batch, those beyond the number of
-    queries included. A batch without any object costs 0 (the published code divides by zero there).
+    queries included. A batch without any object costs 0 (the published code divides by zero there). Costs of all queries
+    are computed for the matching alone; what the matched ones pay is then differentiated.
 
     Args:
         logits: [S, L, B, T, Q].
@@ -157,12 +172,16 @@ def identity_loss(
     masks, counts = object_masks(identity, valid)
     if masks.shape[1] == 0:
         return logits.flatten(2).sum(-1) * 0  # keeps the graph: a gradient of zero
-    bce, dice = matching_costs(logits, masks, valid)
-    cost = (mask_weight * bce + dice_weight * dice).flatten(0, 1)  # [S L, B, Q, K]
-    problem, query, target = match(cost, counts)
-    paid = cost.flatten(0, 1)[problem, query, target]
-    total = torch.zeros(n_seeds * n_layers, dtype=cost.dtype, device=cost.device)
-    total = total.index_add(0, problem // n_images, paid)
+    with torch.no_grad():
+        bce, dice = matching_costs(logits, masks, valid)
+        cost = (mask_weight * bce + dice_weight * dice).flatten(0, 1)  # [S L, B, Q, K]
+        problem, query, target = match(cost, counts)
+    fit, image = problem // n_images, problem % n_images
+    matched = logits[fit // n_layers, fit % n_layers, image, :, query]  # [n, T]
+    one_image = lambda x: None if x is None else x[image]
+    bce, dice = matching_costs(matched[None, None, :, :, None], masks[image, target][:, None], one_image(valid))
+    paid = (mask_weight * bce + dice_weight * dice).flatten()  # [n]
+    total = paid.new_zeros(n_seeds * n_layers).index_add(0, fit, paid)
     return (total / counts.sum()).view(n_seeds, n_layers)
 
 
