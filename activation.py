@@ -35,12 +35,14 @@ class PatchSample(NamedTuple):
 
     tokens: [L, M, T, D], read with `gather`.
     position: [M, T, 3] int64 window, row, column of each token in its window's grid; -1 for class and pooled tokens.
-    labels: per token "identity", "class" [M, T] int64, "purity" [M, T] float32, "valid" [M, T] bool, "place" [M, T, 2]
-        float32 (row and column in the whole scaled image, in patches); or codes [M, n].
+    labels: for each label map the data have, "identity", "class" or both: <name> [M, T] int64, <name>_valid [M, T] bool
+        (whether the token is a patch of which the label is known), <name>_purity [M, T] float32 (share of the patch that
+        carries it); with them "place" [M, T, 2] float32, row and column in the scaled image, in patches. Or codes [M, n].
     info: constants of the data set, e.g. entropies in bits.
     keys: name of each image.
     grids: [M, 2] int64 rows and columns of patches of one window.
-    meta: where it comes from: fingerprint, dropped and skipped images, classes, protocol, backbone facts, cost.
+    meta: where it comes from: fingerprint, dropped and skipped images, classes, protocol, backbone facts, cost; and
+        "selected_by", the label map that patches were selected by (None: codes).
     """
 
     tokens: StackedTokens
@@ -50,6 +52,12 @@ class PatchSample(NamedTuple):
     keys: list[str]
     grids: Tensor
     meta: dict[str, Any]
+
+    @property
+    def valid(self) -> Tensor | None:
+        """Tokens whose primary label is known, bool [M, T]; None for data of codes, where every token counts."""
+        name = self.meta.get("selected_by")
+        return None if name is None else self.labels[f"{name}_valid"]
 
 
 def run(cfg: Any, run: Any) -> dict[str, Any]:
@@ -109,6 +117,8 @@ def open_sample(cfg: Any, split: str, *, say: Callable[[str], None] = print) -> 
         )
     index = open_index(cfg, dataset, split, facts, whole_images=mode != "patches", say=say)
     position, labels = index.placed(mode, facts.has_class_token)
+    if index.selected_by:  # former names, until every reader names the label it means
+        labels |= {name: labels[f"{index.selected_by}_{name}"] for name in ("valid", "purity")}
     started = time.perf_counter()
     wanted = Extraction(cfg, dataset, split, index, facts, layers, STORED[mode])
     store, n_bytes, n_images = open_store(wanted, say)
@@ -122,6 +132,7 @@ def open_sample(cfg: Any, split: str, *, say: Callable[[str], None] = print) -> 
         "split": split,
         "protocol": cfg.protocol.name,
         "output_mode": mode,
+        "selected_by": index.selected_by,
         "classes": list(dataset.classes),
         "report": dataset.report(),
         "dropped": dict(Counter(reason for _, reason in index.manifest["dropped"])),

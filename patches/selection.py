@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,29 @@ from torch import Tensor
 from errors import UserError
 from patches.geometry import Geometry, call_kind
 from patches.labels import PatchLabels
+
+PRIMARY = ("identity", "class")  # labels that patches can be selected by, the preferred one first
+
+
+def primary_label(names: Collection[str], by: str | None) -> str:
+    """The label that patches are selected by: `by` (`protocol.selection.by`), or the first of PRIMARY that the data have.
+
+    Args:
+        names: labels of the data, at least one of PRIMARY.
+
+    Raises:
+        UserError: `by` is no label patches are selected by, or the data lack it.
+    """
+    if by is None:
+        return next(name for name in PRIMARY if name in names)
+    if by not in PRIMARY:
+        raise UserError(f"unknown protocol.selection.by={by}; valid: {', '.join(PRIMARY)}, null (the first the data have)")
+    if by not in names:
+        raise UserError(
+            f"protocol.selection.by={by} and the images have no {by} maps, only {', '.join(sorted(names))}; set "
+            "protocol.selection.by=null"
+        )
+    return by
 
 
 def owned_patches(geometry: Geometry) -> Tensor:
@@ -36,19 +59,19 @@ def owned_patches(geometry: Geometry) -> Tensor:
 
 
 def select_patches(
-    identity: PatchLabels, geometry: Geometry, *, selection: Mapping[str, Any], generator: torch.Generator
+    labels: PatchLabels, geometry: Geometry, *, selection: Mapping[str, Any], generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """The kept patches of an image, drawn from its labels alone.
 
     Args:
-        identity: labels of its patches.
+        labels: primary labels of its patches (`primary_label`).
         selection: `patches`, how many (T), or "all" owned ones in raster order; `kind`, a name of SELECTIONS, and its
-            options; `per_visit` and `seed` are for the callers.
+            options; `by`, `per_visit` and `seed` are for the callers.
         generator: on the CPU; the same state gives the same patches.
 
     Returns:
-        position int64 [T, 3] (window, row, column); valid bool [T], false where there was nothing left to draw (the
-        position then repeats another one) or the patch has no label.
+        position int64 [T, 3] (window, row, column); drawn bool [T], false where there was nothing left to draw (the
+        position then repeats another one). Whether a drawn patch is valid depends on the label (`PatchLabels.valid`).
 
     Raises:
         UserError: unknown kind or option, or a value out of range.
@@ -56,18 +79,16 @@ def select_patches(
     n_kept = selection["patches"]
     if n_kept == "all":
         position = owned_patches(geometry).nonzero()
-    elif isinstance(n_kept, int) and not isinstance(n_kept, bool) and n_kept > 0:
-        options = {name: value for name, value in selection.items() if name not in ("patches", "per_visit", "seed")}
-        flat, drawn = call_kind(SELECTIONS, "protocol.selection", options, identity, geometry, n_kept, generator)
-        position = torch.stack(torch.unravel_index(flat, identity.label.shape), dim=1)
-        return position, drawn & identity.valid[tuple(position.T)]
-    else:
+        return position, torch.ones(len(position), dtype=torch.bool)
+    if not isinstance(n_kept, int) or isinstance(n_kept, bool) or n_kept < 1:
         raise UserError(f"protocol.selection.patches={n_kept} is no number of patches, expected 1 or more, or all")
-    return position, identity.valid[tuple(position.T)]
+    options = {name: value for name, value in selection.items() if name not in ("by", "patches", "per_visit", "seed")}
+    flat, drawn = call_kind(SELECTIONS, "protocol.selection", options, labels, geometry, n_kept, generator)
+    return torch.stack(torch.unravel_index(flat, labels.label.shape), dim=1), drawn
 
 
 def _unique(
-    identity: PatchLabels,
+    labels: PatchLabels,
     geometry: Geometry,
     n_kept: int,
     generator: torch.Generator,
@@ -75,7 +96,7 @@ def _unique(
     background_share: float = 1.0,
     min_purity: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Owned, labelled patches without repetition.
+    """Owned, valid patches without repetition.
 
     Args:
         background_share: most of the T patches that may carry label 0, unless the objects do not fill the rest.
@@ -84,12 +105,12 @@ def _unique(
     for name, value in (("background_share", background_share), ("min_purity", min_purity)):
         if not 0 <= value <= 1:
             raise UserError(f"protocol.selection.{name}={value} is no share, expected a number from 0 to 1; set one")
-    usable = owned_patches(geometry) & identity.valid & (identity.purity >= min_purity)
+    usable = owned_patches(geometry) & labels.valid & (labels.purity >= min_purity)
     usable = usable.flatten().nonzero()[:, 0]
     if not len(usable):
         return torch.zeros(n_kept, dtype=torch.long), torch.zeros(n_kept, dtype=torch.bool)
     usable = usable[torch.randperm(len(usable), generator=generator)]
-    background = identity.label.flatten()[usable] == 0
+    background = labels.label.flatten()[usable] == 0
     surplus = background & (background.cumsum(0) > int(background_share * n_kept))
     usable = torch.cat([usable[~surplus], usable[surplus]])  # what exceeds the share is taken last
     turn = torch.arange(n_kept)
@@ -97,7 +118,7 @@ def _unique(
 
 
 def _replacement_per_window(
-    identity: PatchLabels, geometry: Geometry, n_kept: int, generator: torch.Generator
+    labels: PatchLabels, geometry: Geometry, n_kept: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """An equal part from each window with replacement, one draw per window, as published in 2025."""
     drawn = []
@@ -108,7 +129,7 @@ def _replacement_per_window(
 
 
 def _without_replacement_per_crop(
-    identity: PatchLabels, geometry: Geometry, n_kept: int, generator: torch.Generator
+    labels: PatchLabels, geometry: Geometry, n_kept: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """An equal part from each crop without replacement, with it where a crop has too few, as published in 2026."""
     drawn = []

@@ -25,11 +25,12 @@ from datasets.scene import build
 from errors import UserError
 from files import digest, lock, plain, safe_name, wait, write_atomically
 from machine import rank
+from patches.selection import PRIMARY, primary_label
 from store.labelled import SKIP_HINT, LabelledItems
 from store.reading import load_items
 from store.shards import read_manifest
 
-FORMAT = 2  # raise it when the meaning of an indexed number changes: older directories are then left alone
+FORMAT = 3  # raise it when the meaning of an indexed number changes: older directories are then left alone
 LISTED = 5  # names of left-out images that are logged; the manifest has all
 
 
@@ -39,7 +40,9 @@ class Index(NamedTuple):
     keys: names of the images.
     tensors: "number" [M] int64 item of the data set; "content" [M, 16] uint8 digest of the image; "grids" [M, 2] int16
         patches of one window; "position" [M, T, 3] int16 (window, row, column) of the kept patches, absent where whole
-        images are kept; labels as "label.<name>": per kept patch [M, T], or codes [M, n].
+        images are kept; for each label map "identity" and "class" of the data: "label.<name>" [M, T] int32,
+        "label.<name>_valid" [M, T] bool and "label.<name>_purity" [M, T] float32 (`PatchLabels`); with them "label.place"
+        [M, T, 2] float32 row and column in the scaled image, in patches. Or codes as "label.<name>" [M, n].
     manifest: what it was made from, and "dropped", "skipped": lists of (image, reason).
     """
 
@@ -57,6 +60,16 @@ class Index(NamedTuple):
         """Whether all images have the same grid."""
         return len(self.grids.unique(dim=0)) == 1
 
+    @property
+    def label_maps(self) -> list[str]:
+        """Names of the label maps that patches have labels of; none for data of codes."""
+        return [name for name in PRIMARY if f"label.{name}_valid" in self.tensors]
+
+    @property
+    def selected_by(self) -> str | None:
+        """The label map that patches were selected by; None for data of codes."""
+        return primary_label(self.label_maps, self.manifest["facts"]["selection"]["by"]) if self.label_maps else None
+
     def placed(self, mode: str, has_class_token: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Positions [M, T, 3] and labels of the tokens of an output mode; class and pooled tokens are no valid patches.
 
@@ -64,8 +77,8 @@ class Index(NamedTuple):
             UserError: the tokens of all patches are wanted, and the images have different grids.
         """
         labels = {name.removeprefix("label."): value for name, value in self.tensors.items() if name.startswith("label.")}
-        labels = {name: value.long() if name in ("identity", "class") else value for name, value in labels.items()}
-        pixel_maps, no_patch = "valid" in labels, torch.full((1, 3), -1)
+        labels |= {name: labels[name].long() for name in self.label_maps}
+        pixel_maps, no_patch = bool(self.label_maps), torch.full((1, 3), -1)
         if mode == "patches":
             return self.tensors["position"].long(), labels
         if mode != "all":
@@ -95,7 +108,9 @@ def open_index(
         UserError: no usable image, an unreadable one under `dataset.on_error=raise`, data unfit for the output mode.
     """
     protocol, cache = cfg.protocol, cfg.cache
-    selection = {key: value for key, value in protocol.selection.items() if key != "per_visit"}  # drawn from the kept ones
+    selection = {"by": None, **protocol.selection}  # configurations of former runs do not have it
+    primary_label(PRIMARY, selection["by"])  # an unknown name is refused before a pass over the data
+    decides = ("by",) if whole_images else [key for key in selection if key != "per_visit"]  # drawn of the kept ones
     made_from = plain(
         {
             "format": FORMAT,
@@ -104,7 +119,7 @@ def open_index(
             "split": split,
             "geometry": protocol.geometry,
             "labels": protocol.labels,
-            "selection": None if whole_images else selection,
+            "selection": {key: selection[key] for key in decides},
             "patch_size": facts.patch_size,
             "image_size": list(facts.image_size),
         }
@@ -159,6 +174,7 @@ def _build(items: LabelledItems, made_from: dict[str, Any], workers: int, beat: 
                 raise UserError(": ".join(item["fault"]) + item["hint"])
             skipped.append(item["fault"])
         else:
+            _check_same_labels(item, columns)
             for name, value in item.items():
                 columns.setdefault(name, []).append(value)
     keys = columns.pop("key", [])
@@ -171,9 +187,19 @@ def _build(items: LabelledItems, made_from: dict[str, Any], workers: int, beat: 
     return Index(keys, tensors, plain(manifest))
 
 
+def _check_same_labels(item: dict[str, Any], columns: dict[str, list]) -> None:
+    """Refuse an image whose label maps are not those of the images before it."""
+    names = [", ".join(name for name in PRIMARY if f"label.{name}" in labels) or "codes" for labels in (item, columns)]
+    if columns and names[0] != names[1]:
+        raise UserError(
+            f"{item['key']} has labels {names[0]} and {columns['key'][0]} has {names[1]}; all images of a data set need the "
+            "same label maps"
+        )
+
+
 def _stacked(columns: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
     """One array [M, …] per column, from the M images' own of perhaps different lengths."""
-    per_patch = [name for name in columns if name == "position" or (name.startswith("label.") and "label.valid" in columns)]
+    per_patch = [name for name in columns if name == "position" or (name.startswith("label.") and "label.place" in columns)]
     lengths = {len(value) for name in per_patch for value in columns[name]}
     if len(lengths) > 1:
         # Where every owned patch is kept, longer images have more of them; shorter ones are filled up with invalid ones.

@@ -16,7 +16,7 @@ from errors import UserError
 from files import plain
 from patches.geometry import DroppedImage, Geometry, plan_geometry
 from patches.labels import label_patches
-from patches.selection import owned_patches, select_patches
+from patches.selection import owned_patches, primary_label, select_patches
 from store.reading import content_id
 
 SKIP_HINT = "; repair it, or leave it out with dataset.on_error=skip"
@@ -76,24 +76,26 @@ class LabelledItems(Dataset):
         if has_codes:
             return {f"label.{name}": value.numpy() for name, value in scene.labels.items()}
         labels = label_patches(scene.labels, geometry, labels=self.protocol["labels"])
-        identity = labels["identity"]
-        columns: dict[str, Any] = {}
+        selection, columns = self.protocol["selection"], {}
+        if not labels:
+            return {"fatal": f"{scene.key} has no label map; its data set needs identity or class maps, or codes"}
+        try:
+            primary = labels[primary_label(labels, selection.get("by"))]
+        except UserError as error:
+            return {"fatal": str(error)}
         if self.whole_images:
-            position = _every_patch(geometry)
-            valid = (owned_patches(geometry) & identity.valid).flatten()
+            position, drawn = _every_patch(geometry), owned_patches(geometry).flatten()
         else:
-            selection = self.protocol["selection"]
             seed = hashlib.blake2b(f"{selection['seed']}|{scene.key}".encode(), digest_size=7).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
-            position, valid = select_patches(identity, geometry, selection=selection, generator=generator)
+            position, drawn = select_patches(primary, geometry, selection=selection, generator=generator)
             columns["position"] = position.numpy().astype(np.int16)
-        at = tuple(position.T)  # window, row, column
-        columns |= {
-            "label.valid": valid.numpy(),
-            "label.purity": identity.purity[at].numpy(),
-            "label.place": _places(position, geometry).numpy(),
-        }
-        return columns | {f"label.{name}": patch.label[at].numpy().astype(np.int32) for name, patch in labels.items()}
+        window, row, column = position.T
+        for name, patch in labels.items():
+            columns[f"label.{name}"] = patch.label[window, row, column].numpy().astype(np.int32)
+            columns[f"label.{name}_valid"] = (drawn & patch.valid[window, row, column]).numpy()
+            columns[f"label.{name}_purity"] = patch.purity[window, row, column].numpy()
+        return columns | {"label.place": _places(position, geometry).numpy()}
 
 
 def _every_patch(geometry: Geometry) -> Tensor:

@@ -75,7 +75,7 @@ def test_tokens_and_labels_are_those_of_a_direct_pass(tmp_path: Path, widths: st
             expected = of_layer.patch[window, row * geometry.grid[1] + column]
             torch.testing.assert_close(tokens[layer, m], expected, atol=1e-5, rtol=1e-5)
         assert torch.equal(sample.labels["identity"][m], labels.label[window, row, column].long())
-        torch.testing.assert_close(sample.labels["purity"][m], labels.purity[window, row, column])
+        torch.testing.assert_close(sample.labels["identity_purity"][m], labels.purity[window, row, column])
         assert sample.keys[m] == scene.key and tuple(sample.grids[m]) == geometry.grid
     assert sample.meta["classes"] == ["background", "thing"] and sample.meta["report"] == {"found": 10}
 
@@ -138,13 +138,13 @@ def test_output_modes_are_read_from_the_stored_tokens(tmp_path: Path, monkeypatc
     x = every.tokens.gather(range(10))
     assert x.shape == (3, 10, 17, 16) and every.position[0, 0].tolist() == [-1, -1, -1]
     assert every.position[3, 1:].tolist() == [[0, row, column] for row in range(4) for column in range(4)]
-    assert every.labels["identity"].shape == (10, 17) and not every.labels["valid"][:, 0].any()
+    assert every.labels["identity"].shape == (10, 17) and not every.labels["identity_valid"][:, 0].any()
     cls, mean, both = (sample[mode].tokens.gather(range(10)) for mode in ("cls", "mean_spatial", "cls_mean"))
     assert torch.equal(cls, x[:, :, :1])
     torch.testing.assert_close(mean, x[:, :, 1:].mean(2, keepdim=True), atol=2e-3, rtol=2e-3)
     assert torch.equal(both, torch.cat([cls, mean], -1)) and both.shape == (3, 10, 1, 32)
     assert torch.equal(both, direct.tokens.gather(range(10)))  # pooled from stored tokens = pooled in the forward pass
-    assert sample["cls"].position.eq(-1).all() and not sample["cls"].labels["valid"].any()
+    assert sample["cls"].position.eq(-1).all() and not sample["cls"].labels["identity_valid"].any()
 
 
 def test_registers_are_never_kept_and_a_class_token_is_not_assumed(tmp_path: Path) -> None:
@@ -171,6 +171,49 @@ def test_codes_are_passed_on_and_cannot_select_patches(tmp_path: Path) -> None:
     assert sample.info == {"bits": 2.0} and sample.position.shape == (10, 1, 3)
     with pytest.raises(UserError, match="needs pixel labels"):
         open_sample(toy_config(tmp_path, "dataset.codes=true"), "train", say=quiet)
+
+
+def test_every_label_has_its_own_validity_and_purity(tmp_path: Path) -> None:
+    """The class of object 3 is ignored, its identity is not; cells of one label fill whole patches."""
+    sample = open_sample(toy_config(tmp_path, "dataset.holes=true"), "train", say=quiet)
+    identity, labels = sample.labels["identity"], sample.labels
+    assert labels["identity_valid"].all() and labels["identity_purity"].eq(1).all()
+    assert (identity == 3).any() and torch.equal(labels["class_valid"], identity != 3)
+    assert torch.equal(labels["class"], torch.where(identity == 3, 0, identity.clamp(max=1)))
+    assert torch.equal(labels["class_purity"], (identity != 3).float())
+    assert sample.meta["selected_by"] == "identity" and torch.equal(sample.valid, labels["identity_valid"])
+    every = open_sample(toy_config(tmp_path, "dataset.holes=true", "model.output_mode=all"), "train", say=quiet)
+    assert torch.equal(every.labels["class_valid"][:, 1:], every.labels["identity"][:, 1:] != 3)
+    assert not every.labels["class_valid"][:, 0].any() and not every.labels["identity_valid"][:, 0].any()
+
+
+def test_patches_are_selected_by_the_named_label(tmp_path: Path) -> None:
+    both = toy_config(tmp_path, "dataset.holes=true", "protocol.selection.by=class")
+    sample = open_sample(both, "train", say=quiet)
+    assert sample.meta["selected_by"] == "class" and torch.equal(sample.valid, sample.labels["class_valid"])
+    assert sample.valid.all() and (sample.labels["identity"] != 3).all()  # patches without a class are not drawn
+    alone = open_sample(toy_config(tmp_path, "dataset.holes=true", "dataset.maps=[class]"), "train", say=quiet)
+    assert alone.meta["selected_by"] == "class" and "identity" not in alone.labels
+    assert {*alone.labels} >= {"class", "class_purity", "class_valid", "place"}
+    assert all(torch.equal(alone.labels[name], sample.labels[name]) for name in alone.labels)
+    assert alone.meta["directory"] == sample.meta["directory"] and alone.meta["bytes_written"] == 0  # the same tokens
+    objects = open_sample(toy_config(tmp_path, "dataset.maps=[identity]"), "train", say=quiet)
+    assert "class" not in objects.labels and objects.labels["identity_valid"].all()
+
+
+def test_labels_that_cannot_select_patches_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for overrides, sentence in (
+        (["protocol.selection.by=identity", "dataset.maps=[class]"], "by=identity and the images have no identity maps"),
+        (["protocol.selection.by=object"], "unknown protocol.selection.by=object; valid: identity, class, null"),
+        (["dataset.maps=[]"], "train-000 has no label map; its data set needs identity or class maps, or codes"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            open_sample(toy_config(tmp_path, *overrides, "dataset.on_error=skip"), "train", say=quiet)
+    read = Toy.__getitem__
+    without = lambda scene: scene._replace(labels={"class": scene.labels["class"]})
+    monkeypatch.setattr(Toy, "__getitem__", lambda self, i: without(read(self, i)) if i == 4 else read(self, i))
+    with pytest.raises(UserError, match="train-004 has labels class and train-000 has identity, class; all images"):
+        open_sample(toy_config(tmp_path), "train", say=quiet)
 
 
 def test_output_modes_that_cannot_be_given(tmp_path: Path) -> None:
@@ -217,7 +260,7 @@ def test_every_patch_can_be_kept_and_shorter_images_are_filled_up(tmp_path: Path
     cfg = toy_config(tmp_path, "protocol.selection.patches=all", "dataset.widths=[32,48]")
     sample = open_sample(cfg, "train", say=quiet)
     assert sample.tokens.shape[2] == 24  # 4 × 6 patches, in two windows that overlap
-    assert sample.labels["valid"].sum(1).tolist() == [16, 24] * 5
+    assert sample.labels["identity_valid"].sum(1).tolist() == [16, 24] * 5
     assert len(sample.position[1].unique(dim=0)) == 24
     again = open_sample(toy_config(tmp_path, "protocol.selection.patches=all", "dataset.widths=[32,48]",
                                    "protocol.selection.per_visit=8"), "train", say=quiet)  # fmt: skip

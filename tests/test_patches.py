@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from errors import UserError
 from patches.geometry import DroppedImage, Geometry, plan_geometry
 from patches.labels import PatchLabels, label_patches, patch_labels
-from patches.selection import owned_patches, select_patches
+from patches.selection import owned_patches, primary_label, select_patches
 from patches.windows import cut_windows, merge_scores
 
 ROOT = Path(__file__).parent.parent
@@ -144,8 +144,9 @@ def test_draw_of_2025_as_published() -> None:
     case, rules = golden("patch_labels")["sampling"], protocol("object_binding_2025")
     geometry = plan("object_binding_2025", tuple(case["shape"]))
     identity = patch_labels(torch.tensor(case["instance_mask"]), geometry, labels=rules["labels"])
-    position, valid = select_patches(identity, geometry, selection=rules["selection"], generator=generator(case["torch_seed"]))
-    assert position.dtype == torch.int64 and valid.all() and len(position) == case["num_samples"]
+    position, drawn = select_patches(identity, geometry, selection=rules["selection"], generator=generator(case["torch_seed"]))
+    assert drawn.all() and identity.valid[tuple(position.T)].all()
+    assert position.dtype == torch.int64 and len(position) == case["num_samples"]
     assert position[:, 0].tolist() == case["window_of_sample"]
     assert (position[:, 1] * 37 + position[:, 2]).tolist() == case["patch_index_of_sample"]
     assert identity.label[tuple(position.T)].tolist() == case["labels"]
@@ -443,8 +444,8 @@ def select(labels: PatchLabels, geometry: Geometry, name: str = "clean", seed: i
 def test_unique_patches_are_owned_distinct_and_hold_little_background(share: float) -> None:
     geometry = plan("clean", (300, 420), 16, 224)
     labels, owned = flat_labels(geometry, share), owned_patches(geometry)
-    position, valid = select(labels, geometry)
-    assert position.shape == (64, 3) and position.dtype == torch.int64 and valid.all()
+    position, drawn = select(labels, geometry)
+    assert position.shape == (64, 3) and position.dtype == torch.int64 and drawn.all()
     assert len({tuple(p) for p in position.tolist()}) == 64 and owned[tuple(position.T)].all()
     n_background = int((labels.label[tuple(position.T)] == 0).sum())
     n_objects = int((owned & (labels.label > 0)).sum())
@@ -470,39 +471,39 @@ def test_every_owned_patch_is_drawn_equally_often() -> None:
 def test_too_few_patches_are_marked_and_repeated() -> None:
     geometry = plan("clean", (16, 16), 8, 16)
     labels = flat_labels(geometry, 0.5)
-    position, valid = select(labels, geometry, patches=10)
-    assert valid.tolist() == [True] * 4 + [False] * 6
+    position, drawn = select(labels, geometry, patches=10)
+    assert drawn.tolist() == [True] * 4 + [False] * 6
     assert len({tuple(p) for p in position[:4].tolist()}) == 4 and torch.equal(position[4:8], position[:4])
     none = labels._replace(valid=torch.zeros_like(labels.valid))
-    position, valid = select(none, geometry, patches=3)
-    assert not valid.any() and position.eq(0).all()
+    position, drawn = select(none, geometry, patches=3)
+    assert not drawn.any() and position.eq(0).all()
     some = labels._replace(valid=torch.tensor([[[True, False], [False, True]]]))
-    position, valid = select(some, geometry, patches=3)
-    assert valid.tolist() == [True, True, False] and {tuple(p[1:]) for p in position.tolist()} == {(0, 0), (1, 1)}
+    position, drawn = select(some, geometry, patches=3)
+    assert drawn.tolist() == [True, True, False] and {tuple(p[1:]) for p in position.tolist()} == {(0, 0), (1, 1)}
 
 
 def test_impure_patches_can_be_left_out() -> None:
     geometry = plan("clean", (300, 420), 16, 224)
     labels = flat_labels(geometry, 0.5)
-    position, valid = select(labels, geometry, min_purity=0.8)
-    assert (labels.purity[tuple(position[valid].T)] >= 0.8).all()
+    position, drawn = select(labels, geometry, min_purity=0.8)
+    assert (labels.purity[tuple(position[drawn].T)] >= 0.8).all()
 
 
 def test_all_patches_are_the_owned_ones_in_raster_order() -> None:
     geometry = plan("clean", (300, 420), 16, 224)
     labels = flat_labels(geometry, 0.5)
     labels.valid[0, 2, 3] = False
-    position, valid = select(labels, geometry, patches="all")
-    assert len(position) == 14 * 20 and position.tolist() == sorted(position.tolist())
-    assert [p for p, v in zip(position.tolist(), valid.tolist(), strict=True) if not v] == [[0, 2, 3]]
+    position, drawn = select(labels, geometry, patches="all")
+    assert len(position) == 14 * 20 and position.tolist() == sorted(position.tolist()) and drawn.all()
+    assert position[~labels.valid[tuple(position.T)]].tolist() == [[0, 2, 3]]
 
 
 @pytest.mark.parametrize(("image_hw", "size", "n_crops"), [((518, 518), 224, 9), ((480, 640), 518, 2), ((100, 399), 518, 4)])
 def test_crops_of_2026_share_the_patches(image_hw: tuple[int, int], size: int, n_crops: int) -> None:
     geometry = plan("object_binding_2026", image_hw, 14, size)
-    position, valid = select(flat_labels(geometry, 0.5), geometry, "object_binding_2026")
+    position, drawn = select(flat_labels(geometry, 0.5), geometry, "object_binding_2026")
     counts = position[:, 0].bincount().tolist()
-    assert counts == [512 // n_crops] * (n_crops - 1) + [512 - 512 // n_crops * (n_crops - 1)] and valid.all()
+    assert counts == [512 // n_crops] * (n_crops - 1) + [512 - 512 // n_crops * (n_crops - 1)] and drawn.all()
     assert len({tuple(p) for p in position.tolist()}) == 512
 
 
@@ -517,6 +518,15 @@ def test_square_image_in_two_windows_is_owned_once() -> None:
     geometry = plan("object_binding_2025", (300, 300), drop=False)
     assert geometry.starts == ((0, 0), (0, 0))
     assert owned_patches(geometry).sum((1, 2)).tolist() == [37 * 37, 0]
+
+
+def test_patches_are_selected_by_the_first_label_there_is_or_the_named_one() -> None:
+    assert primary_label(["class", "identity"], None) == "identity" and primary_label(["class"], None) == "class"
+    assert primary_label(["class", "identity"], "class") == "class"
+    with pytest.raises(UserError, match="by=identity and the images have no identity maps, only class; set"):
+        primary_label(["class"], "identity")
+    with pytest.raises(UserError, match="by=object; valid: identity, class, null"):
+        primary_label(["class"], "object")
 
 
 def test_bad_selection_is_one_sentence() -> None:
@@ -583,7 +593,7 @@ def test_protocol_files_are_complete(name: str) -> None:
     block = protocol(name)
     assert block["name"] == name
     assert list(block) == ["name", "geometry", "labels", "selection", "pairs"]
-    assert {"patches", "per_visit", "seed", "kind"} <= set(block["selection"])
+    assert {"by", "patches", "per_visit", "seed", "kind"} <= set(block["selection"])
     defaults = OmegaConf.load(ROOT / "cfgs" / "config.yaml")
     whole = OmegaConf.load(ROOT / "cfgs" / "protocol" / f"{name}.yaml")
     for group in set(whole) - {"protocol"}:

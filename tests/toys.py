@@ -15,7 +15,10 @@ allow("toys")
 
 
 class Toy:
-    """Noise images [3, 32, W] with objects of 8 px; `widths` cycle over the items, `unreadable` items raise."""
+    """Noise images [3, 32, W] with objects of 8 px; `widths` cycle over the items, `unreadable` items raise.
+
+    `maps` are the label maps they have; class 0 is background, and the class of object 3 is ignored if `holes`.
+    """
 
     def __init__(
         self,
@@ -25,12 +28,15 @@ class Toy:
         widths: Sequence[int] = (SIDE,),
         unreadable: Sequence[int] = (),
         codes: bool = False,
+        maps: Sequence[str] = ("identity", "class"),
+        holes: bool = False,
         seconds: float = 0.0,
         look: int = 0,
         version: int = 0,
         on_error: str = "raise",
     ) -> None:
         self.split, self.on_error, self.n, self.widths, self.unreadable = split, on_error, n, widths, unreadable
+        self.maps, self.holes = list(maps), holes
         self.codes, self.seconds, self.look, self.version = codes, seconds, look, version
         self.classes = ["background", "thing"]
 
@@ -50,10 +56,13 @@ class Toy:
             return Scene(image, {"object_code": code, "H_Y_given_F": torch.tensor([1.5])}, key)
         coarse = torch.randint(0, 4, (SIDE // 8, width // 8), generator=rng, dtype=torch.int32)
         identity = coarse.repeat_interleave(8, 0).repeat_interleave(8, 1)
-        return Scene(image, {"identity": identity, "class": (identity > 0).int()}, key)
+        class_ = torch.where(identity == 3, -1, identity.clamp(max=1)) if self.holes else identity.clamp(max=1)
+        maps = {"identity": identity, "class": class_}
+        return Scene(image, {name: maps[name] for name in self.maps}, key)
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"n": self.n, "widths": list(self.widths), "look": self.look, "version": self.version}
+        return {"n": self.n, "widths": list(self.widths), "look": self.look, "version": self.version,
+                "maps": self.maps, "holes": self.holes}  # fmt: skip
 
     def info(self) -> dict[str, float]:
         return {"bits": 2.0} if self.codes else {}
