@@ -21,6 +21,7 @@ from backbones.attention import check_attention
 from backbones.contract import Tokens
 from backbones.load import backbone_facts, resolve_layers
 from errors import UserError
+from files import check_folder
 from machine import choose_device, rank
 from store.extract import STORED, Extraction, open_store
 from store.index import build_dataset, open_index
@@ -107,6 +108,8 @@ def open_sample(cfg: Any, split: str, *, say: Callable[[str], None] = print) -> 
             raise UserError(f"cache.{name}={cfg.cache[name]} is not possible, expected a whole number from {least} on")
     if rank()[0]:
         say = _silent
+    for folder in ("", "index", "tokens", "architectures"):
+        check_folder(Path(cfg.cache.dir) / folder, "cache.dir")
     dataset = build_dataset(cfg, split)
     facts = backbone_facts(cfg.model, Path(cfg.cache.dir) / "architectures")
     check_attention(cfg.model, choose_device(cfg.device))

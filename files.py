@@ -2,7 +2,8 @@
 
     write_atomically, publish   aside, flushed, renamed
     lock, wait, holder          an open file under `flock`: the system releases it when its process dies
-    read_json                   a JSON object, or one sentence on what is wrong with the file
+    read_json, read_sealed      a JSON object, or one sentence on what is wrong with the file
+    sealed, check_folder        JSON with a digest of itself; refuse a path that cannot be a folder
     digest, plain, safe_name    names and short digests of JSON-able facts
 
 POSIX systems only.
@@ -18,6 +19,7 @@ import json
 import os
 import re
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -124,6 +126,40 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     return value
 
 
+def sealed(content: Mapping[str, Any]) -> str:
+    """JSON text of a mapping with a digest of itself (`check`); `read_sealed` reads it back."""
+    content = plain(content)
+    return json.dumps({"check": digest(content), **content}, indent=1) + "\n"
+
+
+def read_sealed(path: Path, remedy: str) -> dict[str, Any]:
+    """What `sealed` wrote into a file.
+
+    Raises:
+        FileNotFoundError, UserError: as `read_json`; UserError also where the digest differs.
+    """
+    content = read_json(path, remedy)
+    if content.pop("check", None) != digest(content):
+        raise UserError(f"{path} is damaged (its checksum differs); {remedy}")
+    return content
+
+
+def check_folder(path: Path, option: str) -> None:
+    """Refuse a path that is there and no folder, or that no file system takes.
+
+    Raises:
+        UserError: naming the path and the option that set it.
+    """
+    try:
+        if not stat.S_ISDIR(os.stat(path).st_mode):
+            raise UserError(f"{path} is a file where a folder belongs; move it away, or set {option} to another folder")
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be a folder ({reason}); set {option} to another one") from error
+
+
 def digest(facts: Mapping[str, Any]) -> str:
     """16 hexadecimal digits that stand for a JSON-able mapping."""
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
@@ -139,8 +175,9 @@ def plain(value: Any) -> Any:
 
 
 def safe_name(name: str) -> str:
-    """A name any file system takes."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+    """A name any file system takes; of a long one the beginning and the end, where digests stand."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+    return name if len(name) <= 200 else f"{name[:160]}-{name[-32:]}"
 
 
 def holder(path: Path) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def find_architecture(name: str, kwargs: str, image_size: Size, folder: Path | N
         stored = json.loads(file.read_text(encoding="utf-8"))
         if stored["made_from"] == made_from and stored["digest"] == digest(stored["facts"]):
             return Architecture(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored["facts"].items()})
-    except (OSError, ValueError, KeyError, TypeError):  # absent or damaged: what timm says now is as good
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # absent or damaged: what timm says now is as good
         pass
     architecture = read_architecture(name, kwargs, image_size)
     facts = plain(dataclasses.asdict(architecture))

@@ -24,7 +24,7 @@ from store.reading import load_items, read_ahead
 from store.shards import TokenStore
 from store.writing import ShardWriter
 
-FORMAT = 1  # raise it when the meaning of a cached number changes: older directories are then left alone
+FORMAT = 2  # raise it when the meaning of a cached number changes: older directories are then left alone
 # What is stored for each output mode; class token and spatial mean are stored together, as two tokens of one image.
 STORED = {"patches": "patches", "all": "all", "cls": "pooled", "mean_spatial": "pooled", "cls_mean": "pooled"}
 

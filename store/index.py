@@ -7,7 +7,6 @@ every backbone of one patch size and image size sees the same patches.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,14 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
 from backbones.contract import BackboneFacts
 from datasets.scene import build
 from errors import UserError
-from files import digest, lock, plain, safe_name, wait, write_atomically
+from files import digest, lock, plain, safe_name, sealed, wait, write_atomically
 from machine import rank
 from patches.selection import PRIMARY, primary_label
 from store.labelled import SKIP_HINT, LabelledItems
@@ -221,19 +220,62 @@ def _write(directory: Path, index: Index) -> None:
     data = save(index.tensors)
     index.manifest.update(sha256=hashlib.sha256(data).hexdigest(), keys=index.keys)
     write_atomically(directory / "index.safetensors", data)
-    write_atomically(directory / "manifest.json", json.dumps(index.manifest, indent=1))
+    write_atomically(directory / "manifest.json", sealed(index.manifest))
 
 
 def _read(directory: Path, made_from: dict[str, Any], repair: bool) -> Index | None:
-    """The index of a directory; None where there is none yet, or a damaged one that is to be repaired."""
-    manifest, file = read_manifest(directory / "manifest.json", made_from, repair), directory / "index.safetensors"
+    """The index of a directory; None where there is none yet, or a damaged one that is to be repaired.
+
+    Raises:
+        UserError: a damaged file, which is named.
+    """
+    path, file = directory / "manifest.json", directory / "index.safetensors"
+    manifest = read_manifest(path, made_from, repair)
     if manifest is None or not file.exists():
         return None
+    remedy = f"delete {directory} or set cache.repair=true to build it again"
     try:
-        if hashlib.sha256(file.read_bytes()).hexdigest() == manifest["sha256"]:
-            return Index(manifest["keys"], load_file(file), manifest)
-    except (SafetensorError, KeyError):
-        pass
-    if repair:
-        return None
-    raise UserError(f"{file} is damaged (its checksum differs), delete {directory} or set cache.repair=true to build it again")
+        if fault := _fault_of(manifest):
+            raise UserError(f"{path} is damaged ({fault} does not fit the rest); {remedy}")
+        data = file.read_bytes()
+        if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
+            raise UserError(f"{file} is damaged (its checksum differs); {remedy}")
+        tensors = load(data)
+        if fault := _fault_of_tensors(tensors, manifest["images"]):
+            raise UserError(f"{file} is damaged ({fault} is not what an index holds); {remedy}")
+    except (UserError, OSError, SafetensorError) as error:
+        if repair:
+            return None
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file} is damaged ({error}); {remedy}") from error
+    return Index(manifest["keys"], tensors, manifest)
+
+
+def _fault_of(manifest: dict[str, Any]) -> str:
+    """The first entry of a manifest that is not of its kind, or does not fit the others; empty if all do."""
+
+    def texts(value: Any, n: int | None = None) -> bool:
+        return isinstance(value, list) and all(isinstance(text, str) for text in value) and n in (None, len(value))
+
+    def left_out(value: Any) -> bool:
+        return isinstance(value, list) and all(texts(pair, 2) for pair in value)
+
+    fits = {
+        "digest": manifest.get("digest") == digest(manifest["facts"]),
+        "images": type(manifest.get("images")) is int and manifest["images"] >= 1,
+        "keys": texts(manifest.get("keys"), manifest.get("images")),
+        "dropped": left_out(manifest.get("dropped")),
+        "skipped": left_out(manifest.get("skipped")),
+        "sha256": isinstance(manifest.get("sha256"), str),
+    }
+    return next((name for name, good in fits.items() if not good), "")
+
+
+def _fault_of_tensors(tensors: dict[str, Tensor], n_images: int) -> str:
+    """The first tensor of an index that is missing or of another kind or shape; empty if none is."""
+    always = {"number": (torch.int64, ()), "content": (torch.uint8, (16,)), "grids": (torch.int16, (2,))}
+    for name, (dtype, shape) in always.items():
+        if name not in tensors or tensors[name].dtype != dtype or tensors[name].shape != (n_images, *shape):
+            return name
+    return next((name for name, value in tensors.items() if value.shape[:1] != (n_images,)), "")

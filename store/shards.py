@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from files import digest, write_atomically
+from files import digest, read_sealed, sealed, write_atomically
 
 DTYPES = {"float16": (torch.float16, "F16"), "bfloat16": (torch.bfloat16, "BF16"), "float32": (torch.float32, "F32")}
 SHARD_BYTES = 16 << 20  # of one layer: shards of wide images hold fewer than cache.shard_images, so that RAM stays flat
@@ -120,21 +120,26 @@ class TokenStore:
 
     def read(self) -> bool:
         """Take over the shard size of the directory; False if nothing is there yet."""
-        manifest = read_manifest(self.directory / "manifest.json", self.facts, bool(self.cache.repair))
-        if manifest is not None:
-            self.shard_images = manifest["shard_images"]
-        return manifest is not None
+        path = self.directory / "manifest.json"
+        manifest = read_manifest(path, self.facts, bool(self.cache.repair))
+        if manifest is None:
+            return False
+        shard_images = manifest.get("shard_images")
+        if type(shard_images) is int and shard_images >= 1:
+            self.shard_images = shard_images
+        differing = [key for key, value in self.manifest().items() if manifest.get(key) != value]
+        if differing and not self.cache.repair:
+            raise UserError(f"{path} is damaged ({differing[0]} does not fit the rest), {_remedy(path)}")
+        return not differing
 
     def create(self) -> None:
         """Write the manifest of a new directory."""
-        manifest = {
-            "digest": self.digest,
-            "facts": self.facts,
-            "images": self.n_images,
-            "tokens_per_image": self.n_tokens,
-        }
-        manifest |= {"dim": self.dim, "shard_images": self.shard_images, "shards": self.n_shards}
-        write_atomically(self.directory / "manifest.json", json.dumps(manifest, indent=1).encode())
+        write_atomically(self.directory / "manifest.json", sealed(self.manifest()))
+
+    def manifest(self) -> dict[str, Any]:
+        """What the manifest holds: all that decides the content, and how it is cut into shards."""
+        sizes = {"images": self.n_images, "tokens_per_image": self.n_tokens, "dim": self.dim}
+        return {"digest": self.digest, "facts": self.facts, **sizes, "shard_images": self.shard_images, "shards": self.n_shards}
 
     @property
     def n_shards(self) -> int:
@@ -169,17 +174,26 @@ class TokenStore:
         return len(self.head(number)) + (stop - start) * self.n_tokens * self.dim * self.itemsize
 
     def entries(self, number: int) -> dict[str, Any]:
-        """Size and checksum of the files of a shard, by layer; {} if it was never completed."""
+        """Size and checksum of the files of a shard, by layer; {} if it was never completed.
+
+        Raises:
+            UserError: the record is damaged or of another store, unless `cache.repair`.
+        """
+        path = self.record(number)
         try:
-            return json.loads(self.record(number).read_text())["layers"]
+            record = read_sealed(path, "delete it or set cache.repair=true to extract it again")
+            layers = record.get("layers")
+            described = {"store": self.digest, "images": list(self.span(number)), "layers": layers}
+            whole = isinstance(layers, dict) and all(_describes(layers[key], self.file_bytes(number)) for key in layers)
+            if record != described or not whole:
+                raise UserError(f"{path} is of another store or shard, delete it or set cache.repair=true to extract it again")
+            return layers
         except FileNotFoundError:
             return {}
-        except (ValueError, KeyError, TypeError):
+        except UserError:
             if self.cache.repair:
                 return {}
-            raise UserError(
-                f"{self.record(number)} is damaged, delete it or set cache.repair=true to extract it again"
-            ) from None
+            raise
 
     def missing(self, layers: Sequence[int | str], verify: bool | None = None) -> dict[int, list[int | str]]:
         """Shards that lack layers, with those layers; sizes and headers are always checked, checksums if `verify`
@@ -234,9 +248,14 @@ class TokenStore:
             return {"bytes": self.file_bytes(number), "sha256": digest.hexdigest()}
 
         written = dict(zip(map(str, layers), pool.map(one, layers, values), strict=True))
-        start, stop = self.span(number)
-        record = {"images": [start, stop], "layers": dict(sorted((self.entries(number) | written).items()))}
-        write_atomically(self.record(number), json.dumps(record, indent=1).encode())
+        layers = dict(sorted((self.entries(number) | written).items()))
+        record = {"store": self.digest, "images": list(self.span(number)), "layers": layers}
+        write_atomically(self.record(number), sealed(record))
+
+
+def _describes(entry: Any, n_bytes: int) -> bool:
+    """Whether an entry of a record has the form that describes a file of this size."""
+    return isinstance(entry, dict) and entry.keys() == {"bytes", "sha256"} and entry["bytes"] == n_bytes
 
 
 def _fault(file: Path, head: bytes, size: int, entry: Mapping[str, Any], verify: bool) -> str:
@@ -260,17 +279,22 @@ def read_manifest(path: Path, facts: Mapping[str, Any], repair: bool) -> dict[st
         UserError: damaged, or made from other facts than these.
     """
     try:
-        manifest = json.loads(path.read_text())
-        found = manifest["facts"]
-    except (FileNotFoundError, NotADirectoryError):
+        manifest = read_sealed(path, _remedy(path))
+    except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
+    except UserError:
         if repair:
             return None
-        raise UserError(f"{path} is damaged, delete {path.parent} or set cache.repair=true to make it again") from None
+        raise
+    found = manifest.get("facts")
     if found != facts:
+        found = found if isinstance(found, dict) else {}
         other = sorted(key for key in {*found, *facts} if found.get(key) != facts.get(key))
         raise UserError(
             f"{path.parent} holds another configuration ({', '.join(other)} differ), delete it or set another cache.dir"
         )
     return manifest
+
+
+def _remedy(manifest: Path) -> str:
+    return f"delete {manifest.parent} or set cache.repair=true to make it again"

@@ -16,6 +16,7 @@ import activation
 from activation import open_sample
 from backbones.load import backbone_facts, load_backbone
 from errors import UserError
+from files import sealed
 from patches.geometry import plan_geometry
 from patches.labels import patch_labels
 from patches.windows import cut_windows
@@ -316,7 +317,7 @@ def test_too_large_an_extraction_is_refused_before_anything_is_made(tmp_path: Pa
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written .*, set cache.dir"):
+    with pytest.raises(UserError, match="file is a file where a folder belongs; move it away, or set cache.dir"):
         open_sample(toy_config(tmp_path / "file"), "train", say=quiet)
 
 
@@ -354,9 +355,10 @@ def test_damage_is_named_and_repaired_on_request(tmp_path: Path) -> None:
     manifest = directory / "manifest.json"
     text = manifest.read_text()
     manifest.write_text("{")
-    check("manifest.json is damaged, .*cache.repair=true")
+    check("manifest.json is damaged .*cache.repair=true")
     assert manifest.read_text() == text
-    manifest.write_text(text.replace('"norm": false', '"norm": true'))
+    entries = json.loads(text) | {"facts": json.loads(text)["facts"] | {"norm": True}}
+    manifest.write_text(sealed({key: value for key, value in entries.items() if key != "check"}))
     with pytest.raises(UserError, match=r"holds another configuration \(norm differ"):
         open_sample(toy_config(tmp_path), "train", say=quiet)
 
