@@ -12,7 +12,6 @@ Blender. A cache of the published program (spec.jsonl and images, its pickled me
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -21,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,12 @@ from datasets.listings import inside
 from datasets.metadata import Entry
 from datasets.scene import check_choice, check_whole
 from errors import UserError
-from files import write_atomically
+from files import lock, write_atomically
 
 FORMAT = 1
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "generate_occlusion_clevr.py"
 PROGRESS = "__CLEVRGEN_PROGRESS__"  # begins the script's lines "... done total"
+LOCK_SECONDS = 600.0  # without a sign of life after which another process that renders into the cache is given up
 UNPLACED = 3  # the script's exit status when some scenes could not be placed: worth another pass
 PNG_END = bytes.fromhex("0000000049454e44ae426082")
 
@@ -209,9 +209,9 @@ class RenderCache:
             return there
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            with _locked(self.directory):
+            with lock(self.directory / ".lock", LOCK_SECONDS, _report, job="rendering") as beat:
                 there = self._complete()  # another process may just have finished
-                return self._generate() if there is None else there
+                return self._generate(beat) if there is None else there
         except OSError as error:
             raise UserError(f"cannot write to {self.directory}: {error.strerror}; set dataset.root=…") from error
 
@@ -225,7 +225,7 @@ class RenderCache:
         there = [i for i, line in enumerate(spec) if line.get("image_filename") in names]
         return there if there and set(range(self.requested)) == {*there, *self._dropped_before(meta)} else None
 
-    def _generate(self) -> list[int]:
+    def _generate(self, beat: Callable[[], None]) -> list[int]:
         """Write the list, render what is missing, repair, record; as `_prepare`."""
         images = self.directory / "images"
         images.mkdir(exist_ok=True)
@@ -247,7 +247,7 @@ class RenderCache:
             if not to_draw:
                 break
             name = "spec.to_render.jsonl" if attempt == 0 else f"spec.missing.pass{attempt}.jsonl"
-            self._render(to_draw, name, attempt)
+            self._render(to_draw, name, attempt, beat)
             there = self._valid_images(adopted)
             to_draw = sorted(set(range(self.requested)) - {*there, *dropped})
         return self._settle(there, self._read_meta())
@@ -306,7 +306,7 @@ class RenderCache:
         meta |= {"adopted": adopted, "dropped": dropped, "complete": complete}
         write_atomically(self.directory / "meta.json", json.dumps(meta, indent=1) + "\n")
 
-    def _render(self, numbers: Sequence[int], name: str, attempt: int) -> None:
+    def _render(self, numbers: Sequence[int], name: str, attempt: int, beat: Callable[[], None]) -> None:
         """Render scenes in one or several Blender processes, each with a contiguous share of the list."""
         lacking = []
         if not self.blender_path or not (Path(self.blender_path).is_file() or shutil.which(self.blender_path)):
@@ -331,7 +331,8 @@ class RenderCache:
             for w, share in enumerate(shares):
                 part = lines[len(lines) * w // workers : len(lines) * (w + 1) // workers]
                 write_atomically(share, "".join(f"{line}\n" for line in part))
-        _run_all([(self._command(share), self._environment(w)) for w, share in enumerate(shares)], len(lines), self.show_tqdm)
+        jobs = [(self._command(share), self._environment(w)) for w, share in enumerate(shares)]
+        _run_all(jobs, len(lines), self.show_tqdm, beat)
 
     def _command(self, share: Path) -> list[str]:
         options = {
@@ -356,7 +357,7 @@ class RenderCache:
         return {**os.environ, "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": gpu}
 
 
-def _run_all(jobs: Sequence[tuple[list[str], dict[str, str]]], total: int, show: bool) -> None:
+def _run_all(jobs: Sequence[tuple[list[str], dict[str, str]]], total: int, show: bool, beat: Callable[[], None]) -> None:
     """Run the processes side by side, show their progress, stop all when one fails or the user does.
 
     Raises:
@@ -398,6 +399,7 @@ def _run_all(jobs: Sequence[tuple[list[str], dict[str, str]]], total: int, show:
                 )
             if None not in states:
                 break
+            beat()  # the lock's sign of life
             time.sleep(0.05)
         for thread in threads:
             thread.join()
@@ -418,13 +420,5 @@ def line_of(content: dict[str, Any]) -> str:
     return json.dumps(content, sort_keys=True)
 
 
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """One process at a time renders into a cache; the others wait and then find it complete."""
-    with open(directory / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            print(f"waiting for another process that renders into {directory}", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _report(text: str) -> None:
+    print(text, file=sys.stderr)

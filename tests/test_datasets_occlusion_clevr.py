@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import stat
 import sys
@@ -427,3 +428,8 @@ def test_script_writes_scene_files_and_an_explicit_status(script, tmp_path, blen
     assert set(dump["directions"]) == {"behind", "front", "left", "right", "above", "below"}
     with pytest.raises(SystemExit):
         script.main(["--spec_jsonl", "x"], Stage)
+
+
+def test_what_was_just_rendered_can_be_sent_to_a_worker(tmp_path, blender):
+    data = build(tmp_path / "root", "val")
+    assert torch.equal(pickle.loads(pickle.dumps(data))[0].image, data[0].image)
