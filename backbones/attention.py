@@ -62,6 +62,33 @@ class XformersAttention(TorchFunctionMode):
         return xformers_attention()(query, key, value).transpose(1, 2)
 
 
+def attention_weights(query: Tensor, key: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(q k' * scale) [..., heads, N, N] float32 of queries and keys [..., heads, N, d]; scale None: 1 / sqrt(d)."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return (query.float() @ key.float().mT * scale).softmax(-1)
+
+
+class RecordAttention(TorchFunctionMode):
+    """Keep the attention weights of the blocks that run inside, in their order; what they compute stays the same.
+
+    Args:
+        keep: what is kept of the weights [B, heads, N, N] of each block; by default their mean over heads.
+    """
+
+    def __init__(self, keep: Callable[[Tensor], Tensor] = lambda weights: weights.mean(1)) -> None:
+        super().__init__()
+        self.keep, self.weights = keep, []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            query, key = args[:2]
+            if key.shape[1] != query.shape[1]:  # keys shared between heads
+                key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+            self.weights.append(self.keep(attention_weights(query, key, kwargs.get("scale"))))
+        return func(*args, **kwargs)
+
+
 def xformers_attention() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """softmax(q k / sqrt(d)) v of xformers, tensors [B, N, heads, d]; imported on first use."""
     from xformers.ops import memory_efficient_attention

@@ -37,16 +37,21 @@ def cut_windows(
     Raises:
         UserError: unknown interpolation.
     """
+    pixels = scaled_image(image, geometry, interpolation=interpolation, antialias=antialias)
+    low, scale = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+    pixels = (pixels.float() / 255 - low) / scale  # [3, H', W']
+    return F.pad(cut(pixels, geometry.image_starts or geometry.starts, geometry.window), geometry.pad)
+
+
+def scaled_image(image: Tensor, geometry: Geometry, *, interpolation: str, antialias: bool) -> Tensor:
+    """The pixels [3, H', W'] uint8 windows are cut from; arguments as for `cut_windows`."""
     mode = geometry.interpolation or interpolation
     if mode not in ("bilinear", "bicubic"):
         raise UserError(f"unknown interpolation '{mode}'; valid: bilinear, bicubic; set protocol.geometry.interpolation")
-    scaled, starts = geometry.image_scaled or geometry.scaled, geometry.image_starts or geometry.starts
-    pixels = image[None]
-    if tuple(image.shape[-2:]) != scaled:
-        pixels = F.interpolate(pixels, size=scaled, mode=mode, antialias=antialias, align_corners=False)
-    low, scale = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
-    pixels = (pixels[0].float() / 255 - low) / scale  # [3, H', W']
-    return F.pad(cut(pixels, starts, geometry.window), geometry.pad)
+    scaled = geometry.image_scaled or geometry.scaled
+    if tuple(image.shape[-2:]) == scaled:
+        return image
+    return F.interpolate(image[None], size=scaled, mode=mode, antialias=antialias, align_corners=False)[0]
 
 
 def cut(x: Tensor, starts: Sequence[tuple[int, int]], window: tuple[int, int]) -> Tensor:
