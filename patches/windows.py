@@ -88,3 +88,54 @@ def merge_scores(maps: Tensor, valid: Tensor, geometry: Geometry, image_hw: Sequ
     merged = F.pad(merged, (0, rest[1], 0, rest[0]), mode="replicate")
     size = [int(n) for n in image_hw]
     return F.interpolate(merged, size=size, mode="bilinear", antialias=True, align_corners=False)[0, 0]
+
+
+def join_scores(maps: Tensor, valid: Tensor, geometry: Geometry, image_hw: Sequence[int]) -> Tensor:
+    """One map of the image without seams from one value per patch and window (ours; `merge_scores` is as published).
+
+    Where windows overlap, a window counts less towards its border: by min(i + 1, n - i) along each axis. Windows whose
+    patches lie on one lattice are joined patch by patch before anything is scaled up, so that windows that only touch meet
+    smoothly too; other windows are scaled up first and joined pixel by pixel.
+
+    Args:
+        maps: float [n_windows, h, w]; valid: bool [n_windows], which windows count.
+        image_hw: (H, W) of the image.
+
+    Returns:
+        float32 [H, W]; 0 where no valid window looks, without lattice; on a lattice the nearest joined patches fill in.
+    """
+    patch, size = geometry.patch, [int(n) for n in image_hw]
+    if any(geometry.pad) or any(place % patch for start in geometry.starts for place in start):
+        return _join_pixels(maps, valid, geometry, size)
+    rows, columns = (n // patch for n in geometry.scaled)
+    total, weight = torch.zeros(2, rows, columns)
+    hat = _hat(geometry.grid)
+    h, w = geometry.grid
+    for number in valid.nonzero()[:, 0].tolist():
+        row, column = (place // patch for place in geometry.starts[number])
+        total[row : row + h, column : column + w] += hat * maps[number].float()
+        weight[row : row + h, column : column + w] += hat
+    joined = (total / weight.clamp_min(1e-9))[None, None]
+    return F.interpolate(joined, size=size, mode="bilinear", align_corners=False)[0, 0]
+
+
+def _join_pixels(maps: Tensor, valid: Tensor, geometry: Geometry, size: list[int]) -> Tensor:
+    """`join_scores` for windows that share no lattice: weighted sums of what `merge_scores` would average."""
+    (height, width), (left, _, top, _) = geometry.window, geometry.pad
+    fine_size = [n * geometry.patch for n in geometry.grid]
+    fine = F.interpolate(maps[:, None].float(), size=fine_size, mode="bilinear", align_corners=False)[:, 0]
+    fine = fine[:, top : top + height, left : left + width]
+    hat = _hat((height, width))
+    total, weight = torch.zeros(2, *geometry.scaled)
+    for number in valid.nonzero()[:, 0].tolist():
+        y, x = geometry.starts[number]
+        total[y : y + height, x : x + width] += hat * fine[number]
+        weight[y : y + height, x : x + width] += hat
+    joined = (total / weight.clamp_min(1e-9))[None, None]
+    return F.interpolate(joined, size=size, mode="bilinear", antialias=True, align_corners=False)[0, 0]
+
+
+def _hat(size: Sequence[int]) -> Tensor:
+    """Weights [height, width]: along each axis 1 at the border, one more with every step inwards."""
+    across = [torch.minimum(torch.arange(n) + 1, n - torch.arange(n)).float() for n in size]
+    return across[0][:, None] * across[1]
