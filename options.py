@@ -23,7 +23,7 @@ OPEN = ("dataset", "model.kwargs")
 # Numbers that may also be given as a list, and what else is taken where a number stands; names that may be lists.
 LISTS = ("trainer.seeds",)
 ALSO: dict[str, tuple] = {"protocol.selection.patches": ("all",), "protocol.selection.per_visit": (None,)}
-NAMES = ("controls", "model.layers")
+NAMES = ("controls", "model.layers", "vis.image")
 LIMIT = 2**31  # of whole numbers
 # Keys of the last release and what they are called now: a command that still uses one is told the new name, the stored
 # configuration of a finished run is read with the new names. An entry goes one release after the renaming.

@@ -1,6 +1,6 @@
 """Questions about patches of one image: IsSameObject, class and identity read-outs.
 
-Read task, scores, losses, layer_curve, score_maps.
-May import: activation, backbones, controls, datasets.scene, files, machine, metrics,
+Read task, scores, losses, layer_curve; to look at fitted probes pair_form, encode, maps, map_figures, score_maps, explorer.
+May import: activation, backbones, controls, datasets.pictures, datasets.scene, files, machine, metrics,
 options, patches, probes, forms, runs, show, store, tasks, trainer
 """

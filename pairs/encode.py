@@ -58,12 +58,14 @@ class FittedRun(NamedTuple):
         return forms
 
 
-def open_fitted_run(directory: Path, cfg: DictConfig, backbone: Backbone | None = None) -> FittedRun:
+def open_fitted_run(
+    directory: Path, cfg: DictConfig, backbones: Sequence[Backbone] = (), models: Sequence[DictConfig] = ()
+) -> FittedRun:
     """A finished run with its best probes, on the CPU.
 
     Args:
         cfg: the present configuration: device, and what it names of the data.
-        backbone: taken instead of loading one, where it is known to be the run's.
+        backbones, models: loaded already, and how they are configured; the run's own is taken from there if it is among them.
 
     Raises:
         UserError: no run, no checkpoint, or the command line contradicts the run.
@@ -73,17 +75,24 @@ def open_fitted_run(directory: Path, cfg: DictConfig, backbone: Backbone | None 
     for probe in probes:
         probe.matmul_dtype = "float32"  # one picture: nothing to save, and the page computes so too
     device = choose_device(cfg.device)
-    backbone = load_backbone(fitted.model, device) if backbone is None else backbone
+    same = [backbone for backbone, model in zip(backbones, models, strict=True) if _weights(model) == _weights(fitted.model)]
+    backbone = same[0] if same else load_backbone(fitted.model, device)
     return FittedRun(directory, fitted, probes, backbone)
+
+
+def _weights(model: DictConfig) -> dict:
+    """What a model's configuration says beside which of its tokens are read."""
+    return {key: value for key, value in model.items() if key not in ("layers", "output_mode")}
 
 
 class EncodedScene(NamedTuple):
     """A scene seen by a backbone: n windows of N patches.
 
     labels: of its patches, "identity" and "class" as far as the scene has maps.
-    layers: the L layers. tokens: [L, n, N, D] float32.
-    attention: L tensors [n, N, N] float32: the weights, mean over heads, of the block that reads a layer, from every patch
-        (rows) to every patch; None for the last layer, which no block reads, and where they were not asked for.
+    layers: the L layers. tokens: [L, n, N, D] float32. prefix: [L, n, P, D], of every window.
+    attention: L tensors [n, P + N, N] float32: the weights, mean over heads, of the block that reads a layer, from every
+        token (rows) to every patch; None for the last layer, which no block reads, and everywhere if they were not asked
+        for or the backbone computes attention in a way that cannot be recorded.
     """
 
     scene: Scene
@@ -91,6 +100,7 @@ class EncodedScene(NamedTuple):
     labels: dict[str, PatchLabels]
     layers: list[Layer]
     tokens: Tensor
+    prefix: Tensor
     attention: list[Tensor | None]
 
 
@@ -129,7 +139,7 @@ def encode_scene(
         attention: also keep the attention of the block after each layer.
 
     Raises:
-        UserError: the protocol leaves the image out, or the backbone's attention cannot be read.
+        UserError: the protocol leaves the image out.
     """
     geometry = plan_scene(scene, cfg, backbone)
     windows = scene_windows(scene, geometry, cfg, backbone)
@@ -137,19 +147,21 @@ def encode_scene(
     readers = [0 if layer == "embed" else int(layer) + 1 for layer in layers]  # the block that reads each layer
     last = min(max(readers), facts.depth - 1)
     read = [*layers, last] if attention and last >= 0 else layers  # the reader of the last layer has to run as well
-    tokens, weights = [], []
-    for part in windows.split(int(cfg.cache.batch_size)):
-        recorder = RecordAttention(lambda w: w.mean(1)[:, facts.num_prefix_tokens :, facts.num_prefix_tokens :].cpu())
+    tokens, prefix, weights = [], [], []
+    for part in windows.split(int(cfg.cache.batch_windows)):
+        recorder = RecordAttention(lambda w: w.mean(1)[:, :, facts.num_prefix_tokens :].cpu())
         with recorder if attention else contextlib.nullcontext():
             found = backbone(part.to(device), read)[: len(layers)]
         tokens.append([layer.patch.float().cpu() for layer in found])
+        prefix.append([layer.prefix.float().cpu() for layer in found])
         weights.append(recorder.weights)
     kept: list[Tensor | None] = [None] * len(layers)
     if attention:
-        if any(len(of_part) <= last for of_part in weights):
-            raise UserError(f"{facts.name} computes its attention in a way that cannot be read, leave out vis.rows=attention")
-        blocks = [torch.cat(of_block) for of_block in zip(*weights, strict=True)]
-        kept = [blocks[reader] if reader < facts.depth else None for reader in readers]
-    stacked = torch.stack([torch.cat(of_layer) for of_layer in zip(*tokens, strict=True)])  # [L, n, N, D]
+        if all(len(of_part) > last >= 0 for of_part in weights):
+            blocks = [torch.cat(of_block) for of_block in zip(*weights, strict=True)]
+            kept = [blocks[reader] if reader < facts.depth else None for reader in readers]
+    patches, prefixes = (  # [L, n, N, D] and [L, n, P, D]
+        torch.stack([torch.cat(of_layer) for of_layer in zip(*parts, strict=True)]) for parts in (tokens, prefix)
+    )
     labels = label_patches(scene.labels, geometry, labels=cfg.protocol.labels) if "identity" in scene.labels else {}
-    return EncodedScene(scene, geometry, labels, layers, stacked, kept)
+    return EncodedScene(scene, geometry, labels, layers, patches, prefixes, kept)

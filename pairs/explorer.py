@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image
@@ -28,6 +27,7 @@ from pairs.encode import EncodedScene, FittedRun
 from pairs.pair_form import PairForm
 from patches.geometry import Geometry
 from patches.windows import scaled_image
+from show.style import scale_colors
 
 TEMPLATE = Path(__file__).parent / "explorer.html"
 WEIGHTS_MB = 6  # float16 weights up to this size go into the page
@@ -184,7 +184,7 @@ def stored_layer(form: PairForm, encoded: EncodedScene, at: int, ranks: Mapping[
     layer |= {"cosine": cosine, "norms": _single(norms), "attention": None}
     if encoded.attention[at] is not None:
         layer["attention"], errors = [], []
-        for weights in encoded.attention[at]:  # of one window [N, N]
+        for weights in encoded.attention[at][:, -encoded.tokens.shape[2] :]:  # of one window, patches to patches [N, N]
             left, right = general_factors(weights, ranks["attention"] // 2)
             (left_data, left), (right_data, right) = _matrix(left), _matrix(right)
             layer["attention"].append({"left": left_data, "right": right_data})
@@ -311,7 +311,7 @@ def explorer_page(
     )
     data = {
         "subtitle": title, "notes": notes, "classes": list(classes), "palette": [list(color) for color in palette],
-        "viridis": _text((matplotlib.colormaps["viridis"](np.arange(256))[:, :3] * 255).round().astype(np.uint8).tobytes()),
+        "viridis": _text(scale_colors(256).tobytes()),
         "backbones": [_backbone(model.backbone, live) for model in models],
         "runs": [
             {

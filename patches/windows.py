@@ -73,10 +73,8 @@ def merge_scores(maps: Tensor, valid: Tensor, geometry: Geometry, image_hw: Sequ
     Returns:
         float32 [H, W].
     """
-    (height, width), (left, _, top, _) = geometry.window, geometry.pad
-    size = [n * geometry.patch for n in geometry.grid]
-    fine = F.interpolate(maps[:, None].float(), size=size, mode="bilinear", align_corners=False)[:, 0]
-    fine = fine[:, top : top + height, left : left + width]
+    height, width = geometry.window
+    fine = _pixels_of(maps, geometry, smooth=True)
     seen = [max(places) + n for places, n in zip(zip(*geometry.starts, strict=True), geometry.window, strict=True)]
     total, count = torch.zeros(2, *seen)
     for number in valid.nonzero()[:, 0].tolist():
@@ -90,7 +88,9 @@ def merge_scores(maps: Tensor, valid: Tensor, geometry: Geometry, image_hw: Sequ
     return F.interpolate(merged, size=size, mode="bilinear", antialias=True, align_corners=False)[0, 0]
 
 
-def join_scores(maps: Tensor, valid: Tensor, geometry: Geometry, image_hw: Sequence[int]) -> Tensor:
+def join_scores(
+    maps: Tensor, valid: Tensor, geometry: Geometry, image_hw: Sequence[int], *, smooth: bool = True
+) -> Tensor:
     """One map of the image without seams from one value per patch and window (ours; `merge_scores` is as published).
 
     Where windows overlap, a window counts less towards its border: by min(i + 1, n - i) along each axis. Windows whose
@@ -100,42 +100,39 @@ def join_scores(maps: Tensor, valid: Tensor, geometry: Geometry, image_hw: Seque
     Args:
         maps: float [n_windows, h, w]; valid: bool [n_windows], which windows count.
         image_hw: (H, W) of the image.
+        smooth: between the middles of the patches bilinear; otherwise every patch has one value.
 
     Returns:
-        float32 [H, W]; 0 where no valid window looks, without lattice; on a lattice the nearest joined patches fill in.
+        float32 [H, W]; NaN where no valid window looks.
     """
     patch, size = geometry.patch, [int(n) for n in image_hw]
-    if any(geometry.pad) or any(place % patch for start in geometry.starts for place in start):
-        return _join_pixels(maps, valid, geometry, size)
-    rows, columns = (n // patch for n in geometry.scaled)
-    total, weight = torch.zeros(2, rows, columns)
-    hat = _hat(geometry.grid)
-    h, w = geometry.grid
+    lattice = not any(geometry.pad) and not any(place % patch for start in geometry.starts for place in start)
+    if lattice:  # values of whole patches
+        starts = [tuple(place // patch for place in start) for start in geometry.starts]
+        scaled, window, values = [n // patch for n in geometry.scaled], geometry.grid, maps.float()
+    else:  # of pixels
+        starts, scaled, window = geometry.starts, geometry.scaled, geometry.window
+        values = _pixels_of(maps, geometry, smooth)
+    across = [torch.minimum(torch.arange(n) + 1, n - torch.arange(n)).float() for n in window]
+    hat = across[0][:, None] * across[1]
+    total, weight = torch.zeros(2, *scaled)
     for number in valid.nonzero()[:, 0].tolist():
-        row, column = (place // patch for place in geometry.starts[number])
-        total[row : row + h, column : column + w] += hat * maps[number].float()
-        weight[row : row + h, column : column + w] += hat
+        place = tuple(slice(first, first + n) for first, n in zip(starts[number], window, strict=True))
+        total[place] += hat * values[number]
+        weight[place] += hat
     joined = (total / weight.clamp_min(1e-9))[None, None]
-    return F.interpolate(joined, size=size, mode="bilinear", align_corners=False)[0, 0]
+    if not smooth:
+        joined = F.interpolate(joined, size=size, mode="nearest-exact")[0, 0]
+    else:
+        joined = F.interpolate(joined, size=size, mode="bilinear", antialias=not lattice, align_corners=False)[0, 0]
+    seen = F.interpolate((weight > 0).float()[None, None], size=size, mode="nearest-exact")[0, 0] > 0
+    return torch.where(seen, joined, torch.nan)
 
 
-def _join_pixels(maps: Tensor, valid: Tensor, geometry: Geometry, size: list[int]) -> Tensor:
-    """`join_scores` for windows that share no lattice: weighted sums of what `merge_scores` would average."""
+def _pixels_of(maps: Tensor, geometry: Geometry, smooth: bool) -> Tensor:
+    """Values [n_windows, h, w] of patches as pixels of the windows, freed of their padding."""
     (height, width), (left, _, top, _) = geometry.window, geometry.pad
-    fine_size = [n * geometry.patch for n in geometry.grid]
-    fine = F.interpolate(maps[:, None].float(), size=fine_size, mode="bilinear", align_corners=False)[:, 0]
-    fine = fine[:, top : top + height, left : left + width]
-    hat = _hat((height, width))
-    total, weight = torch.zeros(2, *geometry.scaled)
-    for number in valid.nonzero()[:, 0].tolist():
-        y, x = geometry.starts[number]
-        total[y : y + height, x : x + width] += hat * fine[number]
-        weight[y : y + height, x : x + width] += hat
-    joined = (total / weight.clamp_min(1e-9))[None, None]
-    return F.interpolate(joined, size=size, mode="bilinear", antialias=True, align_corners=False)[0, 0]
-
-
-def _hat(size: Sequence[int]) -> Tensor:
-    """Weights [height, width]: along each axis 1 at the border, one more with every step inwards."""
-    across = [torch.minimum(torch.arange(n) + 1, n - torch.arange(n)).float() for n in size]
-    return across[0][:, None] * across[1]
+    size = [n * geometry.patch for n in geometry.grid]
+    kind = {"mode": "bilinear", "align_corners": False} if smooth else {"mode": "nearest"}
+    fine = F.interpolate(maps[:, None].float(), size=size, **kind)[:, 0]
+    return fine[:, top : top + height, left : left + width]

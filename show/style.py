@@ -2,6 +2,7 @@
 
 import io
 
+import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -13,6 +14,11 @@ DPI = 160
 BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#777777",
 )  # fmt: skip
+
+
+def scale_colors(n: int) -> np.ndarray:
+    """The colour scale of every map, viridis, in n steps: [n, 3] uint8."""
+    return (matplotlib.colormaps["viridis"](np.linspace(0, 1, n))[:, :3] * 255).round().astype(np.uint8)
 
 
 def figure_pixels(figure: Figure, dpi: int) -> Image.Image:

@@ -26,7 +26,7 @@ ROOT_IMPORTS = {
 }
 # The places that call what a configuration names: modes, tasks, and the door of data sets, which checks the name first.
 DYNAMIC = {"main.py", "tasks.py", "datasets/scene.py", "show/tables.py", "binding/task.py"}
-DRAWS = {"show/style.py", "pairs/layer_curve.py", "pairs/score_maps.py", "binding/figures.py"}
+DRAWS = {"show/style.py", "pairs/layer_curve.py", "pairs/map_figures.py", "binding/figures.py"}
 LONGEST = 620
 SOURCES = [ROOT / f"{name}.py" for name in sorted(MODULES)]
 SOURCES += sorted(path for room in ROOMS for path in (ROOT / room).glob("*.py"))
