@@ -104,9 +104,10 @@ def _arrange(shape: float, n_rows: int, n_layers: int, n_first: int, foot: float
         wide = (WIDTH - BAR - GAP) / (columns + 1) - GAP
         tall = (HEIGHT - HEAD) / math.ceil(n_layers / columns) - TITLE - foot - GAP
         beside = (HEIGHT - HEAD) / n_first - TITLE - GAP
-        options.append((round(min(wide, tall / shape, beside / shape), 6), -columns, columns))
-    w, _, columns = max(options)
-    return columns, w
+        w = min(wide, tall / shape, beside / shape)
+        options.append((round(w, 6), -columns, w))
+    _, columns, w = max(options)
+    return -columns, w
 
 
 def _sheet(
@@ -189,9 +190,8 @@ def layer_name(layer: int | str) -> str:
 def shown_map(row: MapRow, layer: int) -> np.ndarray:
     """The map of a layer as it is coloured, [H, W] from 0 to 1: attention as a share of its largest weight."""
     values = row.maps[layer].numpy()
-    if row.view == "attention" and not np.isnan(values).all():
-        values = values / np.nanmax(values)
-    return values
+    highest = np.nan_to_num(values).max() if row.view == "attention" else 1.0
+    return values / highest if highest > 0 else values
 
 
 def _mark(axes: Axes, maps: ScoreMaps, outlines: bool = True) -> None:
@@ -249,7 +249,8 @@ def draw_sheet(several: Sequence[ScoreMaps], about: str = "", most: int = 5) -> 
         most: layers that are shown; more than that are thinned evenly, the last one always among them.
     """
     layers = several[0].rows[0].layers
-    shown = sorted({round(i * (len(layers) - 1) / max(min(most, len(layers)) - 1, 1)) for i in range(most)})
+    most = min(most, len(layers))
+    shown = sorted({round(i * (len(layers) - 1) / max(most - 1, 1)) for i in range(most)})
     n_columns = len(shown) + 2
     w = min(1.5, (WIDTH - BAR - GAP) / n_columns - GAP)
     heights = [w * maps.image.shape[1] / maps.image.shape[2] + TITLE + FOOT + GAP for maps in several]

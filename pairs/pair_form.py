@@ -89,7 +89,7 @@ def pair_forms(probe: Probe, fits: slice = slice(None)) -> list[PairForm]:
 
 def _pair_form(probe: Probe, fits: slice, at: int) -> PairForm:
     n_seeds, dim = len(probe.seeds[fits]), probe.dim
-    take = lambda value: value[fits, at].float()
+    take = lambda value: value.detach()[fits, at].float()
     features, link, encoder, encoder_bias, form = "tokens", "sigmoid", None, None, None
     gain, width = torch.zeros(n_seeds), dim
     left = right = None
@@ -130,13 +130,13 @@ def _attention_form(probe: Attention | AttentionLowRank, fits: slice, at: int) -
     """Form, both ends and offset of (Wq x + bq).(Wk y + bk) times a scale, or of its mean over both directions."""
     if isinstance(probe, Attention):
         query, query_bias, key, key_bias = (
-            getattr(probe, name)[at].float()[None] for name in ("query", "query_bias", "key", "key_bias")
+            getattr(probe, name).detach()[at].float()[None] for name in ("query", "query_bias", "key", "key_bias")
         )
-        learnt = probe.bias.new_ones(len(probe.seeds[fits])) if probe.scale is None else probe.scale[fits, at]
+        learnt = torch.ones(len(probe.seeds[fits])) if probe.scale is None else probe.scale.detach()[fits, at]
         factor = learnt * probe.dim**-0.5  # [S]
     else:
         query, query_bias, key, key_bias = (
-            getattr(probe, name)[fits, at].float() for name in ("query", "query_bias", "key", "key_bias")
+            getattr(probe, name).detach()[fits, at].float() for name in ("query", "query_bias", "key", "key_bias")
         )
         factor = query.new_full((len(query),), query.shape[1] ** -0.5)
     form = (query.mT @ key) * factor[:, None, None]
