@@ -112,9 +112,7 @@ def plan_scene(scene: Scene, cfg: DictConfig, backbone: Backbone) -> Geometry:
     """
     facts, image_hw = backbone.facts, tuple(scene.image.shape[-2:])
     try:
-        return plan_geometry(
-            image_hw, geometry=cfg.protocol.geometry, patch_size=facts.patch_size, image_size=facts.image_size
-        )
+        return plan_geometry(image_hw, geometry=cfg.protocol.geometry, patch_size=facts.patch_size, image_size=facts.image_size)
     except DroppedImage as error:
         raise UserError(f"protocol {cfg.protocol.name} leaves out {scene.key}: {error}; choose another vis.image") from error
 

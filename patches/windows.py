@@ -88,9 +88,7 @@ def merge_scores(maps: Tensor, valid: Tensor, geometry: Geometry, image_hw: Sequ
     return F.interpolate(merged, size=size, mode="bilinear", antialias=True, align_corners=False)[0, 0]
 
 
-def join_scores(
-    maps: Tensor, valid: Tensor, geometry: Geometry, image_hw: Sequence[int], *, smooth: bool = True
-) -> Tensor:
+def join_scores(maps: Tensor, valid: Tensor, geometry: Geometry, image_hw: Sequence[int], *, smooth: bool = True) -> Tensor:
     """One map of the image without seams from one value per patch and window (ours; `merge_scores` is as published).
 
     Where windows overlap, a window counts less towards its border: by min(i + 1, n - i) along each axis. Windows whose

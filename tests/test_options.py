@@ -76,7 +76,7 @@ def composed() -> DictConfig:
         ("threads", "many", "a whole number of at least 0"),
         ("probe.standardize", "maybe", "true or false"),
         ("cache.workers", None, "a whole number of at least 0"),
-        ("vis.image", "first", "a whole number of at least 0"),
+        ("vis.anchors", "first", "a whole number of at least 1"),
     ],
 )
 def test_a_value_of_another_kind_is_refused(composed: DictConfig, key: str, value: object, expected: str) -> None:
