@@ -3,7 +3,8 @@
 Files are safetensors, or torch files read with `weights_only=True`. Recognised layouts: timm; DINOv2 hub (registers,
 class token apart from its position, blocks in chunks); full checkpoints of MAE and DINO (`model`, `teacher` beside
 optimiser state); NeCo's Lightning files (`model.*` the student, `teacher.*`); wrappers such as `module.backbone.*`; what
-timm itself converts (DINOv3, OpenAI CLIP, open_clip, I-JEPA …). Heads are left out, all else that is left out is said.
+timm itself converts (DINOv3, OpenAI CLIP, open_clip, I-JEPA …); folders of the transformers library (`transformers_layout`).
+Heads are left out, all else that is left out is said.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from backbones.transformers_layout import folder_digest, is_folder, read_folder, to_timm
 from errors import UserError
 from files import ROOT
 
@@ -32,17 +34,26 @@ NOT_BODY = ("head", "attn_pool", "fc_norm")  # pooling and read-out: unused here
 
 
 def find_file(weights: str, rebuild: str | None) -> Path:
-    """The weight file: a path relative to the working directory, else to this project; `~` is the home directory."""
+    """The weight file, or folder of the transformers library: a path relative to the working directory, else to this
+    project; `~` is the home directory.
+    """
     path = Path(weights).expanduser()
     for place in (path, ROOT / path):
-        if place.is_file():
+        if place.is_file() or is_folder(place):
             return place
+    if path.is_dir():
+        raise UserError(
+            f"{path} is a folder without config.json, expected one that transformers' `save_pretrained` wrote, or a "
+            "safetensors or torch file; set model.weights to one"
+        )
     mend = f"make it with: {rebuild}" if rebuild else "set model.weights to a safetensors or torch file"
     raise UserError(f"there is no weight file {weights}, {mend}, or take random weights with model.pretrained=false")
 
 
 def file_digest(file: Path) -> str:
-    """sha256 of a file, 64 hexadecimal digits."""
+    """sha256 of a file or of the weights in a folder, 64 hexadecimal digits."""
+    if file.is_dir():
+        return folder_digest(file, file_digest)
     status = file.stat()
     return _digest(file, status.st_size, status.st_mtime_ns)
 
@@ -64,8 +75,13 @@ def load_weights(model: nn.Module, file: Path, *, part: str | None, dynamic: boo
     Raises:
         UserError: an unreadable file, no such part, anything the body of the model needs missing or of another shape.
     """
-    state = backbone_state(read_checkpoint(file), part, str(file))
+    if file.is_dir():
+        content, left_out = to_timm(*read_folder(file), model, file)
+    else:
+        content, left_out = read_checkpoint(file), []
+    state = backbone_state(content, part, str(file))
     state, dropped = _adapt(model, state, dynamic, lambda text: say(f"{file.name}: {text}"))
+    dropped += left_out
     wanted = model.state_dict()
     optional = tuple(name for name in NOT_BODY if name != "fc_norm" or _has_norm(model))
     missing = [key for key in wanted if key not in state and not key.startswith(optional)]
