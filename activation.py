@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,6 +84,16 @@ def run(cfg: Any, run: Any) -> dict[str, Any]:
     if first:
         run.say("\n".join(lines))
     return {"splits": records}
+
+
+def open_samples(cfg: Any, say: Callable[[str], None], splits: Sequence[str] = SPLITS) -> dict[str, PatchSample]:
+    """The tokens and labels of several splits."""
+    return {split: open_sample(cfg, split, say=say) for split in splits}
+
+
+def fingerprints(sample: PatchSample) -> dict[str, str]:
+    """What tells these activations and labels from all others."""
+    return {"activations": sample.meta["fingerprint"], "labels": sample.meta["index"]}
 
 
 def _silent(text: str) -> None:

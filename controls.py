@@ -1,18 +1,18 @@
 """The baselines every score is shown beside: a score that stands alone means nothing.
 
-    position      the task's own probe on where a patch lies, nothing else
-    pixels        the task's own probe on the raw pixels of each patch
+    position         the task's probe on where a patch lies, nothing else
+    pixels           the task's probe on the raw pixels of each patch
     pixels_position  the same on pixels and position side by side: all there is before any backbone
-    random        the task's own probe on the same architecture with random weights
-    class_oracle  no probe: two patches are "the same object" when their true classes agree
-    cosine        cosine similarity of the tokens, only a threshold is fitted
-    dot_product   dot product of the tokens, only a threshold is fitted
+    random           the task's probe on the same architecture with random weights
+    class_oracle     nothing is fitted: two patches are "the same object" when their true classes agree
+    cosine           cosine similarity of the tokens, only a threshold is fitted
+    dot_product      dot product of the tokens, only a threshold is fitted
 
-The majority rate is part of every metric block. A control is fitted, selected and scored by the very code that handles
-the probe, on the same images and patches.
+The majority rate is part of every subset's numbers. A control is fitted, selected and scored by the code that handles
+the probe, on the same images and patches. Adding one: a function and one line in CONTROLS.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,19 +22,39 @@ from torch.nn import functional as F
 
 from activation import PatchSample, open_sample
 from errors import UserError
+from probes import ORACLES, PROBES, FitAxes, Probe
+from tasks import Task
+
+PROBE_ROW = "probe"  # the row of a run that has one
 
 
-class Control(NamedTuple):
-    """Something to be fitted and scored: a probe settings block and the samples it reads.
+class Subject(NamedTuple):
+    """What is fitted and scored: the probe of a row, or one of its controls.
 
-    `probe` None means that the score comes from the labels alone. `seeds` are those of the fits where they are not the
-    configuration's: a fit that starts from nothing random is made once.
+    row: which row of the run. control: its name; "" for the probe itself. probe: its settings. samples: the splits it
+    reads. seeds: of its fits; what starts from nothing random is fitted once. build: makes the stack where the task's
+    probe does not serve. part: which of several tasks of a row (binding: the code) this fit is for.
     """
 
-    name: str
-    probe: Mapping[str, Any] | None
+    row: str
+    control: str
+    probe: Mapping[str, Any]
     samples: dict[str, PatchSample]
-    seeds: list[int] | None = None
+    seeds: list[int]
+    build: Callable[[Task, PatchSample, Sequence], Probe] | None = None
+    part: str = ""
+
+    @property
+    def title(self) -> str:
+        """Row and control in one word: what records and figures call it."""
+        if not self.control:
+            return self.row
+        return self.control if self.row == PROBE_ROW else f"{self.row}/{self.control}"
+
+    @property
+    def name(self) -> str:
+        """Row, control and part in one word: what checkpoints and histories are called."""
+        return f"{self.title}/{self.part}" if self.part else self.title
 
 
 class MadeTokens:
@@ -55,21 +75,35 @@ class MadeTokens:
         return self.read(images)
 
 
-def position(cfg: DictConfig, samples: dict[str, PatchSample]) -> Control | None:
+class Opened(NamedTuple):
+    """What controls are made from: a probe's settings, its samples, and the configuration that opened them."""
+
+    cfg: DictConfig  # of the row; only to open the same patches through another model
+    samples: dict[str, PatchSample]
+    row: str = PROBE_ROW
+
+    def subject(self, control: str, samples: dict[str, PatchSample], probe: Mapping[str, Any] | None = None) -> Subject:
+        """A control with the first `trainer.control_seeds` seeds of the probe."""
+        seeds = self.cfg.trainer.seeds
+        seeds = list(range(seeds) if isinstance(seeds, int) else seeds)[: self.cfg.trainer.control_seeds]
+        return Subject(self.row, control, self.cfg.probe if probe is None else probe, samples, seeds)
+
+
+def position(opened: Opened) -> Subject | None:
     """The probe on sine-cosine codes of window, row and column; None for a probe that needs a backbone's blocks.
 
     Row and column are those in the whole image: how far apart two patches lie, also in two windows, is then all there.
     """
-    if cfg.probe.mode == "attention":
+    if opened.cfg.probe.mode == "attention":
         return None
     coded = {}
-    for split, sample in samples.items():
-        at = sample.position
+    for split, sample in opened.samples.items():
+        at = sample.position  # [M, T, 3]
         if "place" in sample.labels:
             at = torch.cat([at[..., :1].float(), sample.labels["place"]], -1)
         read = lambda images, at=at: position_code(at[images])[None]
         coded[split] = sample._replace(tokens=MadeTokens(read, "position", len(sample.keys)))
-    return Control("position", cfg.probe, coded)
+    return opened.subject("position", coded)
 
 
 def position_code(positions: Tensor, n_frequencies: int = 16) -> Tensor:
@@ -87,63 +121,60 @@ def position_code(positions: Tensor, n_frequencies: int = 16) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)
 
 
-def pixels(cfg: DictConfig, samples: dict[str, PatchSample]) -> Control | None:
+def pixels(opened: Opened) -> Subject | None:
     """The probe on the normalised pixels of each patch; None for a probe that needs a backbone's blocks or class token."""
+    cfg = opened.cfg
     modes = {cfg.probe.mode, (cfg.probe.get("F") or {}).get("mode")}  # binding may read features with a probe of its own
     if modes & {"attention", "attention_quadratic"} or cfg.model.output_mode in ("cls", "cls_mean"):
         return None
-    return Control("pixels", cfg.probe, _with_model(cfg, samples, source="pixels", layers=["embed"], norm=False))
+    return opened.subject("pixels", _through_model(opened, source="pixels", layers=["embed"], norm=False))
 
 
-def pixels_position(cfg: DictConfig, samples: dict[str, PatchSample]) -> Control | None:
+def pixels_position(opened: Opened) -> Subject | None:
     """The probe on pixels and position side by side; None for a probe that needs a backbone's blocks."""
-    parts = [pixels(cfg, samples), position(cfg, samples)]
+    parts = [pixels(opened), position(opened)]
     if None in parts:
         return None
     joined = {}
-    for split, sample in samples.items():
+    for split, sample in opened.samples.items():
         sources = [part.samples[split].tokens for part in parts]
         read = lambda images, sources=sources: torch.cat([tokens.gather(images, None) for tokens in sources], -1)
         joined[split] = sample._replace(tokens=MadeTokens(read, "pixels_position", len(sample.keys)))
-    return Control("pixels_position", cfg.probe, joined)
+    return opened.subject("pixels_position", joined)
 
 
-def random(cfg: DictConfig, samples: dict[str, PatchSample]) -> Control | None:
+def random(opened: Opened) -> Subject | None:
     """The probe on the same architecture with random weights; None when the backbone itself is random."""
-    if not cfg.model.pretrained:
+    if not opened.cfg.model.pretrained:
         return None
-    return Control("random", cfg.probe, _with_model(cfg, samples, pretrained=False, weights=None, digest=None))
+    return opened.subject("random", _through_model(opened, pretrained=False, weights=None, digest=None))
 
 
-def class_oracle(cfg: DictConfig, samples: dict[str, PatchSample]) -> Control:
-    """Same object if and only if same true class: what class alone can tell."""
-    return Control("class_oracle", None, samples, seeds=[0])
+def class_oracle(opened: Opened) -> Subject:
+    """Same object if and only if same true class: what class alone can tell. Tokens are the true classes [M, T, 1]."""
+    coded = {}
+    for split, sample in opened.samples.items():
+        read = lambda images, class_=sample.labels["class"]: class_[images].float()[None, ..., None]
+        coded[split] = sample._replace(tokens=MadeTokens(read, "class_oracle", len(sample.keys)))
+    oracle = ORACLES[PROBES[opened.cfg.probe.mode].arity]
+
+    def build(task: Task, sample: PatchSample, layers: Sequence) -> Probe:
+        return oracle(FitAxes([fit.seed for fit in task.fits()], list(layers)), 1, n_classes=len(sample.meta["classes"]))
+
+    return opened.subject("class_oracle", coded)._replace(seeds=[0], build=build)
 
 
-def oracle_scores(class_: Tensor, n_stack: int) -> Tensor:
-    """Pair scores of the class oracle.
-
-    Args:
-        class_: [B, T] true classes, 0 where none is known.
-
-    Returns:
-        [S, 1, B, T, T] float32: 1 where the classes agree, -1 where they do not (right for thresholds 0 and 0.5 alike).
-    """
-    same = class_[:, :, None] == class_[:, None, :]
-    return (2.0 * same.float() - 1.0).expand(n_stack, 1, -1, -1, -1)
-
-
-def cosine(cfg: DictConfig, samples: dict[str, PatchSample]) -> Control | None:
+def cosine(opened: Opened) -> Subject | None:
     """Cosine similarity of two tokens."""
-    return _similarity("cosine", cfg, samples)
+    return _similarity("cosine", opened)
 
 
-def dot_product(cfg: DictConfig, samples: dict[str, PatchSample]) -> Control | None:
+def dot_product(opened: Opened) -> Subject | None:
     """Dot product of two tokens."""
-    return _similarity("dot_product", cfg, samples)
+    return _similarity("dot_product", opened)
 
 
-CONTROLS: dict[str, Callable[[DictConfig, dict[str, PatchSample]], Control | None]] = {
+CONTROLS: dict[str, Callable[[Opened], Subject | None]] = {
     "position": position,
     "pixels": pixels,
     "pixels_position": pixels_position,
@@ -154,14 +185,13 @@ CONTROLS: dict[str, Callable[[DictConfig, dict[str, PatchSample]], Control | Non
 }
 
 
-def control_names(cfg: DictConfig) -> list[str]:
+def control_names(choice: Any) -> list[str]:
     """The names behind `controls=all`, `none`, one name or a list.
 
     Raises:
         UserError: an unknown name.
     """
-    asked = cfg.controls
-    names = list(CONTROLS) if asked == "all" else [] if asked in ("none", None) else asked
+    names = list(CONTROLS) if choice == "all" else [] if choice in ("none", None) else choice
     names = [names] if isinstance(names, str) else list(names)
     unknown = sorted(set(names) - set(CONTROLS))
     if unknown:
@@ -169,10 +199,8 @@ def control_names(cfg: DictConfig) -> list[str]:
     return names
 
 
-def build_controls(
-    cfg: DictConfig, samples: dict[str, PatchSample], fitting: Collection[str], say: Callable[[str], None]
-) -> list[Control]:
-    """The controls the configuration asks for.
+def build_controls(opened: Opened, fitting: Collection[str], say: Callable[[str], None]) -> list[Subject]:
+    """The controls the configuration names, in its order.
 
     Args:
         fitting: those that mean something for the task.
@@ -180,41 +208,36 @@ def build_controls(
     Raises:
         UserError: an unknown name.
     """
-    names, asked = control_names(cfg), cfg.controls
     built = []
-    for name in names:
-        control = CONTROLS[name](cfg, samples) if name in fitting else None
+    for name in control_names(opened.cfg.controls):
+        control = CONTROLS[name](opened) if name in fitting else None
         if control is not None:
-            built.append(control if control.seeds else control._replace(seeds=control_seeds(cfg)))
-        elif asked != "all":
+            built.append(control)
+        elif opened.cfg.controls != "all":
             say(f"note: control {name} does not apply to this run and is left out")
     return built
 
 
-def control_seeds(cfg: DictConfig) -> list[int]:
-    """The first `trainer.control_seeds` seeds of the probe."""
-    seeds = cfg.trainer.seeds
-    return list(range(seeds) if isinstance(seeds, int) else seeds)[: cfg.trainer.control_seeds]
-
-
-def _similarity(mode: str, cfg: DictConfig, samples: dict[str, PatchSample]) -> Control | None:
-    if cfg.task != "pairwise" or cfg.probe.mode == mode:
+def _similarity(mode: str, opened: Opened) -> Subject | None:
+    if opened.cfg.probe.mode == mode:
         return None
-    return Control(mode, OmegaConf.merge(cfg.probe, {"mode": mode}), samples, seeds=[0])
+    similar = OmegaConf.merge(opened.cfg.probe, {"mode": mode})
+    return opened.subject(mode, opened.samples, similar)._replace(seeds=[0])
 
 
-def _with_model(cfg: DictConfig, samples: dict[str, PatchSample], **changes: Any) -> dict[str, PatchSample]:
+def _through_model(opened: Opened, **changes: Any) -> dict[str, PatchSample]:
     """The same images and patches through another model; position and labels are checked to be the same."""
+    cfg, samples = opened.cfg, opened.samples
     other = cfg.copy()
     OmegaConf.update(other, "model", OmegaConf.merge(cfg.model, changes), merge=False)
-    opened = {split: open_sample(other, split, say=lambda text: None) for split in samples}
+    reopened = {split: open_sample(other, split, say=lambda text: None) for split in samples}
     for split, sample in samples.items():
-        other_position, n_more = opened[split].position, sample.position.shape[1] - opened[split].position.shape[1]
+        other_position, n_more = reopened[split].position, sample.position.shape[1] - reopened[split].position.shape[1]
         if n_more == 1 and cfg.model.output_mode == "all":  # pixels have no class token: zeros, which no task asks about
-            read = lambda images, x=opened[split].tokens: F.pad(x.gather(images), (0, 0, 1, 0))
+            read = lambda images, x=reopened[split].tokens: F.pad(x.gather(images), (0, 0, 1, 0))
             made = MadeTokens(read, "embed", len(sample.keys))
-            opened[split] = opened[split]._replace(tokens=made, position=sample.position, labels=sample.labels)
+            reopened[split] = reopened[split]._replace(tokens=made, position=sample.position, labels=sample.labels)
             other_position = torch.cat([sample.position[:, :1], other_position], 1)
         if not torch.equal(other_position, sample.position):
             raise UserError(f"a control drew other patches than the probe on {split}; empty the cache folder {cfg.cache.dir}")
-    return opened
+    return reopened

@@ -2,7 +2,7 @@
 
     python main.py mode=train probe.mode=quadratic
 
-A mode is a file in `cfgs/mode`; it names its entry function (`entry: trainer.run`), so this file never grows.
+A mode is a file in `cfgs/mode`; it names its entry function (`entry: pairs.task.run`), so this file never grows.
 """
 
 import importlib

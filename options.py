@@ -231,5 +231,5 @@ def adopt(fitted: DictConfig, cfg: DictConfig, directory: Path) -> DictConfig:
                 "a probe with it first"
             )
     fitted.cache = OmegaConf.merge(cfg.cache, {"dtype": fitted.cache.dtype})
-    fitted.device = cfg.device
+    fitted.device, fitted.threads = cfg.device, cfg.threads
     return fitted

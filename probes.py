@@ -68,7 +68,7 @@ class Probe(nn.Module):
         matmul_dtype: auto | float32 | bfloat16, see `resolve_matmul_dtype`.
     """
 
-    kind: ClassVar[str]  # "pairwise", "pointwise" or "binding"
+    arity: ClassVar[str]  # "pairwise" reads two tokens, "pointwise" one, "codes" all tokens of an image
     recipe: dict[str, Any]  # what build_probe was told: written into checkpoints
     facts: dict[str, Any]  # what a loaded checkpoint said beside its parameters
 
@@ -108,6 +108,10 @@ class Probe(nn.Module):
         self._drawn += 1
         return nn.Parameter(value)
 
+    def outputs_per_token(self, n_tokens: int) -> int:
+        """Numbers a stack holds per fit, layer and token when it answers, for the estimate of its memory."""
+        return n_tokens
+
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Store the channel statistics [L, D] of the training tokens (standardize=True only)."""
         if not self.needs_statistics:
@@ -136,7 +140,7 @@ class Probe(nn.Module):
 class Pairwise(Probe):
     """Base of the probes of two tokens: `scores` plus a bias per fit."""
 
-    kind = "pairwise"
+    arity = "pairwise"
     symmetric = True  # score(i, j) == score(j, i); an instance may differ (attention)
     bias: nn.Parameter  # [S, L]
 
@@ -395,12 +399,16 @@ class AttentionLowRank(Pairwise):
 class _TokenLinear(Probe):
     """A x + a for every token."""
 
-    kind = "pointwise"
+    arity = "pointwise"
 
     def __init__(self, fits: FitAxes, dim: int, n_out: int, **options: Any) -> None:
         super().__init__(fits, dim, **options)
         self.weight = self.draw(n_out, dim, bound=dim**-0.5)
         self.bias = self.draw(n_out, bound=dim**-0.5)
+
+    def outputs_per_token(self, n_tokens: int) -> int:
+        """One logit per output, and the pairs that two read-outs of it are compared on."""
+        return 2 * n_tokens + self.weight.shape[-2]
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [L, B, T, D] -> logits [S, L, B, T, K]."""
@@ -421,6 +429,36 @@ class IdentityLinear(_TokenLinear):
         super().__init__(fits, dim, n_queries, **options)
 
 
+# ----------------------------------------------------------------------------------------------------------- oracles
+
+
+class SameClass(Pairwise):
+    """Oracle, nothing is fitted: tokens are true classes [L, B, T, 1]; +1 where two agree, -1 where not."""
+
+    def __init__(self, fits: FitAxes, dim: int, *, n_classes: int) -> None:
+        super().__init__(fits, dim)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Classes x [L, B, T, 1] against y [L, B, U, 1] (default: x itself) -> float32 [S, L, B, T, U]."""
+        same = x == (x if y is None else y).mT  # [L, B, T, U]
+        return (2.0 * same.float() - 1.0).expand(len(self.seeds), *same.shape)
+
+
+class ClassCode(Probe):
+    """Oracle, nothing is fitted: tokens are true classes [L, B, T, 1]; all the weight of the read-out is on that class."""
+
+    arity = "pointwise"
+
+    def __init__(self, fits: FitAxes, dim: int, *, n_classes: int) -> None:
+        super().__init__(fits, dim)
+        self.n_classes = n_classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classes [L, B, T, 1] -> logits [S, L, B, T, K] whose softmax is one-hot in float32."""
+        code = nn.functional.one_hot(x[..., 0].long(), self.n_classes)  # [L, B, T, K]
+        return (200.0 * code).expand(len(self.seeds), *code.shape)
+
+
 PROBES: dict[str, type[Probe]] = {
     "linear": Linear,
     "diag_quadratic": DiagQuadratic,
@@ -434,6 +472,7 @@ PROBES: dict[str, type[Probe]] = {
     "class_linear": ClassLinear,
     "identity_linear": IdentityLinear,
 }
+ORACLES: dict[str, type[Probe]] = {"pairwise": SameClass, "pointwise": ClassCode}  # by arity; never a choice of probe.mode
 
 
 def knobs_of(cls: type[Probe]) -> dict[str, inspect.Parameter]:

@@ -7,7 +7,6 @@
 Figures are made without pyplot, so no display, backend or global state is involved.
 """
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,15 +14,13 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from files import write_atomically
+from show.style import STYLE, png_bytes
 
-STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6}
-DPI = 160
 # Okabe and Ito's colours, told apart with any colour vision.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 FOUND, MISSED, INVENTED = "#009E73", "#777777", "#D55E00"
@@ -37,21 +34,22 @@ def draw_layer_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[Sequen
     """Information by layer with intervals, one panel per column; a colour per probe, its controls broken in that colour.
 
     Args:
-        rows: "name", "layer", "layer_index", "question", "readout", "block", "metric", "value", "low", "high".
-        columns: (question, readout, block, metric, title) per panel.
+        rows: "row", "control", "layer", "layer_index", "question", "readout", "subset", "metric", "value", "low", "high".
+        columns: (question, readout, subset, metric, title) per panel.
     """
     columns = [c for c in columns if any(row["metric"] == c[3] for row in rows)][:N_PANELS]
-    names = list(dict.fromkeys(row["name"] for row in rows))
+    names = list(dict.fromkeys((row["row"], row["control"]) for row in rows))
     layers = sorted({row["layer"] for row in rows}, key=lambda layer: -1 if layer == "embed" else int(layer))
     across, down = min(len(columns), 2), math.ceil(len(columns) / 2)
     below = math.ceil(len(names) / 2)  # lines of the legend
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6 * across, 2.9 * down + 0.2 * below + 0.2), layout="constrained")
-        for panel, (question, readout, block, metric, title) in enumerate(columns):
+        for panel, (question, readout, subset, metric, title) in enumerate(columns):
             axes = figure.add_subplot(down, across, panel + 1)
             for number, name in enumerate(names):
-                mine = [row for row in rows if row["name"] == name and row["metric"] == metric]
-                chosen = [row for row in mine if (row["question"], row["readout"], row["block"]) == (question, readout, block)]
+                mine = [row for row in rows if (row["row"], row["control"]) == name and row["metric"] == metric]
+                keys = (question, readout, subset)
+                chosen = [row for row in mine if (row["question"], row["readout"], row["subset"]) == keys]
                 _draw_line(axes, chosen, layers, names, number)
             axes.axhline(0, color="0.6", lw=0.6, zorder=0)
             axes.set_title(title, loc="left", fontweight="bold")
@@ -61,14 +59,14 @@ def draw_layer_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[Sequen
             axes.set_xlabel("layer (block whose output is read)")
             axes.margins(x=0.08)
         # Filled column by column: those in full lines left, controls right of them.
-        lines = sorted(zip(*figure.axes[0].get_legend_handles_labels(), names, strict=True), key=lambda line: "/" in line[2])
+        lines = sorted(zip(*figure.axes[0].get_legend_handles_labels(), names, strict=True), key=lambda line: line[2][1] != "")
         handles, labels, _ = zip(*lines, strict=True)
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 2), frameon=False, fontsize=8)
     return figure
 
 
 def _draw_line(
-    axes: Axes, rows: Sequence[Mapping[str, Any]], layers: Sequence[int | str], names: Sequence[str], number: int
+    axes: Axes, rows: Sequence[Mapping[str, Any]], layers: Sequence[int | str], names: Sequence[tuple[str, str]], number: int
 ) -> None:
     rows = [row for row in rows if row["value"] is not None and math.isfinite(row["value"])]
     rows = sorted(rows, key=lambda row: row["layer_index"])
@@ -77,12 +75,12 @@ def _draw_line(
     x = [layers.index(row["layer"]) + apart for row in rows]
     value = [row["value"] for row in rows]
     error = [[row["value"] - row["low"] for row in rows], [row["high"] - row["value"] for row in rows]]
-    row, _, control = names[number].rpartition("/")
-    probes = [name for name in names if "/" not in name and name not in CONTROLS]
-    row, control = (row, control) if row or control in CONTROLS else (control, "")
-    color = COLORS[probes.index(row) % len(COLORS)] if row in probes else COLORS[-1]  # a run of one probe: its controls
+    row, control = names[number]
+    of_rows = list(dict.fromkeys(name for name, _ in names))
+    color = COLORS[of_rows.index(row) % len(COLORS)]
     style = {"": "-", "random": "--"}.get(control, ":")
-    label = ", ".join(part for part in (row, CONTROLS.get(control, control)) if part).replace("_", " ")
+    parts = (row if not control or len(of_rows) > 1 else "", CONTROLS.get(control, control))
+    label = ", ".join(part for part in parts if part).replace("_", " ")
     axes.errorbar(x, value, error, color=color, ls=style, marker="o", ms=4, capsize=2, lw=1.4, elinewidth=0.9, label=label)
 
 
@@ -90,7 +88,7 @@ def draw_training_curves(history: Sequence[Mapping[str, Any]], n_bits: Mapping[s
     """Cross-entropy by epoch: one panel per code, a line per layer, validation full and training dashed, mean over seeds.
 
     Args:
-        history: records of a fit: "name" ending in the code, "layer" (text of the list of layers), "epoch", and
+        history: records of a fit: "part" (the code), "layer" (text of the list of layers), "epoch", and
             "train_loss", "val_loss" [S][L] in nats per bit.
         n_bits: length of every code.
     """
@@ -99,7 +97,7 @@ def draw_training_curves(history: Sequence[Mapping[str, Any]], n_bits: Mapping[s
         figure = Figure(figsize=(4.0 * len(n_bits) + 0.9 * math.ceil(n_lines / 9), 3.2), layout="constrained")
         for panel, (code, bits) in enumerate(n_bits.items()):
             axes, number = figure.add_subplot(1, len(n_bits), panel + 1), 0
-            mine = [record for record in history if record["name"].split("/")[-1] == code]
+            mine = [record for record in history if record["part"] == code]
             cuts = {cut: cut.strip("[]").split(", ") for cut in dict.fromkeys(record["layer"] for record in mine)}
             colors = line_colors(sum(map(len, cuts.values())))
             for cut, layers in cuts.items():
@@ -164,22 +162,16 @@ def draw_examples(examples: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _write(figure: Figure, path: Path) -> None:
-    data = io.BytesIO()
-    FigureCanvasAgg(figure).print_figure(data, format="png", dpi=DPI)
-    write_atomically(Path(path), data.getvalue())
-
-
 def write_layer_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[Sequence[str]], path: Path) -> None:
     """Draw the layer curve into a PNG file."""
-    _write(draw_layer_curve(rows, columns), path)
+    write_atomically(Path(path), png_bytes(draw_layer_curve(rows, columns)))
 
 
 def write_training_curves(history: Sequence[Mapping[str, Any]], n_bits: Mapping[str, int], path: Path) -> None:
     """Draw the training curves into a PNG file."""
-    _write(draw_training_curves(history, n_bits), path)
+    write_atomically(Path(path), png_bytes(draw_training_curves(history, n_bits)))
 
 
 def write_examples(examples: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw the decoded examples into a PNG file."""
-    _write(draw_examples(examples), path)
+    write_atomically(Path(path), png_bytes(draw_examples(examples)))

@@ -1,13 +1,25 @@
-"""Binding information in bits, from the losses of the probes of Y and F (arXiv 2606.03976)."""
+"""Binding information in bits, from the losses of the probes of Y and F (arXiv 2606.03976).
+
+    I(Y;Z) ~ H(Y) - L_Y      I(F;Z) ~ H(F) - L_F      lower bounds, as far as the prior of Y is the assumed one
+    binding information ~ H(Y|F) - (L_Y - L_F)        estimates I(Y;Z|F); ratio = binding information / H(Y|F)
+
+Binding information is a difference of two bounds and so no bound itself: a weak F probe inflates it, beyond ratio 1 even.
+Nothing is clipped, what is suspect is flagged, and `binding.conditional=true` adds the probe q(Y|Z,F) whose
+H(Y|F) - L is a true lower bound. H(Y), H(F) and H(Y|F) are those of the prior the data set names, exact, of the split
+that is scored.
+"""
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from activation import PatchSample
 from metrics.bootstrap import Estimate, mean_estimate
+from tasks import ProbeResult, SubsetResult
 
 WEAK = 0.25  # an F probe that reads less than this share of H(F) is flagged (our choice)
 
@@ -66,7 +78,28 @@ def suspicions(values: Mapping[str, float], feature_entropy: float | None) -> li
     if values["ratio"] > 1:
         found.append("ratio above 1, the F probe reads less of the features than the Y probe does")
     if values["ratio"] < 0:
-        found.append("ratio below 0, the Y probe knows less of the objects than the F probe and the law of Y tell")
+        found.append("ratio below 0, the Y probe knows less of the objects than the F probe and the prior of Y imply")
     if feature_entropy and values["information_F"] < WEAK * feature_entropy:
         found.append(f"weak F probe, it reads less than {WEAK:.0%} of H(F), so binding information may be inflated")
     return found
+
+
+def combine(answers: Mapping[str, ProbeResult], sample: PatchSample, notes: Mapping[str, Any]) -> ProbeResult:
+    """Losses, accuracies and information of every fit, in one subset.
+
+    Args:
+        answers: by part ("Y", "F", perhaps "Y_given_F"), each with one subset of loss and accuracy.
+        sample: the split they were scored on.
+        notes: what every record states beside the numbers.
+    """
+    loss, metrics = {}, {}
+    for part, answer in answers.items():
+        of_part = answer.subsets[0].metrics
+        loss[part] = metrics[f"loss_{part}"] = of_part["loss"]
+        metrics[f"accuracy_{part}"] = of_part["accuracy"]
+    entropy = sample.labels["H_Y_given_F"].double().flatten()  # [M]
+    metrics |= binding_estimates(loss, entropy, sample.info)
+    notes = {**notes, "H_Y_given_F": float(entropy.mean())}
+    everywhere = (-math.inf, math.inf)
+    subset = SubsetResult("binding", "", "images", metrics, {"n_images": len(entropy)}, [], notes, everywhere, True)
+    return next(iter(answers.values()))._replace(subsets=[subset])

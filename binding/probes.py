@@ -56,7 +56,8 @@ class BindingProbe(Probe):
         init_std: deviation of the normal initial weights, published 0.02; None = 1/sqrt of the number of inputs.
     """
 
-    kind = "binding"
+    arity = "codes"
+    units_per_bit = 2  # numbers held per bit while answering: hidden units, or two factors of rank r
 
     def __init__(
         self,
@@ -72,6 +73,10 @@ class BindingProbe(Probe):
         super().__init__(fits, dim, **options)
         self.n_bits, self.n_tokens, self.condition_readout, self.init_std = n_bits, n_tokens, condition_readout, init_std
         self.n_inputs = dim * n_tokens + (n_bits if condition_readout else 0)
+
+    def outputs_per_token(self, n_tokens: int) -> int:
+        """Hidden units or factors of all bits, spread over the tokens."""
+        return math.ceil(self.units_per_bit * self.n_bits / n_tokens)
 
     def prepare(self, x: Tensor, layers: slice = slice(None)) -> Tensor:
         """As for every probe; one in float64 (`double()`) computes in float64 throughout."""
@@ -152,6 +157,7 @@ class DNN(BindingProbe):
             raise UserError(f"probe.dnn_num_layers is {dnn_num_layers}; it counts the output layer, so at least 1")
         self.dropout = dnn_dropout
         hidden = max(128, min(1024, self.n_inputs)) if dnn_hidden_dim is None else dnn_hidden_dim
+        self.units_per_bit = hidden * dnn_num_layers
         first = hidden if dnn_num_layers > 1 else 1
         self.first_image = self.matrix(dim * self.n_tokens, n_bits, first)
         self.first_bits = self.matrix(n_bits, n_bits, first) if self.condition_readout else None
@@ -201,7 +207,7 @@ class QuadraticConcat(BindingProbe):
         super().__init__(fits, dim, n_bits=n_bits, **options)
         self.weight_image = self.matrix(dim * self.n_tokens, 2, rank, n_bits)
         self.weight_bits = self.matrix(n_bits, 2, rank, n_bits) if self.condition_readout else None
-        self.bias = self.draw(n_bits)
+        self.bias, self.units_per_bit = self.draw(n_bits), 2 * rank
         self.factor_bias = self.constant(2, rank, n_bits) if linear_term else None
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
@@ -253,6 +259,7 @@ class MultilinearConcatReuse(BindingProbe):
                 f"conjunctions, got {self.groups}"
             )
         self.rank = rank
+        self.units_per_bit = 2 * rank
         self.weight_image = self.matrix(dim * self.n_tokens, rank * sum(self.groups))  # group by group, [r, N_g] each
         self.weight_bits = self.matrix(n_bits, len(self.groups), rank, n_bits) if self.condition_readout else None
         self.bias = self.draw(n_bits)
@@ -334,6 +341,7 @@ class AttentionQuadratic(BindingProbe):
         options.update(n_bits=n_bits, n_tokens=n_tokens, condition_readout=condition_readout and program)
         super().__init__(fits, dim, **options)
         self.rank, self.temperature = rank, dim**-0.5 if program else 1.0
+        self.units_per_bit = 2 * rank
         self.n_inputs = (2 * dim if program else dim) + (n_bits if self.condition_readout else 0)
         self.query_base = self.matrix(n_bits, dim, n_inputs=dim)
         self.query_bits = self.matrix(n_bits, dim, n_inputs=dim) if condition_query else None

@@ -2,23 +2,14 @@
 
 A scene's object code Y says which conjunctions are present, its feature code F which features; F is a function of Y. Two
 probes read them bit by bit, each bit given the true bits before it; their cross-entropies on the test split, in bits per
-image, bound what Z leaves open: L_Y >= H(Y|Z), L_F >= H(F|Z). From them (arXiv 2606.03976)
+image, bound what Z leaves open: L_Y >= H(Y|Z), L_F >= H(F|Z). What follows from them is in `information.py`.
 
-    I(Y;Z) ~ H(Y) - L_Y      I(F;Z) ~ H(F) - L_F      lower bounds, as far as the law of Y is the assumed one
-    binding information ~ H(Y|F) - (L_Y - L_F)        estimates I(Y;Z|F); ratio = binding information / H(Y|F)
-
-Binding information is a difference of two bounds and so no bound itself: a weak F probe inflates it, beyond ratio 1 even.
-Nothing is clipped, what is suspect is flagged, and `binding.conditional=true` adds the probe q(Y|Z,F) whose
-H(Y|F) - L is a true lower bound.
-
-Everything else is as for any other task: `Code` is one of the fits, `Binding` makes the scores of them. H(Y), H(F) and
-H(Y|F) are those of the law the data set names (`prior` in every record), exact, of the split that is scored.
+`Code` is the task: one of the codes read from an image's tokens. `run` fits it once for Y and once for F (and, with
+`binding.conditional=true`, for Y given F) and puts the results together.
 """
 
-import importlib
 import itertools
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,39 +20,49 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from torch.nn import functional as F
 
-from activation import PatchSample
+import trainer
+from activation import PatchSample, fingerprints, open_samples
 from binding.examples import decoded_examples
-from binding.information import binding_estimates, bits_per_image, suspicions
+from binding.information import bits_per_image, combine, suspicions
 from binding.probes import BINDING_PROBES, check_knobs
+from binding.tables import information_table, split_table
+from controls import PROBE_ROW, Opened, Subject, build_controls
 from datasets.splits import split_report
 from errors import UserError
 from files import write_atomically
-from metrics.bootstrap import mean_estimate, mean_over_seeds
-from probes import Probe
+from metrics.bootstrap import mean_estimate
+from probes import Probe, build_probe
 from runs.records import read_records
 from runs.run import Run
-from show.records import Scored, block_interval
-from show.text import format_table
-from tasks import Batch, Scores, Task
+from show.records import Column, Resampling, write_records
+from show.tables import present
+from tasks import Batch, Collector, ProbeResult, SubsetResult, Task, read_seeds
 
 LADDER = "ladder"
 LABELS = {"Y": ("object_code",), "F": ("feature_code",), "Y_given_F": ("feature_code", "object_code")}
 NAME = re.compile(r"[\w=+-][\w .=+-]*")  # of a row of the ladder
-CONTROL_LABELS = {"random": "random weights", "pixels": "raw pixels"}
+CONTROLS = ("pixels", "random")  # those that mean something for whole images
+COLUMNS = [
+    Column("binding", "", "images", metric, title)
+    for metric, title in (
+        ("ratio", "binding ratio"),
+        ("binding_information", "binding information, bits"),
+        ("information_Y", "I(Y;Z), bits"),
+        ("information_F", "I(F;Z), bits"),
+        ("loss_Y", "L_Y, bits"),
+        ("loss_F", "L_F, bits"),
+    )
+]
 
 
 class Code(Task):
     """One code read from an image's tokens: "Y", "F", or "Y_given_F", where all of F comes before the bits of Y."""
 
-    kind = "binding"
     probes = BINDING_PROBES
 
-    def __init__(self, cfg: DictConfig, seeds: Sequence[int], name: str) -> None:
-        super().__init__(cfg, seeds)
-        self.name, self.labels, self.tokens_per_visit = name, LABELS[name], None
-
-    def check_probe(self, cfg: DictConfig) -> None:
-        """Checked by `Binding`."""
+    def __init__(self, seeds: Sequence[int], name: str) -> None:
+        super().__init__(seeds)
+        self.name, self.labels = name, LABELS[name]
 
     def settings(self, probe_cfg: Mapping) -> dict[str, Any]:
         """The probe's settings: `probe` for Y, changed by what `probe.F` sets for the others."""
@@ -71,31 +72,17 @@ class Code(Task):
             plain |= feature_settings(plain, changes)
         return plain
 
-    def build_probe(self, probe_cfg: Mapping, sample: PatchSample, layers: Sequence, **given: Any) -> Probe:
+    def n_bits(self, sample: PatchSample) -> int:
+        """Bits that are read of an image, those that are only given included."""
+        return sum(sample.labels[label].shape[1] for label in self.labels)
+
+    def build_probe(self, probe_cfg: Mapping[str, Any], sample: PatchSample, layers: Sequence) -> Probe:
         """A stack of probes with one output per bit."""
-        given["n_bits"] = sum(sample.labels[label].shape[1] for label in self.labels)
-        given["n_tokens"] = sample.tokens.shape[2]
+        known: dict[str, Any] = {"n_bits": self.n_bits(sample), "n_tokens": sample.tokens.shape[2]}
         if self.name == "Y":
-            given["groups"] = [len(group) for group in sample.meta["classes"]]
-        given.pop("say", None)
-        return super().build_probe(self.settings(probe_cfg), sample, layers, **given)
-
-    def outputs_per_token(self, sample: PatchSample, n_tokens: int, probe_cfg: Mapping) -> int:
-        """Hidden units or factors per bit, spread over the tokens."""
-        settings = self.settings(probe_cfg)
-        per_bit = 2 * int(settings["rank"])
-        if settings["mode"].startswith("dnn"):
-            per_bit = int(settings["dnn_hidden_dim"] or 1024) * int(settings["dnn_num_layers"])
-        return math.ceil(per_bit * sum(sample.labels[label].shape[1] for label in self.labels) / n_tokens)
-
-    def refuse(self, probe: Probe, sample: PatchSample) -> None:
-        """Refuse a data set of other codes."""
-        n_bits = sum(sample.labels[label].shape[1] for label in self.labels)
-        if probe.n_bits != n_bits or probe.n_tokens != sample.tokens.shape[2]:
-            raise UserError(
-                f"the checkpoint reads {self.name} as {probe.n_bits} bits from {probe.n_tokens} tokens, these images have "
-                f"{n_bits} bits and {sample.tokens.shape[2]} tokens; score it on a data set with the same feature groups"
-            )
+            known["groups"] = [len(group) for group in sample.meta["classes"]]
+        axes = {"seeds": self.seeds, "layers": list(layers), "dim": sample.tokens.shape[-1]}
+        return build_probe(self.settings(probe_cfg), **axes, table=self.probes, **known)
 
     def code(self, batch: Batch) -> Tensor:
         """The bits [B, K] in the order they are read, 0.0 and 1.0."""
@@ -111,12 +98,12 @@ class Code(Task):
         code = batch.labels[self.labels[-1]].to(logits.dtype)
         return (F.softplus(logits) - code * logits).mean((-2, -1))
 
-    def scorer(self, sample: PatchSample, n_layers: int) -> "CodeScorer":
+    def collector(self, sample: PatchSample, n_layers: int) -> Collector:
         """Collects bits and right answers per image."""
-        return CodeScorer(self.labels[-1])
+        return CodeCollector(self.labels[-1])
 
 
-class CodeScorer:
+class CodeCollector:
     """Cross-entropy in bits and teacher-forced bit accuracy of every image, for the fits [seeds × layers]."""
 
     def __init__(self, label: str) -> None:
@@ -130,11 +117,11 @@ class CodeScorer:
         self.bits.append(bits_per_image(logits, code).flatten(0, 1).cpu())
         self.right.append(((logits > 0) == (code > 0)).float().mean(-1).flatten(0, 1).cpu())
 
-    def finish(self) -> list[Scores]:
-        """One block with loss and accuracy."""
-        bits = torch.cat(self.bits, 1)
+    def results(self) -> list[SubsetResult]:
+        """One subset, all images, with loss and accuracy."""
+        bits = torch.cat(self.bits, 1)  # [S * L, M]
         metrics = {"loss": mean_estimate(bits), "accuracy": mean_estimate(torch.cat(self.right, 1))}
-        return [Scores(self.label, "", "images", metrics, {"n_images": bits.shape[1]}, [])]
+        return [SubsetResult(self.label, "", "images", metrics, {"n_images": bits.shape[1]}, [])]
 
 
 def is_reuse(mode: str) -> bool:
@@ -160,214 +147,227 @@ def feature_settings(settings: Mapping[str, Any], changes: Mapping[str, Any]) ->
     return own
 
 
-class Binding(Task):
-    """Y and F read from one representation, and what follows of it."""
+# ------------------------------------------------------------------------------------------------------------- entries
 
-    kind = "binding"
-    probes = BINDING_PROBES
-    controls = ("pixels", "random")
-    figures = "binding.figures"
-    columns = [
-        ("binding", "", "images", metric, title)
-        for metric, title in (
-            ("ratio", "binding ratio"),
-            ("binding_information", "binding information, bits"),
-            ("information_Y", "I(Y;Z), bits"),
-            ("information_F", "I(F;Z), bits"),
-            ("loss_Y", "L_Y, bits"),
-            ("loss_F", "L_F, bits"),
+
+def ladder_rows(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
+    """One row; with probe.mode=ladder every entry of `binding.ladder`, the run's settings changed by what it names.
+
+    Raises:
+        UserError: no entry, one that names something unknown, or two of one name.
+    """
+    if cfg.probe.mode != LADDER:
+        return [(PROBE_ROW, cfg)]
+    found: dict[str, DictConfig] = {}
+    for number, entry in enumerate(OmegaConf.to_container(cfg.binding, resolve=True)["ladder"] or [], start=1):
+        changes = dict(entry)
+        name = changes.pop("name", None)
+        if name is not None and (not NAME.fullmatch(str(name)) or str(name) in CONTROLS):
+            raise UserError(
+                f"binding.ladder, entry {number}: got name '{name}', expected letters, digits, spaces and . _ = + - (it "
+                f"names files), and none of {', '.join(CONTROLS)}"
+            )
+        try:
+            own = OmegaConf.merge(cfg, changes)
+        except OmegaConfBaseException as error:
+            raise UserError(f"binding.ladder, entry {number}: {str(error).splitlines()[0]}") from error
+        name = str(name or f"{own.model.output_mode}-{own.probe.mode}")
+        if found.get(name) == own:  # model.output_mode may make two entries the same
+            continue
+        if name in found or own.probe.mode == LADDER:
+            raise UserError(f"binding.ladder, entry {number}: '{name}' is there twice or names no probe; set its name")
+        found[name] = own
+    if not found:
+        raise UserError("binding.ladder is empty; list what to compare, or set probe.mode to one probe")
+    return list(found.items())
+
+
+def check_probe(cfg: DictConfig) -> None:
+    """Refuse an unknown probe, a *_reuse probe for F, attention without all tokens."""
+    settings = OmegaConf.to_container(cfg.probe, resolve=True)
+    asked = {"mode": settings["mode"], "F.mode": settings["F"]["mode"], "F.fallback": settings["F"]["fallback"]}
+    for name, mode in asked.items():
+        if mode is not None and mode not in BINDING_PROBES:
+            raise UserError(f"unknown probe.{name} '{mode}'; valid: {', '.join([LADDER, *BINDING_PROBES])}")
+    check_knobs({"": settings, "F.": settings["F"]})
+    modes = {"Y": settings["mode"], "F": (settings | feature_settings(settings, settings["F"]))["mode"]}
+    for code, mode in modes.items():
+        if mode == "attention_quadratic" and cfg.model.output_mode != "all":
+            raise UserError(
+                f"probe.mode={mode} (for {code}) attends to patch tokens and model.output_mode={cfg.model.output_mode} "
+                "has none; set model.output_mode=all"
+            )
+
+
+def check_samples(samples: Mapping[str, PatchSample], cfg: DictConfig) -> None:
+    """Refuse data without codes, and attention over tokens that do not begin with a class token."""
+    for split, sample in samples.items():
+        if "object_code" not in sample.labels or "feature_code" not in sample.labels:
+            raise UserError(
+                f"split {split} carries no object and feature codes; mode={cfg.mode} needs a data set of codes, "
+                "for instance dataset=balancedcolorshape"
+            )
+        if not sample.meta["facts"]["has_class_token"] and "attention" in f"{cfg.probe.mode} {cfg.probe.F.mode}":
+            raise UserError(
+                f"probe.mode=attention_quadratic reads the class token and {sample.meta['facts']['name']} has none; "
+                "take another probe or backbone"
+            )
+
+
+def report_splits(samples: Mapping[str, PatchSample], run: Run) -> None:
+    """Print and record what decides whether scores of splits can be compared."""
+    labels = {split: {k: v.numpy() for k, v in sample.labels.items()} for split, sample in samples.items()}
+    report, rows = split_report(labels), []
+    for split, counted in report["splits"].items():
+        info, of_data = samples[split].info, samples[split].meta["report"]
+        exact = {name: info.get(name) for name in ("H_Y", "H_F", "H_Y_all_splits", "H_F_all_splits")}
+        counted = {**{("H_F_plug_in" if k == "H_F" else k): v for k, v in counted.items()}, **exact}
+        more = {k: v for k, v in of_data.items() if k not in counted and isinstance(v, int | float | str)}
+        run.write({"kind": "split", "split": split, **counted, **more})
+        rows.append((split, counted, of_data))
+    run.say(split_table(rows))
+    shares = [f"{pair}: F {share['F']:.0%}, Y {share['Y']:.0%}" for pair, share in report["overlap"].items()]
+    run.say("codes that occur in both splits, share of images; " + "; ".join(shares))
+    warnings = report["warnings"]
+    for (one, first), (other, second) in itertools.combinations(samples.items(), 2):
+        if shared := sorted(set(first.keys) & set(second.keys)):
+            warnings.append(f"{one} and {other} share {len(shared)} images, such as {shared[0]}; scores on {other} flatter")
+    for split, sample in samples.items():
+        warnings += [f"{split}: {text}" for text in sample.meta["report"].get("warnings", ())]
+    run.write({"kind": "splits", "overlap": report["overlap"], "warnings": warnings})
+    for warning in warnings:
+        run.say(f"warning: {warning}")
+
+
+def parts_of(cfg: DictConfig) -> list[str]:
+    """The codes that are read: Y and F, perhaps Y given F."""
+    return list(LABELS) if cfg.binding.conditional else ["Y", "F"]
+
+
+def notes_of(cfg: DictConfig, sample: PatchSample) -> dict[str, Any]:
+    """What every record of a row states beside its numbers."""
+    return {
+        "probe": cfg.probe.mode,
+        "probe_F": Code([0], "F").settings(cfg.probe)["mode"],
+        "output_mode": cfg.model.output_mode,
+        "prior": sample.meta["report"]["prior"],
+        "H_Y": sample.info.get("H_Y"),
+        "H_F": sample.info.get("H_F"),
+    }
+
+
+def flags(subset: SubsetResult, metrics: Mapping[str, float]) -> list[str]:
+    """What makes a record doubtful."""
+    return suspicions(metrics, subset.notes["H_F"])
+
+
+def check(cfg: DictConfig) -> dict[str, DictConfig]:
+    """The rows of a run by name, after everything was refused that the configuration alone shows to be wrong.
+
+    Raises:
+        UserError: the first option that does not serve; no extraction has begun.
+    """
+    rows = dict(ladder_rows(cfg))
+    for of_row in rows.values():
+        check_probe(of_row)
+        read_seeds(of_row.trainer.seeds)
+        trainer.FitOptions.read(of_row)
+    return rows
+
+
+def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
+    """Fit and score every row and its controls on every layer, write, show.
+
+    Returns:
+        {"objective": the best layer's binding ratio of the first row (mean over seeds)}
+
+    Raises:
+        UserError: a mistake in command, data or weights, in one sentence.
+    """
+    rows = check(cfg)
+    options = {name: trainer.FitOptions.read(of_row) for name, of_row in rows.items()}
+    # Whole images first, here and for the controls: class and pooled tokens are then taken from what is stored.
+    whole_first = sorted(rows, key=lambda name: rows[name].model.output_mode != "all")
+    samples: dict[str, dict[str, PatchSample]] = {}
+    for name in whole_first:
+        samples[name] = open_samples(rows[name], run.say)
+        check_samples(samples[name], rows[name])
+    run.rest_on({name: {split: fingerprints(s) for split, s in of_row.items()} for name, of_row in samples.items()})
+    report_splits(samples[next(iter(rows))], run)
+    controls = {name: build_controls(Opened(rows[name], samples[name], name), CONTROLS, run.say) for name in whole_first}
+    results, resampling = [], Resampling.read(cfg)
+    for name, of_row in rows.items():
+        subjects = [Subject(name, "", of_row.probe, samples.pop(name), read_seeds(of_row.trainer.seeds)), *controls.pop(name)]
+        for subject in subjects:
+            sample, stacks, answers = subject.samples["test"], {}, {}
+            for part in parts_of(of_row):
+                task, of_part = Code(subject.seeds, part), subject._replace(part=part)
+                stacks[part] = trainer.fit_stack(run, task, of_part, options[name])
+                answers[part] = trainer.evaluate(task, stacks[part], of_part, options[name], split="test")
+            results.append(combine(answers, sample, notes_of(of_row, sample)))
+            write_records(run, results[-1], resampling, split="test", flags=flags)
+            if not subject.control:
+                illustrate(results[-1], stacks["Y"], sample, of_row, run)
+    return show(results, cfg, run, resampling)
+
+
+def run_eval(fitted: DictConfig, cfg: DictConfig, run: Run) -> dict[str, Any]:
+    """mode=eval: score the probes of a finished run on `eval.split`, without controls.
+
+    Args:
+        fitted: configuration of the finished run; data, device and cache are those of now.
+        cfg: of this run.
+
+    Raises:
+        UserError: no such checkpoint, or the activations at hand are not those the probes were fitted on.
+    """
+    split, rows = cfg.eval.split, check(fitted)
+    samples = {name: open_samples(of_row, run.say, [split]) for name, of_row in rows.items()}
+    run.rest_on(trainer.rests_on_run(run, {name: {split: fingerprints(s[split])} for name, s in samples.items()}))
+    results, resampling = [], Resampling.read(fitted)
+    for name, of_row in rows.items():
+        options, sample, seeds = trainer.FitOptions.read(of_row), samples[name][split], read_seeds(of_row.trainer.seeds)
+        subject, answers = Subject(name, "", of_row.probe, samples[name], seeds), {}
+        check_samples(samples[name], of_row)
+        run.say(f"scoring {run.source} ({name}, {cfg.eval.checkpoint}) on {split}")
+        for part in parts_of(of_row):
+            task, of_part = Code(seeds, part), subject._replace(part=part)
+            stack = trainer.load_stack(run.source, of_part.name, cfg.eval.checkpoint, task, sample)
+            check_loaded(stack[0], task, sample)
+            stack = [probe.to(options.device) for probe in stack]
+            answers[part] = trainer.evaluate(task, stack, of_part, options, split=split)
+        results.append(combine(answers, sample, notes_of(of_row, sample)))
+        write_records(run, results[-1], resampling, split=split, flags=flags)
+    return show(results, fitted, run, resampling)
+
+
+def check_loaded(probe: Probe, task: Code, sample: PatchSample) -> None:
+    """Refuse a data set of other codes than a loaded probe reads."""
+    n_bits, n_tokens = task.n_bits(sample), sample.tokens.shape[2]
+    if probe.n_bits != n_bits or probe.n_tokens != n_tokens:
+        raise UserError(
+            f"the checkpoint reads {task.name} as {probe.n_bits} bits from {probe.n_tokens} tokens, these images have "
+            f"{n_bits} bits and {n_tokens} tokens; score it on a data set with the same feature groups"
         )
-    ]
-
-    def __init__(self, cfg: DictConfig, seeds: Sequence[int] | None = None) -> None:
-        super().__init__(cfg, seeds)
-        names = [*LABELS] if cfg.binding.conditional else ["Y", "F"]
-        self._parts = [Code(cfg, self.seeds, name) for name in names]
-
-    @classmethod
-    def rows(cls, cfg: DictConfig) -> list[tuple[str, DictConfig]]:
-        """One row; with probe.mode=ladder every entry of `binding.ladder`, the run's settings changed by what it names.
-
-        Raises:
-            UserError: no entry, one that names something unknown, or two of one name.
-        """
-        if cfg.probe.mode != LADDER:
-            return [("probe", cfg)]
-        found: dict[str, DictConfig] = {}
-        for number, entry in enumerate(OmegaConf.to_container(cfg.binding, resolve=True)["ladder"] or [], start=1):
-            changes = dict(entry)
-            name = changes.pop("name", None)
-            if name is not None and (not NAME.fullmatch(str(name)) or str(name) in CONTROL_LABELS):
-                raise UserError(
-                    f"binding.ladder, entry {number}: got name '{name}', expected letters, digits, spaces and . _ = + - (it "
-                    f"names files), and none of {', '.join(CONTROL_LABELS)}"
-                )
-            try:
-                own = OmegaConf.merge(cfg, changes)
-            except OmegaConfBaseException as error:
-                raise UserError(f"binding.ladder, entry {number}: {str(error).splitlines()[0]}") from error
-            name = str(name or f"{own.model.output_mode}-{own.probe.mode}")
-            if found.get(name) == own:  # model.output_mode may make two entries the same
-                continue
-            if name in found or own.probe.mode == LADDER:
-                raise UserError(f"binding.ladder, entry {number}: '{name}' is there twice or names no probe; set its name")
-            found[name] = own
-        if not found:
-            raise UserError("binding.ladder is empty; list what to compare, or set probe.mode to one probe")
-        return list(found.items())
-
-    def check_probe(self, cfg: DictConfig) -> None:
-        """Refuse an unknown probe, a *_reuse probe for F, attention without all tokens."""
-        settings = OmegaConf.to_container(cfg.probe, resolve=True)
-        asked = {"mode": settings["mode"], "F.mode": settings["F"]["mode"], "F.fallback": settings["F"]["fallback"]}
-        for name, mode in asked.items():
-            if mode is not None and mode not in BINDING_PROBES:
-                raise UserError(f"unknown probe.{name} '{mode}'; valid: {', '.join([LADDER, *BINDING_PROBES])}")
-        check_knobs({"": settings, "F.": settings["F"]})
-        modes = {"Y": settings["mode"], "F": (settings | feature_settings(settings, settings["F"]))["mode"]}
-        for code, mode in modes.items():
-            if mode == "attention_quadratic" and cfg.model.output_mode != "all":
-                raise UserError(
-                    f"probe.mode={mode} (for {code}) attends to patch tokens and model.output_mode={cfg.model.output_mode} "
-                    "has none; set model.output_mode=all"
-                )
-
-    def parts(self) -> list[Task]:
-        """The fits of Y and of F, perhaps of Y given F."""
-        return self._parts
-
-    def check(self, samples: Mapping[str, PatchSample]) -> None:
-        """Refuse data without codes, and attention over tokens that do not begin with a class token."""
-        for split, sample in samples.items():
-            if "object_code" not in sample.labels or "feature_code" not in sample.labels:
-                raise UserError(
-                    f"split {split} carries no object and feature codes; mode={self.cfg.mode} needs a data set of codes, "
-                    "for instance dataset=balancedcolorshape"
-                )
-            if not sample.meta["facts"]["has_class_token"] and "attention" in f"{self.cfg.probe.mode} {self.cfg.probe.F.mode}":
-                raise UserError(
-                    f"probe.mode=attention_quadratic reads the class token and {sample.meta['facts']['name']} has none; "
-                    "take another probe or backbone"
-                )
-
-    def introduce(self, samples: Mapping[str, PatchSample], run: Run) -> None:
-        """Print and record what decides whether scores of splits can be compared."""
-        labels = {split: {k: v.numpy() for k, v in sample.labels.items()} for split, sample in samples.items()}
-        found, rows = split_report(labels), []
-        for split, facts in found["splits"].items():
-            info, report = samples[split].info, samples[split].meta["report"]
-            exact = {name: info.get(name) for name in ("H_Y", "H_F", "H_Y_all_splits", "H_F_all_splits")}
-            facts = {**{("H_F_plug_in" if k == "H_F" else k): v for k, v in facts.items()}, **exact}
-            more = {k: v for k, v in report.items() if k not in facts and isinstance(v, int | float | str)}
-            run.write({"kind": "split", "split": split, **facts, **more})
-            support = f" of {report['support_F']}" if "support_F" in report else ""  # codes the split may hold
-            rows.append([
-                split, str(facts["n"]), f"{facts['distinct_F']}{support}", str(facts["distinct_Y"]),
-                f"{facts['largest_F_mass']:.1%}",
-                *(_bits(facts[name]) for name in ("E_H_Y_given_F", "H_F", "H_F_plug_in", "H_Y")), report["prior"],
-            ])  # fmt: skip
-        titles = ["split", "n", "distinct F", "distinct Y", "largest F", "E H(Y|F)", "H(F)", "H(F) plug-in", "H(Y)", "prior"]
-        run.say(format_table(titles, rows))
-        shares = [f"{pair}: F {share['F']:.0%}, Y {share['Y']:.0%}" for pair, share in found["overlap"].items()]
-        run.say("codes that occur in both splits, share of images; " + "; ".join(shares))
-        for (one, first), (other, second) in itertools.combinations(samples.items(), 2):
-            if shared := sorted(set(first.keys) & set(second.keys)):
-                text = f"{one} and {other} share {len(shared)} images, such as {shared[0]}; scores on {other} flatter"
-                found["warnings"].append(text)
-        for split, sample in samples.items():
-            found["warnings"] += [f"{split}: {text}" for text in sample.meta["report"].get("warnings", ())]
-        run.write({"kind": "splits", "overlap": found["overlap"], "warnings": found["warnings"]})
-        for warning in found["warnings"]:
-            run.say(f"warning: {warning}")
-
-    def combine(self, found: Sequence[list[Scores]], sample: PatchSample) -> list[Scores]:
-        """Losses, accuracies and information of every fit, in one block."""
-        loss, metrics = {}, {}
-        for part, (scores,) in zip(self._parts, found, strict=True):
-            loss[part.name] = metrics[f"loss_{part.name}"] = scores.metrics["loss"]
-            metrics[f"accuracy_{part.name}"] = scores.metrics["accuracy"]
-        entropy = sample.labels["H_Y_given_F"].double().flatten()
-        metrics |= binding_estimates(loss, entropy, sample.info)
-        facts = {
-            "probe": self.cfg.probe.mode,
-            "probe_F": self._parts[1].settings(self.cfg.probe)["mode"],
-            "output_mode": self.cfg.model.output_mode,
-            "prior": sample.meta["report"]["prior"],
-            "H_Y": sample.info.get("H_Y"),
-            "H_F": sample.info.get("H_F"),
-            "H_Y_given_F": float(entropy.mean()),
-        }
-        counts = {"n_images": len(entropy)}
-
-        def flag(values: Mapping[str, float]) -> list[str]:
-            return suspicions(values, facts["H_F"])
-
-        return [Scores("binding", "", "images", metrics, counts, [], facts, (-math.inf, math.inf), True, flag)]
-
-    def table(self, summary: Sequence[Scored], counts: Tensor) -> str:
-        """Every row and layer; ± is half of the 95 % interval."""
-        names = ["loss_Y", "loss_F", "information_Y", "information_F", "binding_information", "ratio"]
-        titles = ["L_Y", "L_F", "I(Y;Z)", "I(F;Z)", "binding inf.", "ratio"]
-        if self.cfg.binding.conditional:
-            names, titles = [*names, "lower_bound", "ratio_lower"], [*titles, "lower bound", "ratio ≥"]
-        body: list[list[str]] = []
-        warnings: dict[str, dict[str, list[str]]] = {}  # text -> row -> layers
-        for scored in summary:
-            block = scored.scores[0]
-            means = {key: mean_over_seeds(e, len(scored.seeds)).value for key, e in block.metrics.items()}
-            ends = {key: block_interval(block.metrics[key], block, len(scored.seeds), counts) for key in means}
-            for index, layer in enumerate(scored.layers):
-                cells = []
-                for name in names:
-                    digits = 3 if "ratio" in name else 2
-                    if name in means:
-                        low, high = (float(end[index]) for end in ends[name])
-                        cells.append(f"{float(means[name][index]):.{digits}f} ±{(high - low) / 2:.{digits}f}")
-                    else:
-                        cells.append("–")
-                label = row_label(scored.name, block.facts)
-                body.append([label, str(layer), *cells])
-                for text in block.flag({key: float(value[index]) for key, value in means.items()}):
-                    warnings.setdefault(text, {}).setdefault(label, []).append(str(layer))
-        block, seeds = summary[0].scores[0], sorted({len(scored.seeds) for scored in summary}, reverse=True)
-        given = ", ".join(f"{name} {_bits(block.facts[key])}" for name, key in (
-            ("H(Y)", "H_Y"), ("H(F)", "H_F"), ("H(Y|F)", "H_Y_given_F"),
-        ))  # fmt: skip
-        note = (
-            f"bits per image, {block.counts['n_images']} images, prior {block.facts['prior']}: {given}; "
-            f"mean over {seeds[0]} seed{'s' * (seeds[0] > 1)}{f' (controls {seeds[-1]})' if len(seeds) > 1 else ''}, "
-            "± half of the 95 % interval over images and seeds"
-        )
-        readers = {(f["probe"], f["probe_F"]) for f in (scored.scores[0].facts for scored in summary)}
-        swapped = [f"F is read by {other}, Y by {mode}" for mode, other in sorted(readers) if mode != other]
-        flagged = []
-        for text, where in warnings.items():
-            places = "; ".join(f"{label}, layer {', '.join(layers)}" for label, layers in where.items())
-            everywhere = len(body) > 1 and sum(map(len, where.values())) == len(body)
-            flagged.append(f"warning: {text}: {'every row' if everywhere else places}")
-        return "\n".join([format_table(["tokens and probe", "layer", *titles], body), "; ".join([note, *swapped]), *flagged])
-
-    def illustrate(self, scored: Scored, stacks: Sequence[Sequence[Probe]], sample: PatchSample, run: Run) -> None:
-        """Training curves of the row, and what its best layer reads from a few test images."""
-        figures = importlib.import_module("binding.figures")  # here: no fit depends on matplotlib
-        names = {f"{scored.name}/{part.name}" for part in self._parts}  # not those of its controls, fitted by an earlier run
-        history = [record for record in read_records(run.dir / "history.jsonl") if record["name"] in names]
-        n_bits = {part.name: sample.labels[part.labels[-1]].shape[1] for part in self._parts}
-        figures.write_training_curves(history, n_bits, run.dir / f"training-{scored.name}.png")
-        examples = decoded_examples(scored, stacks[0], sample, self.cfg)
-        plain = [{k: v for k, v in example.items() if k != "image"} for example in examples]
-        write_atomically(run.dir / f"decoded-{scored.name}.json", json.dumps(plain, indent=1) + "\n")
-        figures.write_examples(examples, run.dir / f"decoded-{scored.name}.png")
 
 
-def row_label(name: str, facts: Mapping[str, Any]) -> str:
-    """What a row of the table is called: tokens and probe, or the name it was given in `binding.ladder`; then its control."""
-    row, _, control = name.rpartition("/")
-    plain = f"{facts['output_mode']} {facts['probe']}"
-    label = row or ("" if control in CONTROL_LABELS else control)
-    label = plain if label in ("", "probe", plain.replace(" ", "-")) else label
-    return label + (f", {CONTROL_LABELS[control]}" if control in CONTROL_LABELS else "")
+def show(results: Sequence[ProbeResult], cfg: DictConfig, run: Run, resampling: Resampling) -> dict[str, Any]:
+    """Write the layer curve as table and figure, print the table."""
+    from binding.figures import write_layer_curve  # here: no fit waits for matplotlib
+
+    text = information_table(results, resampling, conditional=bool(cfg.binding.conditional))
+    return present(results, COLUMNS, resampling, run, draw=write_layer_curve, text=text)
 
 
-def _bits(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
+def illustrate(result: ProbeResult, stack: Sequence[Probe], sample: PatchSample, cfg: DictConfig, run: Run) -> None:
+    """Training curves of a row, and what its best layer reads from a few test images."""
+    from binding.figures import write_examples, write_training_curves
+
+    # A finished run that is shown again has the epochs of its controls in its history too.
+    mine = [r for r in read_records(run.dir / "history.jsonl") if (r["row"], r["control"]) == (result.row, "")]
+    n_bits = {part: sample.labels[LABELS[part][-1]].shape[1] for part in parts_of(cfg)}
+    write_training_curves(mine, n_bits, run.dir / f"training-{result.row}.png")
+    examples = decoded_examples(result, stack, sample, cfg)
+    plain = [{k: v for k, v in example.items() if k != "image"} for example in examples]
+    write_atomically(run.dir / f"decoded-{result.row}.json", json.dumps(plain, indent=1) + "\n")
+    write_examples(examples, run.dir / f"decoded-{result.row}.png")

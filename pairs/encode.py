@@ -40,7 +40,7 @@ class FittedRun(NamedTuple):
     @property
     def score_name(self) -> str:
         """What the score of a pair is called: only a pairwise probe estimates a probability."""
-        if self.probes[0].kind == "pairwise":
+        if self.probes[0].arity == "pairwise":
             return "P(same object)"
         return "class agreement" if self.cfg.task == "class" else "read-out agreement"
 
@@ -49,7 +49,7 @@ class FittedRun(NamedTuple):
         forms = []
         for probe in self.probes:
             fits = slice(None)
-            if probe.kind == "pairwise":
+            if probe.arity == "pairwise":
                 variants = list(self.cfg.protocol.pairs.fit)
                 n_seeds = len(probe.seeds) // len(variants)
                 start = variants.index("all") * n_seeds if "all" in variants else 0

@@ -330,6 +330,6 @@ def explorer_page(
 
 def _scores_note(runs: Sequence[FittedRun]) -> str:
     """What the numbers of the probe are."""
-    if runs[0].probes[0].kind == "pairwise":
+    if runs[0].probes[0].arity == "pairwise":
         return "Score of a pair of patches: the probability that they show one object, by the probe, mean over its seeds."
     return "Score of a pair of patches: inner product of the two distributions the probe reads out, mean over its seeds."

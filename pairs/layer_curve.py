@@ -31,11 +31,12 @@ def draw_layer_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[Sequen
     A control with one layer of its own (position, pixels, class oracle) is a level line across the panel.
 
     Args:
-        rows: "name" (the probe's is "probe"), "layer" ("embed" or a block), "layer_index", "block", "metric", "value",
-            "low", "high"; "question" and "readout" where there are several. Undefined values (nan, None) are left out.
-        columns: (question, readout, block, metric, title) per panel; None: one panel per AUROC in the rows.
+        rows: "name" (the probe's is "probe"), "layer" ("embed" or a block), "layer_index", "subset",
+            "metric", "value", "low", "high"; "question" and "readout" where there are several. Undefined values (nan,
+            None) are left out.
+        columns: (question, readout, subset, metric, title) per panel; None: one panel per AUROC in the rows.
     """
-    keys = ("question", "readout", "block", "metric")
+    keys = ("question", "readout", "subset", "metric")
     if columns is None:
         found = dict.fromkeys(tuple(row.get(k) for k in keys) for row in rows if row["metric"] == "auroc")
         columns = [(*key, f"{str(key[2]).replace('_', ' ')} AUROC") for key in found]

@@ -93,7 +93,7 @@ def _pair_form(probe: Probe, fits: slice, at: int) -> PairForm:
     features, link, encoder, encoder_bias, form = "tokens", "sigmoid", None, None, None
     gain, width = torch.zeros(n_seeds), dim
     left = right = None
-    bias = take(probe.bias) if probe.kind == "pairwise" else torch.zeros(n_seeds)
+    bias = take(probe.bias) if probe.arity == "pairwise" else torch.zeros(n_seeds)
     match probe:
         case Linear():
             left = right = take(probe.weight)
@@ -114,7 +114,7 @@ def _pair_form(probe: Probe, fits: slice, at: int) -> PairForm:
         case Cosine() | DotProduct():
             features = "unit" if isinstance(probe, Cosine) else "tokens"
             gain = torch.ones(n_seeds) if probe.scale is None else take(probe.scale)
-        case _ if probe.kind == "pointwise":
+        case _ if probe.arity == "pointwise":
             features, link = "softmax", "none"
             encoder, encoder_bias = take(probe.weight), take(probe.bias)
             gain, width = torch.ones(n_seeds), encoder.shape[1]

@@ -1,208 +1,296 @@
-"""Questions asked about patches: IsSameObject of two tokens, the class and the object of one.
+"""Questions about patches of one image: do two belong together, what class is one, which object is it on.
 
-pairwise   IsSameObject from the tokens of two patches (mode=train)
-class      the class of every patch (mode=train_class); pairs are scored by how far two read-outs agree
-identity   mask queries per image (mode=train_identity); pairs are scored the same way
+    pairwise   IsSameObject from the tokens of two patches (mode=train)
+    class      the class of every patch (mode=train_class); pairs are scored by how far two read-outs agree
+    identity   mask queries per image (mode=train_identity); pairs are scored the same way
+
+`run` is the entry of these modes, `run_eval` scores the checkpoints of a finished run again.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from activation import PatchSample
+import trainer
+from activation import PatchSample, fingerprints, open_samples
 from backbones.attention import next_block_query_key
 from backbones.load import backbone_facts, load_backbone, resolve_layers
+from controls import CONTROLS, PROBE_ROW, Opened, Subject, build_controls
 from errors import UserError
-from metrics.bootstrap import ratio_estimate
+from pairs.collector import PairCollector
 from pairs.losses import agreement, class_loss, identity_loss, pair_bce
-from pairs.scores import PairScores, pair_strata
-from probes import Probe, Projections
-from tasks import Batch, Scores, StackEntry, Task
+from probes import PROBES, Probe, Projections, build_probe
+from runs.run import Run
+from show.records import Column, Resampling, write_records
+from show.tables import present, table
+from tasks import Batch, Collector, ProbeResult, Task, find_task, read_seeds
+
+ACCURACIES = {"upper": "accuracy", "upper_diagonal": "accuracy_upper_diagonal", "all": "accuracy_all"}
+VARIANTS = ("all", "foreground")
 
 
-class PairScored(Task):
-    """What the tasks share whose answers are scored on pairs of patches."""
+class PairTask(Task):
+    """What tasks share that are scored on pairs of patches."""
 
-    def scorer(self, sample: PatchSample, n_layers: int) -> "Scorer":
-        """Collects the scores of every image of a sample."""
-        return Scorer(self, sample, n_layers)
+    labels = ("identity", "class", "valid")
+    questions = ("is_same_object", "same_class")
 
-    def pair_scores(self, logits: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Read-out name and pair scores [S, L, B, T, T] in [0, 1] of pointwise logits [S, L, B, T, K].
+    def build_probe(self, probe_cfg: Mapping[str, Any], sample: PatchSample, layers: Sequence) -> Probe:
+        """A fresh stack, with one output per class of the data set where the probe reads classes."""
+        seeds, dim = [fit.seed for fit in self.fits()], sample.tokens.shape[-1]
+        return build_probe(probe_cfg, seeds=seeds, layers=list(layers), dim=dim, n_classes=len(sample.meta["classes"]))
 
-        Args:
-            logits: of a probe of this task.
-        """
+    def readouts(self, logits: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Read-out name and pair scores [S, L, B, T, T] in [0, 1] of pointwise logits [S, L, B, T, K]."""
         yield "inner_product", agreement(logits, "inner")
         yield "argmax", agreement(logits, "argmax")
 
+    def collector(self, sample: PatchSample, n_layers: int) -> Collector:
+        """Collects the pair scores of every image."""
+        return PairCollector(self, sample, n_layers)
 
-class Pairwise(PairScored):
+
+class Pairwise(PairTask):
     """IsSameObject from two tokens; one fit sees all pairs, where the protocol says so another only pairs on objects.
 
     The fit on all pairs mostly learns figure against ground and says little about pairs inside the foreground, so the
-    blocks inside the foreground are scored with the fit that saw only those.
+    subsets inside the foreground are scored with the fit that saw only those.
+
+    Args:
+        pairs: which pairs the loss counts, a key of ACCURACIES.
     """
 
-    kind = "pairwise"
+    questions = ("is_same_object",)
 
-    def __init__(self, cfg: DictConfig, seeds: Sequence[int] | None = None) -> None:
-        super().__init__(cfg, seeds)
-        accuracies = {"upper": "accuracy", "upper_diagonal": "accuracy_upper_diagonal", "all": "accuracy_all"}
-        pairs = cfg.protocol.pairs
-        for key, value in (("accuracy", pairs.accuracy), ("loss", pairs.loss)):
-            if value not in accuracies:
-                raise UserError(f"unknown protocol.pairs.{key} '{value}'; valid: {', '.join(accuracies)}")
-        self.columns = [
-            ("is_same_object", "logit", "all", "auroc", "all pairs AUROC"),
-            ("is_same_object", "logit", "all", accuracies[pairs.accuracy], "all pairs accuracy"),
-            ("is_same_object", "logit", "foreground", "auroc", "foreground AUROC"),
-            ("is_same_object", "logit", "same_class_matched", "auroc", "same class, matched AUROC"),
-        ]
-        self.stack = [StackEntry(seed, variant) for variant in pairs.fit for seed in self.seeds]
-        unknown = {entry.variant for entry in self.stack} - {"all", "foreground"}
-        if unknown:
-            raise UserError(f"protocol.pairs.fit names '{unknown.pop()}'; valid: all, foreground")
-        if cfg.probe.mode == "attention":  # said here, not after an extraction
-            depth = backbone_facts(cfg.model).depth
-            layers = resolve_layers(cfg.model.layers, depth)
-            if depth - 1 in layers:
-                taken = [layer for layer in layers if layer != depth - 1] or ["embed"]
-                raise UserError(
-                    f"probe.mode=attention reads with the block after each layer and no block comes after layer {depth - 1}; "
-                    f"set model.layers=[{','.join(map(str, taken))}]"
-                )
+    def __init__(
+        self, seeds: Sequence[int], variants: Sequence[str] = VARIANTS, per_visit: int | None = None, *, pairs: str = "upper"
+    ) -> None:
+        super().__init__(seeds, variants, per_visit)
+        self.pairs = pairs
 
-    def build_probe(self, probe_cfg: Mapping, sample: PatchSample, layers: Sequence, **given: Any) -> Probe:
-        """A stack of pair probes; the attention probe is given the frozen projections of the block after each layer."""
-        if probe_cfg["mode"] == "attention":
-            backbone = load_backbone(sample.meta["model"], torch.device("cpu"))
-            given["projections"] = {layer: Projections(*next_block_query_key(backbone, layer)) for layer in layers}
-        return super().build_probe(probe_cfg, sample, layers, **given)
+    def build_probe(self, probe_cfg: Mapping[str, Any], sample: PatchSample, layers: Sequence) -> Probe:
+        """A stack of pair probes; the attention probe takes the frozen projections of the block after each layer."""
+        if probe_cfg["mode"] != "attention":
+            return super().build_probe(probe_cfg, sample, layers)
+        backbone = load_backbone(sample.meta["model"], torch.device("cpu"))
+        projections = {layer: Projections(*next_block_query_key(backbone, layer)) for layer in layers}
+        seeds, dim = [fit.seed for fit in self.fits()], sample.tokens.shape[-1]
+        return build_probe(probe_cfg, seeds=seeds, layers=list(layers), dim=dim, projections=projections)
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Mean binary cross-entropy [S, L] over the protocol's pairs (`protocol.pairs.loss`)."""
-        parts, n_seeds, pairs = [], len(self.seeds), self.cfg.protocol.pairs.loss
-        identity, valid = batch.labels["identity"], batch.labels["valid"]
-        same = identity[:, :, None] == identity[:, None, :]
-        for first in range(0, len(self.stack), n_seeds):
-            foreground = self.stack[first].variant == "foreground"
-            used = valid & (identity > 0) if foreground else valid
-            parts.append(pair_bce(logits[first : first + n_seeds], same, pairs=pairs, valid=used))
-        return torch.cat(parts)
+        identity, valid = batch.labels["identity"], batch.labels["valid"]  # [B, T]
+        same = identity[:, :, None] == identity[:, None, :]  # [B, T, T]
+        losses = []
+        for variant, of_variant in zip(self.variants, logits.split(len(self.seeds)), strict=True):
+            counted = valid & (identity > 0) if variant == "foreground" else valid
+            losses.append(pair_bce(of_variant, same, pairs=self.pairs, valid=counted))
+        return torch.cat(losses)
 
-    def pair_scores(self, logits: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def readouts(self, logits: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The logits themselves are the scores."""
         yield "logit", logits
 
 
-class Class(PairScored):
+class ClassReadout(PairTask):
     """The class of a patch by a linear read-out; 0 (background, unlabelled) is a class like any other."""
-
-    columns = [*Task.columns, ("class", "argmax", "patches", "accuracy", "class accuracy")]
-
-    def build_probe(self, probe_cfg: Mapping, sample: PatchSample, layers: Sequence, **given: Any) -> Probe:
-        """A stack with one output per class of the data set."""
-        return super().build_probe(probe_cfg, sample, layers, n_classes=len(sample.meta["classes"]), **given)
-
-    def refuse(self, probe: Probe, sample: PatchSample) -> None:
-        """Also refuse a data set of other classes."""
-        super().refuse(probe, sample)
-        fitted, found = probe.facts["classes"], list(sample.meta["classes"])
-        if fitted != found:
-            raise UserError(
-                f"the checkpoint names {len(fitted) - 1} classes ({', '.join(fitted[1:4])} …), these images have "
-                f"{len(found) - 1} ({', '.join(found[1:4])} …); score it on data of the same classes"
-            )
-
-    def outputs_per_token(self, sample: PatchSample, n_tokens: int, probe_cfg: Mapping) -> int:
-        """Pair scores outweigh the classes."""
-        return 2 * n_tokens
-
-    def check(self, samples: Mapping[str, PatchSample]) -> None:
-        """Also refuse data without class maps."""
-        super().check(samples)
-        for split, sample in samples.items():
-            if not bool((sample.labels["class"] > 0).any()):
-                raise UserError(f"split {split} carries no class labels; mode={self.cfg.mode} needs class maps")
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy [S, L], mean over valid patches."""
         return class_loss(logits, batch.labels["class"], valid=batch.labels["valid"])
 
+    def collector(self, sample: PatchSample, n_layers: int) -> Collector:
+        """Also counts right classes."""
+        return PairCollector(self, sample, n_layers, count_classes=True)
 
-class Identity(PairScored):
+
+class IdentityReadout(PairTask):
     """Which object of its image a patch belongs to, by mask queries matched to objects."""
-
-    def outputs_per_token(self, sample: PatchSample, n_tokens: int, probe_cfg: Mapping) -> int:
-        """Queries and pair scores."""
-        return 2 * n_tokens + int(probe_cfg["n_queries"])
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Matched dice and binary cross-entropy [S, L]; 0 for a batch without an object."""
         return identity_loss(logits, batch.labels["identity"], valid=batch.labels["valid"])
 
 
-class Scorer:
-    """Collects per-image scores batch by batch and turns them into blocks; the one place where scores are summed."""
+# ------------------------------------------------------------------------------------------------------------- entries
 
-    def __init__(self, task: Task, sample: PatchSample, n_layers: int) -> None:
-        self.task = task
-        n_images, n_tokens = sample.position.shape[:2]
-        rows = task.visited_tokens(n_images, n_tokens, None)
-        pick = lambda x: x if rows is None else x.gather(1, rows)
-        labels = {name: pick(sample.labels[name]) for name in ("identity", "class", "valid")}
-        place = sample.labels["place"] if rows is None else sample.labels["place"].gather(1, rows[..., None].expand(-1, -1, 2))
-        place = torch.cat([torch.zeros_like(place[..., :1]), place], -1)  # one frame: distances reach across windows
-        strata = {"is_same_object": pair_strata(labels["identity"], labels["class"], labels["valid"], place)}
-        if task.kind == "pointwise":
-            # "Same class" asked as if every class were one object: background stays background.
-            strata["same_class"] = pair_strata(labels["class"], None, labels["valid"], place)
-        n_seeds = len(task.seeds)
-        variants = list(dict.fromkeys(entry.variant for entry in task.stack))
-        self.parts: dict[tuple[str, str, str], PairScores] = {}
-        self.slices = {v: slice(i * n_seeds, (i + 1) * n_seeds) for i, v in enumerate(variants)}
-        self.new = lambda question, readout: PairScores(
-            strata[question], n_seeds * n_layers, threshold=0.0 if readout == "logit" else 0.5
+ARITY = {"pairwise": "pairwise", "class": "pointwise", "identity": "pointwise"}
+# The similarities are probes of two tokens, so they stand beside those alone.
+POINTWISE_CONTROLS = [name for name in CONTROLS if name not in ("cosine", "dot_product")]
+
+
+def columns(task: str, accuracy: str) -> list[Column]:
+    """What table and figure show of a task; the first one ranks the layers."""
+    if task == "pairwise":
+        return [
+            Column("is_same_object", "logit", "all", "auroc", "all pairs AUROC"),
+            Column("is_same_object", "logit", "all", ACCURACIES[accuracy], "all pairs accuracy"),
+            Column("is_same_object", "logit", "foreground", "auroc", "foreground AUROC"),
+            Column("is_same_object", "logit", "same_class_matched", "auroc", "same class, matched AUROC"),
+        ]
+    shared = [
+        Column("is_same_object", "inner_product", "all", "auroc", "same object AUROC"),
+        Column("is_same_object", "argmax", "all", "accuracy", "same object accuracy"),
+        Column("is_same_object", "inner_product", "same_class_matched", "auroc", "same class, matched AUROC"),
+        Column("same_class", "inner_product", "all", "auroc", "same class AUROC"),
+    ]
+    patches = [Column("class", "argmax", "patches", "accuracy", "class accuracy")] if task == "class" else []
+    return shared + patches
+
+
+def task_maker(cfg: DictConfig) -> Callable[[Sequence[int]], Task]:
+    """Read what a task of pairs takes from the configuration; the task itself still lacks its seeds.
+
+    Raises:
+        UserError: an option or probe this task does not take.
+    """
+    check_probe(cfg)
+    kind, per_visit, pairs = find_task(cfg.task), cfg.protocol.selection.get("per_visit"), cfg.protocol.pairs
+    for key, value in (("accuracy", pairs.accuracy), ("loss", pairs.loss)):
+        if value not in ACCURACIES:
+            raise UserError(f"unknown protocol.pairs.{key} '{value}'; valid: {', '.join(ACCURACIES)}")
+    unknown = [variant for variant in pairs.fit if variant not in VARIANTS]
+    if unknown:
+        raise UserError(f"protocol.pairs.fit names '{unknown[0]}'; valid: {', '.join(VARIANTS)}")
+    if cfg.task != "pairwise":
+        return partial(kind, per_visit=per_visit)
+    return partial(kind, variants=list(pairs.fit), per_visit=per_visit, pairs=pairs.loss)
+
+
+def check_probe(cfg: DictConfig) -> None:
+    """Refuse a probe that is unknown or asks something else, and tokens it cannot be asked about."""
+    mode, arity = cfg.probe.mode, ARITY[cfg.task]
+    if cfg.model.output_mode not in ("patches", "all"):
+        raise UserError(
+            f"model.output_mode={cfg.model.output_mode} and mode={cfg.mode} scores pairs of patches: expected patches or "
+            "all, set model.output_mode=patches"
         )
-        self.questions = list(strata)
-        self.labels = labels
-        self.right: list[Tensor] = []
+    if mode not in PROBES:
+        raise UserError(f"unknown probe.mode '{mode}'; valid: {', '.join(PROBES)}")
+    if PROBES[mode].arity != arity:
+        fitting = ", ".join(name for name, probe in PROBES.items() if probe.arity == arity)
+        raise UserError(
+            f"probe.mode={mode} scores {PROBES[mode].arity} and mode={cfg.mode} needs a {arity} probe; valid: {fitting}"
+        )
+    if mode == "attention":  # refused here, not after an extraction
+        depth = backbone_facts(cfg.model).depth
+        layers = resolve_layers(cfg.model.layers, depth)
+        if depth - 1 in layers:
+            kept = [layer for layer in layers if layer != depth - 1] or ["embed"]
+            raise UserError(
+                f"probe.mode=attention reads with the block after each layer and no block comes after layer {depth - 1}; "
+                f"set model.layers=[{','.join(map(str, kept))}]"
+            )
 
-    def add(self, batch: Batch, logits: Tensor) -> None:
-        """Take in the logits of a batch of images."""
-        for readout, scores in self.task.pair_scores(logits):
-            self.add_pairs(batch, readout, scores)
-        if self.task.kind == "pointwise" and isinstance(self.task, Class):
-            hit = (logits.argmax(-1) == batch.labels["class"]) & batch.labels["valid"]
-            self.right.append(hit.sum(-1).flatten(0, 1).cpu())  # [S * L, B]
 
-    def add_pairs(self, batch: Batch, readout: str, scores: Tensor) -> None:
-        """Take in pair scores [S, L, B, T, T]: of a read-out, or made from labels alone."""
-        for question in self.questions:
-            for variant, part in self.slices.items():
-                key = (question, readout, variant)
-                if key not in self.parts:
-                    self.parts[key] = self.new(question, readout)
-                self.parts[key].add(batch.images, scores[part])
+def check_samples(samples: Mapping[str, PatchSample], mode: str, task: str) -> None:
+    """Refuse splits no pair can be scored on.
 
-    def finish(self) -> list[Scores]:
-        """Every block of every question, each from the fit that was made for it."""
-        found = []
-        for (question, readout, variant), part in self.parts.items():
-            names = ["all", "foreground", "same_class", "same_class_matched"]
-            if len(self.slices) > 1:
-                names = names[1:] if variant == "foreground" else names[:1]
-            if question == "same_class":  # the blocks inside a class are empty by construction
-                names = [name for name in names if not name.startswith("same_class")]
-            for block, scored in part.evaluate(names).items():
-                found.append(Scores(question, readout, block, scored.metrics, scored.counts, scored.distance))
-        if self.right:
-            asked = self.labels["valid"].sum(1)  # [M]; an image may have none
-            accuracy = ratio_estimate(torch.cat(self.right, 1), asked)
-            counts = {"n_patches": int(asked.sum()), "n_images": int((asked > 0).sum())}
-            found.append(Scores("class", "argmax", "patches", {"accuracy": accuracy}, counts, []))
-        return found
+    Raises:
+        UserError: a split lacks pairs of one object or pairs of two, or classes where they are asked for.
+    """
+    for split, sample in samples.items():
+        if "identity" not in sample.labels:
+            raise UserError(f"{sample.meta['dataset']} tells no objects apart, mode={mode} needs maps of them")
+        identity, valid = sample.labels["identity"], sample.labels["valid"]  # [M, T]
+        low = torch.where(valid, identity, identity.max() + 1).amin(1)
+        high = torch.where(valid, identity, -1).amax(1)
+        differ = bool((low < high).any())
+        # Two patches of one identity: fewer distinct identities than valid patches in some image.
+        ordered = torch.where(valid, identity, -1 - torch.arange(identity.shape[1])).sort(1).values
+        agree = bool((ordered[:, 1:] == ordered[:, :-1]).any())
+        if not (differ and agree):
+            raise UserError(
+                f"split {split} has no usable pair: {sample.tokens.shape[1]} images, "
+                f"{'no' if not agree else 'some'} pair of one object and {'no' if not differ else 'some'} pair of two; "
+                "check the labels with mode=check_data, or take more images or patches"
+            )
+        if task == "class" and not bool((sample.labels["class"] > 0).any()):
+            raise UserError(f"split {split} carries no class labels; mode={mode} needs class maps")
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse what the configuration alone shows to be wrong.
+
+    Raises:
+        UserError: the first option that does not serve; no extraction has begun.
+    """
+    task_maker(cfg)(read_seeds(cfg.trainer.seeds))
+    trainer.FitOptions.read(cfg)
+
+
+def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
+    """mode=train, train_class, train_identity: fit and score the probe and its controls on every layer, write, show.
+
+    Returns:
+        {"objective": the best layer's headline score (mean over seeds)}
+
+    Raises:
+        UserError: a mistake in command, data or weights, in one sentence.
+    """
+    make, seeds, options = task_maker(cfg), read_seeds(cfg.trainer.seeds), trainer.FitOptions.read(cfg)
+    samples = open_samples(cfg, run.say)
+    check_samples(samples, cfg.mode, cfg.task)
+    run.rest_on({PROBE_ROW: {split: fingerprints(sample) for split, sample in samples.items()}})
+    subjects = [
+        Subject(PROBE_ROW, "", cfg.probe, samples, seeds),
+        *build_controls(Opened(cfg, samples), CONTROLS if cfg.task == "pairwise" else POINTWISE_CONTROLS, run.say),
+    ]
+    results, resampling = [], Resampling.read(cfg)
+    for subject in subjects:
+        results.append(trainer.probe(run, make(subject.seeds), subject, options))
+        write_records(run, results[-1], resampling, split="test")
+    return show(results, cfg, run, resampling)
+
+
+def run_eval(fitted: DictConfig, cfg: DictConfig, run: Run) -> dict[str, Any]:
+    """mode=eval: score the probe of a finished run on `eval.split`, without controls.
+
+    Args:
+        fitted: configuration of the finished run; data, device and cache are those of now.
+        cfg: of this run.
+
+    Raises:
+        UserError: no such checkpoint, or the activations at hand are not those the probe was fitted on.
+    """
+    make, seeds, options = task_maker(fitted), read_seeds(fitted.trainer.seeds), trainer.FitOptions.read(fitted)
+    split, task = cfg.eval.split, make(seeds)
+    samples = open_samples(fitted, run.say, [split])
+    run.rest_on(trainer.rests_on_run(run, {PROBE_ROW: {split: fingerprints(samples[split])}}))
+    stack = trainer.load_stack(run.source, PROBE_ROW, cfg.eval.checkpoint, task, samples[split])
+    check_loaded(stack[0], fitted, samples[split])
+    check_samples(samples, fitted.mode, fitted.task)
+    run.say(f"scoring {run.source} ({PROBE_ROW}, {cfg.eval.checkpoint}) on {split}")
+    stack = [probe.to(options.device) for probe in stack]
+    subject, resampling = Subject(PROBE_ROW, "", fitted.probe, samples, seeds), Resampling.read(fitted)
+    result = trainer.evaluate(task, stack, subject, options, split=split)
+    write_records(run, result, resampling, split=split)
+    return show([result], fitted, run, resampling)
+
+
+def check_loaded(probe: Probe, fitted: DictConfig, sample: PatchSample) -> None:
+    """Refuse a loaded probe that is not its run's, or data of other classes than it names."""
+    if probe.recipe["mode"] != fitted.probe.mode:
+        raise UserError(
+            f"the checkpoint holds a {probe.recipe['mode']} probe and its run was of probe.mode={fitted.probe.mode}; "
+            "name the run it was fitted in with run=…"
+        )
+    named, present_classes = probe.facts["classes"], list(sample.meta["classes"])
+    if fitted.task == "class" and named != present_classes:
+        raise UserError(
+            f"the checkpoint names {len(named) - 1} classes ({', '.join(named[1:4])} …), these images have "
+            f"{len(present_classes) - 1} ({', '.join(present_classes[1:4])} …); score it on data of the same classes"
+        )
+
+
+def show(results: Sequence[ProbeResult], cfg: DictConfig, run: Run, resampling: Resampling) -> dict[str, Any]:
+    """Write the layer curve as table and figure, print the table."""
+    from pairs.layer_curve import write_layer_curve  # here: no fit waits for matplotlib
+
+    shown = columns(cfg.task, cfg.protocol.pairs.accuracy)
+    text = table(results, shown, resampling)
+    return present(results, shown, resampling, run, draw=write_layer_curve, text=text)

@@ -2,7 +2,7 @@
 
     outputs/<mode>/<model>-<dataset>-<protocol>-<probe>-<hash>/
         config.yaml     the composed configuration            run.json       provenance and status
-        metrics.jsonl   a record per layer, seed and block    history.jsonl  losses per epoch and fit
+        metrics.jsonl   a record per layer, seed and subset   history.jsonl  losses per epoch and fit
         layers.csv      the layer curve, means over seeds     checkpoints/   probes, best and last
         log.txt         what the terminal showed              wandb/         the mirror (offline by default)
 
@@ -129,7 +129,7 @@ class Run:
             return
         steps: dict[int, dict[str, float]] = {}
         for row in rows:
-            series = f"{row['name']}/{row['question']}/{row['block']}/{row['metric']}"
+            series = f"{row['name']}/{row['question']}/{row['subset']}/{row['metric']}"
             steps.setdefault(row["layer_index"], {})[series] = row["value"]
         self.mirror.define_metric("layer_index")
         self.mirror.define_metric("*", step_metric="layer_index")

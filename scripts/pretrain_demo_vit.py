@@ -632,12 +632,12 @@ def evaluate(path: Path, output_dir: Path) -> dict:
         raise UserError("the evaluation failed, see above: " + " ".join(command))
     directory = newest_run(output_dir)
     with open(directory / "layers.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["metric"] == "auroc" and row["block"] in BLOCKS]
+        rows = [row for row in csv.DictReader(file) if row["metric"] == "auroc" and row["subset"] in BLOCKS]
     outcome: dict = {}
     for block, title in BLOCKS.items():
         scores: dict[str, list[dict]] = {}
         for row in rows:
-            if row["block"] == block and row["value"]:
+            if row["subset"] == block and row["value"]:
                 score = {"layer": row["layer"]} | {key: round(float(row[key]), 4) for key in ("value", "low", "high")}
                 scores.setdefault(row["name"], []).append(score)
         best = {name: max(layers, key=lambda score: score["value"]) for name, layers in scores.items()}

@@ -1,103 +1,131 @@
-"""From scores to records: one per layer, seed and block, and one for the mean over seeds with its 95 % interval over images."""
+"""From results to records: one per layer, seed and subset, and one for the mean over seeds with its 95 % interval.
+
+Intervals are over images. Records name their protocol (`Run.identity`), and a table never mixes two.
+"""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 from torch import Tensor
 
 from metrics.bootstrap import Estimate, interval, interval_over_seeds, mean_over_seeds, resample
-from tasks import Scores
+from runs.run import Run
+from tasks import ProbeResult, SubsetResult
 
 
-class Scored(NamedTuple):
-    """The scores of a probe or a control, all layers in order."""
+class Column(NamedTuple):
+    """What a column of a table and a panel of a figure show."""
 
-    name: str
-    layers: list[int | str]
-    seeds: list[int]
-    scores: list[Scores]
+    question: str
+    readout: str
+    subset: str
+    metric: str
+    title: str
 
 
-def records(scored: Scored, cfg: DictConfig, split: str) -> Iterator[dict[str, Any]]:
-    """A record per layer, seed and block with the exact scores, and one for the mean over seeds with its interval."""
-    n_layers, counts = len(scored.layers), None
-    for block in scored.scores:
-        counts = bootstrap_counts(block, cfg) if counts is None else counts
-        means = {key: mean_over_seeds(e, len(scored.seeds)) for key, e in block.metrics.items()}
-        ends = {key: block_interval(e, block, len(scored.seeds), counts) for key, e in block.metrics.items()}
-        bins = [(row, mean_over_seeds(row["auroc"], len(scored.seeds))) for row in block.distance]
-        for index, layer in enumerate(scored.layers):
+class Resampling(NamedTuple):
+    """The bootstrap resamples of the images; the same for every number of a run, so that comparisons are paired."""
+
+    n_boot: int
+    seed: int
+
+    @classmethod
+    def read(cls, cfg: DictConfig) -> "Resampling":
+        """As configured: `trainer.n_boot`, `seed`."""
+        return cls(int(cfg.trainer.n_boot), int(cfg.seed))
+
+    def counts(self, result: ProbeResult) -> Tensor:
+        """How often each image is drawn in each resample, [n_boot, M]."""
+        n_images = next(iter(result.subsets[0].metrics.values())).influence.shape[1]
+        return resample(n_images, self.n_boot, self.seed)
+
+
+# Warnings a record carries, from its subset and its numbers.
+Flags = Callable[[SubsetResult, Mapping[str, float]], list[str]]
+
+
+def no_flags(subset: SubsetResult, metrics: Mapping[str, float]) -> list[str]:
+    """Nothing to warn of."""
+    return []
+
+
+def write_records(run: Run, result: ProbeResult, resampling: Resampling, *, split: str, flags: Flags = no_flags) -> None:
+    """Append the records of a result to metrics.jsonl."""
+    for record in records(result, resampling, split=split, flags=flags):
+        run.write(record)
+
+
+def records(result: ProbeResult, resampling: Resampling, *, split: str, flags: Flags = no_flags) -> Iterator[dict[str, Any]]:
+    """A record per layer, seed and subset with the exact numbers, and one for the mean over seeds with its interval."""
+    n_layers, n_seeds, counts = len(result.layers), len(result.seeds), resampling.counts(result)
+    for subset in result.subsets:
+        means = {key: mean_over_seeds(e, n_seeds) for key, e in subset.metrics.items()}
+        ends = {key: mean_interval(e, subset, n_seeds, counts) for key, e in subset.metrics.items()}
+        bins = [(row, mean_over_seeds(row["auroc"], n_seeds)) for row in subset.distance]
+        for index, layer in enumerate(result.layers):
             common = {
-                "kind": "score", "name": scored.name, "split": split, "layer": layer, "layer_index": index,
-                "question": block.question, "readout": block.readout, "block": block.block, **block.counts, **block.facts,
+                "kind": "score", "name": result.name, "row": result.row, "control": result.control, "split": split,
+                "layer": layer, "layer_index": index, "question": subset.question, "readout": subset.readout,
+                "subset": subset.subset, **subset.counts, **subset.notes,
             }  # fmt: skip
-            for number, seed in enumerate(scored.seeds):
-                fit = number * n_layers + index
-                found = {k: float(e.value[fit]) for k, e in block.metrics.items()}
-                yield {**common, "seed": seed, "metrics": found, **warned(block, found)}
-            found = {key: float(e.value[index]) for key, e in means.items()}
+            for number, seed in enumerate(result.seeds):
+                metrics = {k: float(e.value[number * n_layers + index]) for k, e in subset.metrics.items()}
+                yield {**common, "seed": seed, "metrics": metrics, **_warned(flags(subset, metrics))}
+            metrics = {key: float(e.value[index]) for key, e in means.items()}
             yield {
                 **common,
                 "seed": "mean",
-                "metrics": found,
-                **warned(block, found),
+                "metrics": metrics,
+                **_warned(flags(subset, metrics)),
                 "interval": {key: [float(low[index]), float(high[index])] for key, (low, high) in ends.items()},
                 "distance": [{**row, "auroc": float(e.value[index])} for row, e in bins],
             }
 
 
-def warned(block: Scores, metrics: dict[str, float]) -> dict[str, list[str]]:
-    """The warnings a record carries, if any."""
-    flags = block.flag(metrics)
+def _warned(flags: list[str]) -> dict[str, list[str]]:
     return {"flags": flags} if flags else {}
 
 
-def bootstrap_counts(block: Scores, cfg: DictConfig) -> Tensor:
-    """The resamples of the images; the same for every score of a run, so that comparisons are paired."""
-    n_images = next(iter(block.metrics.values())).influence.shape[1]
-    return resample(n_images, int(cfg.trainer.n_boot), int(cfg.seed))
+def mean_interval(estimate: Estimate, subset: SubsetResult, n_seeds: int, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The 95 % interval of the mean over seeds of fits [S * L], two tensors [L]; over seeds too where the subset says so."""
+    if subset.over_seeds:
+        return interval_over_seeds(estimate, n_seeds, counts, subset.bounds)
+    return interval(mean_over_seeds(estimate, n_seeds), counts, bounds=subset.bounds)
 
 
-def block_interval(estimate: Estimate, block: Scores, n_seeds: int, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The 95 % interval of the mean over seeds of fits [S * L], two tensors [L]; over seeds too where the block says so."""
-    if block.over_seeds:
-        return interval_over_seeds(estimate, n_seeds, counts, block.bounds)
-    return interval(mean_over_seeds(estimate, n_seeds), counts, bounds=block.bounds)
-
-
-def curve_rows(summary: Sequence[Scored], counts: Tensor) -> list[dict[str, Any]]:
-    """One row per name, layer, block and metric: mean over seeds with interval."""
-    rows = []
-    for scored in summary:
-        for block in scored.scores:
-            for metric, estimate in block.metrics.items():
-                mean = mean_over_seeds(estimate, len(scored.seeds))
-                low, high = block_interval(estimate, block, len(scored.seeds), counts)
-                for index, layer in enumerate(scored.layers):
+def curve_rows(results: Sequence[ProbeResult], resampling: Resampling) -> list[dict[str, Any]]:
+    """One row per result, layer, subset and metric: mean over seeds with interval."""
+    rows, counts = [], resampling.counts(results[0])
+    for result in results:
+        for subset in result.subsets:
+            for metric, estimate in subset.metrics.items():
+                mean = mean_over_seeds(estimate, len(result.seeds))
+                low, high = mean_interval(estimate, subset, len(result.seeds), counts)
+                for index, layer in enumerate(result.layers):
                     rows.append({
-                        "name": scored.name, "layer": layer, "layer_index": index, "question": block.question,
-                        "readout": block.readout, "block": block.block, "metric": metric,
-                        "value": float(mean.value[index]), "low": float(low[index]), "high": float(high[index]),
+                        "name": result.name, "row": result.row, "control": result.control, "layer": layer,
+                        "layer_index": index, "question": subset.question, "readout": subset.readout,
+                        "subset": subset.subset, "metric": metric, "value": float(mean.value[index]),
+                        "low": float(low[index]), "high": float(high[index]),
                     })  # fmt: skip
     return rows
 
 
-def find(scored: Scored, column: tuple) -> Estimate | None:
-    """The estimate a column shows; None where this control has none."""
-    question, readout, block, metric, _ = column
-    for found in scored.scores:
-        if (found.question, found.readout, found.block) == (question, readout, block):
-            return found.metrics.get(metric)
+def find(result: ProbeResult, column: Column) -> Estimate | None:
+    """The estimate a column shows; None where this result has none."""
+    for subset in result.subsets:
+        if (subset.question, subset.readout, subset.subset) == column[:3]:
+            return subset.metrics.get(column.metric)
     return None
 
 
-def best_layer(scored: Scored, column: tuple) -> tuple[int, float] | None:
+def best_layer(result: ProbeResult, column: Column) -> tuple[int, float] | None:
     """Index and value of the layer with the highest mean over seeds; None where the score is undefined everywhere."""
-    estimate = find(scored, column)
+    estimate = find(result, column)
     if estimate is None:
         return None
-    value = mean_over_seeds(estimate, len(scored.seeds)).value.nan_to_num(-math.inf)
+    value = mean_over_seeds(estimate, len(result.seeds)).value.nan_to_num(-math.inf)
     index = int(value.argmax())
     return None if value[index] == -math.inf else (index, float(value[index]))

@@ -1,87 +1,98 @@
-"""What a reader sees of a training run: layers.csv, the layer curve, the table on the terminal."""
+"""What a reader sees of a run: layers.csv, the layer curve, the table on the terminal."""
 
-import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
 from torch import Tensor
 
 from metrics.bootstrap import Estimate, difference, interval, mean_over_seeds
 from runs.records import write_table
 from runs.run import Run
-from show.records import Scored, best_layer, bootstrap_counts, curve_rows, find
+from show.records import Column, Resampling, best_layer, curve_rows, find
 from show.text import format_table
-from tasks import Task
+from tasks import ProbeResult
 
 
-def report(summary: Sequence[Scored], task: Task, cfg: DictConfig, run: Run) -> dict[str, Any]:
+def present(
+    results: Sequence[ProbeResult],
+    columns: Sequence[Column],
+    resampling: Resampling,
+    run: Run,
+    *,
+    draw: Callable[[list[dict], Sequence[Column], Path], None],
+    text: str,
+) -> dict[str, Any]:
     """Write layers.csv, draw the layer curve, mirror it, print the table.
 
     Args:
-        summary: the probe first, then its controls.
+        results: the probe first, then its controls.
+        draw: writes the figure of the rows of layers.csv to a path.
+        text: the table.
 
     Returns:
-        {"objective": the headline score of the best layer}.
+        {"objective": the headline score of the probe's best layer}.
     """
-    counts = bootstrap_counts(summary[0].scores[0], cfg)
-    rows = curve_rows(summary, counts)
+    rows = curve_rows(results, resampling)
     write_table(run.dir / "layers.csv", rows)
     run.mirror_curve(rows)
-    figures = importlib.import_module(task.figures)  # here, so that no fit waits for or depends on matplotlib
-    figures.write_layer_curve(rows, task.columns, run.dir / "layers.png")
-    run.say(task.table(summary, counts) or table(summary, task, counts))
+    draw(rows, columns, run.dir / "layers.png")
+    run.say(text)
     run.say(f"\nrecords, curve and checkpoints: {run.dir}")
-    best = best_layer(summary[0], task.columns[0])
+    best = best_layer(results[0], columns[0])
     return {"objective": None if best is None else best[1]}
 
 
-def table(summary: Sequence[Scored], task: Task, counts: Tensor) -> str:
+def table(results: Sequence[ProbeResult], columns: Sequence[Column], resampling: Resampling) -> str:
     """The layers of the probe, then every control at its best layer and what the probe has over it.
 
     Best means best per column. A gain is the probe's best layer minus the control's, paired over images.
     """
-    probe = summary[0]
-
-    def cell(scored: Scored, column: tuple, index: int) -> str:
-        estimate = find(scored, column)
-        if estimate is None:
-            return "–"
-        mean = mean_over_seeds(estimate, len(scored.seeds))
-        low, high = interval(mean, counts)
-        return _number(float(mean.value[index]), float(low[index]), float(high[index]))
-
-    header = ["layer", *(column[-1] for column in task.columns)]
-    body = [[str(layer), *(cell(probe, c, i) for c in task.columns)] for i, layer in enumerate(probe.layers)]
-    for control in summary[1:]:
-        row, gain = [control.name], ["  probe gains"]
-        for column in task.columns:
-            ours, theirs = best_layer(probe, column), best_layer(control, column)
-            if ours is None or theirs is None:
-                row.append("–")
-                gain.append("")
-                continue
-            at = f" @{control.layers[theirs[0]]}" if len(control.layers) > 1 else ""
-            row.append(cell(control, column, theirs[0]) + at)
-            pick = lambda scored, index, column=column: Estimate(
-                *(field[index : index + 1] for field in mean_over_seeds(find(scored, column), len(scored.seeds)))
-            )
-            gained = difference(pick(probe, ours[0]), pick(control, theirs[0]))
-            low, high = interval(gained, counts, bounds=(-1.0, 1.0))
-            gain.append(_number(float(gained.value), float(low), float(high), sign="+"))
-        body += [row, gain]
-    block = find_counts(probe)
-    return format_table(header, body) + "\n" + block
+    probe, counts = results[0], resampling.counts(results[0])
+    header = ["layer", *(column.title for column in columns)]
+    body = [[str(layer), *(_cell(probe, c, i, counts) for c in columns)] for i, layer in enumerate(probe.layers)]
+    for control in results[1:]:
+        pairs = [_control_cells(probe, control, column, counts) for column in columns]
+        body += [[control.name, *(score for score, _ in pairs)], ["  probe gains", *(gain for _, gain in pairs)]]
+    return format_table(header, body) + "\n" + basis(probe)
 
 
-def find_counts(probe: Scored) -> str:
+def _cell(result: ProbeResult, column: Column, index: int, counts: Tensor) -> str:
+    """Mean over seeds of a layer with its interval."""
+    estimate = find(result, column)
+    if estimate is None:
+        return "–"
+    mean = mean_over_seeds(estimate, len(result.seeds))
+    low, high = interval(mean, counts)
+    return _number(float(mean.value[index]), float(low[index]), float(high[index]))
+
+
+def _control_cells(probe: ProbeResult, control: ProbeResult, column: Column, counts: Tensor) -> tuple[str, str]:
+    """A control's best layer and the gain of the probe's best layer over it, as text."""
+    ours, theirs = best_layer(probe, column), best_layer(control, column)
+    if ours is None or theirs is None:
+        return "–", ""
+    at = f" @{control.layers[theirs[0]]}" if len(control.layers) > 1 else ""
+    gained = difference(_at_layer(probe, column, ours[0]), _at_layer(control, column, theirs[0]))
+    low, high = interval(gained, counts, bounds=(-1.0, 1.0))
+    gain = _number(float(gained.value), float(low), float(high), sign="+")
+    return _cell(control, column, theirs[0], counts) + at, gain
+
+
+def _at_layer(result: ProbeResult, column: Column, index: int) -> Estimate:
+    """The mean over seeds at one layer: value [1], influence [1, M]."""
+    mean = mean_over_seeds(find(result, column), len(result.seeds))
+    return Estimate(*(field[index : index + 1] for field in mean))
+
+
+def basis(probe: ProbeResult) -> str:
     """What the numbers rest on, in one line."""
-    block = probe.scores[0]
-    rate, majority = (block.metrics.get(key) for key in ("positive_rate", "majority"))
+    subset = probe.subsets[0]
+    rate, majority = (subset.metrics.get(key) for key in ("positive_rate", "majority"))
     seeds = f"{len(probe.seeds)} seeds" if len(probe.seeds) > 1 else "one seed"
-    text = f"mean over {seeds}, 95 % intervals over {block.counts['n_images']} images"
+    text = f"mean over {seeds}, 95 % intervals over {subset.counts['n_images']} images"
     if rate is not None and majority is not None:
-        text += f", {block.counts['n_pairs']} pairs, {float(rate.value[0]):.3f} of them one object"
+        text += f", {subset.counts['n_pairs']} pairs, {float(rate.value[0]):.3f} of them one object"
         text += f" (majority rate {float(majority.value[0]):.3f})"
     return text
 

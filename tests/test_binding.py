@@ -15,11 +15,23 @@ from torch import Tensor
 import trainer
 from activation import PatchSample
 from backbones.contract import Tokens
+from binding import task as binding_task
 from binding.examples import decode
-from binding.information import binding_estimates, suspicions
+from binding.information import binding_estimates, combine, suspicions
 from binding.probes import BINDING_PROBES
-from binding.task import Binding, CodeScorer, row_label
-from controls import Control, pixels
+from binding.tables import row_label
+from binding.task import (
+    Code,
+    CodeCollector,
+    check_loaded,
+    check_probe,
+    check_samples,
+    ladder_rows,
+    notes_of,
+    parts_of,
+    report_splits,
+)
+from controls import Opened, Subject, pixels
 from datasets.clevr import VALUES
 from datasets.codes import Groups
 from datasets.priors import uniform_up_to
@@ -30,10 +42,9 @@ from patches.windows import cut_windows
 from probes import FitAxes
 from runs.records import read_records
 from runs.run import Run, open_run
-from show.records import Scored
 from store.shards import StackedTokens
 from store.writing import kept_tokens
-from tasks import Batch, find_task
+from tasks import Batch, ProbeResult, SubsetResult, read_seeds
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = {name: json.loads((ROOT / f"tests/golden/binding/{name}.json").read_text()) for name in ("metrics", "tokens")}
@@ -67,16 +78,15 @@ def test_published_evaluation_over_uneven_batches(case: dict) -> None:
     found = {}
     for code, label in (("Y", "object_code"), ("F", "feature_code")):
         logits, bits, first = torch.tensor(case[f"logits_{code}"]), torch.tensor(case[code]), 0
-        scorer = CodeScorer(label)
+        collector = CodeCollector(label)
         for size in case["batch_sizes"]:
             part = slice(first, first + size)
-            scorer.add(Batch(torch.arange(first, first + size), None, {label: bits[part]}), logits[None, None, part])
+            collector.add(Batch(torch.arange(first, first + size), None, {label: bits[part]}), logits[None, None, part])
             first += size
-        found[code] = scorer.finish()
-    task = Binding(configure("probe.mode=linear", "trainer.seeds=1"))
+        found[code] = ProbeResult("probe", "", "probe", [0], [0], collector.results())
     labels = {"H_Y_given_F": torch.full((5, 1), case["mean_H_Y_given_F"])}
     sample = toy_sample(torch.zeros(5, 2), np.zeros((5, 4)))._replace(labels=labels)
-    metrics = task.combine([found["Y"], found["F"]], sample)[0].metrics
+    metrics = combine(found, sample, {}).subsets[0].metrics
     for name, expected in (
         ("loss_Y", "lossY"), ("loss_F", "lossF"), ("accuracy_Y", "accY"), ("accuracy_F", "accF"),
         ("binding_information", "binding_info"), ("ratio", "binding_ratio"),
@@ -86,8 +96,9 @@ def test_published_evaluation_over_uneven_batches(case: dict) -> None:
 
 @pytest.mark.parametrize("case", GOLDEN["metrics"]["schedules"])
 def test_published_schedule(case: dict) -> None:
-    settings = {"epochs": 40, "schedule": "step", **{key: case[key] for key in ("lr", "step_size", "gamma")}}
-    rates = [trainer.learning_rate(settings, epoch + within) for epoch in range(40) for within in (0.0, 0.9)]
+    knobs = {"epochs": 40, "schedule": "step", **{key: case[key] for key in ("lr", "step_size", "gamma")}}
+    options = trainer.FitOptions.read(configure(*(f"trainer.{key}={value}" for key, value in knobs.items())))
+    rates = [options.learning_rate(epoch + within) for epoch in range(40) for within in (0.0, 0.9)]
     assert rates[::2] == pytest.approx(case["lr_used_in_epoch"]) and rates[1::2] == rates[::2]
 
 
@@ -100,8 +111,9 @@ def test_published_epoch_of_adam(case: dict) -> None:
         for ours, theirs in names.items():
             value = torch.tensor(case["init"][theirs], dtype=torch.float64)
             getattr(probe, ours).copy_(value if ours == "bias" else value.mT)
-    settings = {"optimizer": "adam", "lr": case["lr"], "weight_decay": case["weight_decay"]}
-    optimizer, part = trainer.build_optimizer(probe, settings), Binding(configure("probe.mode=linear")).parts()[0]
+    knobs = ["optimizer=adam", f"lr={case['lr']}", f"weight_decay={case['weight_decay']}"]
+    options = trainer.FitOptions.read(configure(*(f"trainer.{knob}" for knob in knobs)))
+    optimizer, part = trainer.build_optimizer(probe, options), Code([0], "Y")
     for number, batch in enumerate(case["batches"], start=1):
         code = torch.tensor(batch["y"])
         asked = Batch(torch.arange(len(code)), None, {"object_code": code})
@@ -186,12 +198,13 @@ def grid_samples(kind: str, repeats: int = 32) -> dict[str, PatchSample]:
 
 def measure(samples: dict[str, PatchSample], folder: Path, *overrides: str) -> dict[str, float]:
     cfg = configure("trainer.seeds=1", "trainer.batch_images=64", "trainer.lr=1e-2", *overrides)
-    task, control = Binding(cfg), Control("probe", cfg.probe, samples)
-    task.check(samples)
-    run = open_test_run(folder)
-    stacks = [trainer.fit_stack(control, part, cfg, run, CPU) for part in task.parts()]
-    scored = trainer.score(control, stacks, task, cfg, run, CPU, split="test")
-    return {key: float(e.value) for key, e in scored.scores[0].metrics.items()}
+    check_samples(samples, cfg)
+    run, options, answers = open_test_run(folder), trainer.FitOptions.read(cfg), {}
+    for part in parts_of(cfg):
+        subject = Subject("probe", "", cfg.probe, samples, read_seeds(cfg.trainer.seeds), part=part)
+        answers[part] = trainer.probe(run, Code(subject.seeds, part), subject, options)
+    result = combine(answers, samples["test"], notes_of(cfg, samples["test"]))
+    return {key: float(e.value) for key, e in result.subsets[0].metrics.items()}
 
 
 def open_test_run(folder: Path) -> Run:
@@ -280,7 +293,7 @@ def run_tiny(folder: Path, *overrides: str) -> Run:
     """A whole run, or a second one on the same cache."""
     cfg = configure(*TINY, f"output_dir={folder}", f"cache.dir={folder.parent / 'cache'}", *overrides)
     with open_run(cfg) as run:
-        trainer.run(cfg, run)
+        binding_task.run(cfg, run)
     return run
 
 
@@ -323,7 +336,7 @@ def test_images_of_two_splits_at_once_are_a_warning(tmp_path: Path) -> None:
     run, samples = open_test_run(tmp_path), grid_samples("Y", 1)
     for split in ("train", "val"):
         samples[split] = samples[split]._replace(keys=[f"{split}{i}" for i in range(15)] + ["both"])
-    Binding(configure("probe.mode=linear")).introduce(samples, run)
+    report_splits(samples, run)
     (warnings,) = (r["warnings"] for r in read_records(tmp_path / "metrics.jsonl") if r["kind"] == "splits")
     assert [w for w in warnings if "share" in w] == ["train and val share 1 images, such as both; scores on val flatter"]
 
@@ -355,23 +368,29 @@ def test_eval_scores_the_run_again(default_run: Run, tmp_path: Path) -> None:
 def test_the_training_curve_of_a_row_leaves_out_its_controls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A finished run that is shown again has their epochs in its history too."""
     run, drawn = open_test_run(tmp_path), []
-    for name in ("row/Y", "row/F", "row/random/Y", "row/random/F"):
-        run.write({"kind": "epoch", "name": name, "layer": "[0]", "epoch": 1}, file="history.jsonl")
+    for control, part in (("", "Y"), ("", "F"), ("random", "Y"), ("random", "F")):
+        subject = Subject("row", control, {}, {}, [0], part=part)
+        named = {"name": subject.name, "row": "row", "control": control, "part": part}
+        run.write({"kind": "epoch", **named, "layer": "[0]", "epoch": 1}, file="history.jsonl")
     monkeypatch.setattr("binding.figures.write_training_curves", lambda history, *_: drawn.extend(history))
     monkeypatch.setattr("binding.figures.write_examples", lambda *_: None)
     monkeypatch.setattr("binding.task.decoded_examples", lambda *_: [])
-    Binding(configure("probe.mode=linear")).illustrate(Scored("row", [0], [0], []), [[]], grid_samples("Y")["test"], run)
+    result = ProbeResult("row", "", "row", [0], [0], [])
+    binding_task.illustrate(result, [], grid_samples("Y")["test"], configure("probe.mode=linear"), run)
     assert [record["name"] for record in drawn] == ["row/Y", "row/F"]
 
 
-def test_rows_of_a_ladder_are_told_apart() -> None:
-    facts = {"output_mode": "cls", "probe": "quadratic_concat"}
-    names = {
-        "probe": "cls quadratic_concat", "random": "cls quadratic_concat, random weights",
-        "cls-quadratic_concat": "cls quadratic_concat", "cls-quadratic_concat/pixels": "cls quadratic_concat, raw pixels",
-        "rank 4": "rank 4", "rank 4/random": "rank 4, random weights",
+def test_rows_of_a_ladder_have_labels_of_their_own() -> None:
+    notes = {"output_mode": "cls", "probe": "quadratic_concat"}
+    subset = SubsetResult("binding", "", "images", {}, {}, [], notes)
+    labels = {
+        ("probe", ""): "cls quadratic_concat", ("probe", "random"): "cls quadratic_concat, random weights",
+        ("cls-quadratic_concat", ""): "cls quadratic_concat",
+        ("cls-quadratic_concat", "pixels"): "cls quadratic_concat, raw pixels",
+        ("rank 4", ""): "rank 4", ("rank 4", "random"): "rank 4, random weights",
     }  # fmt: skip
-    assert {name: row_label(name, facts) for name in names} == names
+    for (row, control), label in labels.items():
+        assert row_label(ProbeResult(row, control, Subject(row, control, {}, {}, []).title, [0], [0], [subset])) == label
 
 
 class Stop(Exception):
@@ -439,14 +458,14 @@ def test_photographs_of_any_shape_are_seen_whole(tmp_path: Path) -> None:
     knobs += [f"output_dir={tmp_path}/out", f"cache.dir={tmp_path}/cache", "model.output_mode=mean_spatial"]
     cfg = configure(*knobs, "protocol.geometry.kind=stretch")
     with open_run(cfg) as run:
-        trainer.run(cfg, run)
+        binding_task.run(cfg, run)
     scores = [r for r in read_records(run.dir / "metrics.jsonl") if r["kind"] == "score"]
     assert {r["name"] for r in scores} == {"probe", "pixels"} and scores[0]["prior"] == "uniform<=6"
     log = (run.dir / "log.txt").read_text()
     assert "warning: test: only 8 of 9 scenes exist" in log and "F is read by quadratic_concat" in log
     cover = configure(*knobs, "protocol.geometry.kind=cover")
     with open_run(cover) as run, pytest.raises(UserError, match=r"2 windows.*set protocol.geometry.kind=stretch$"):
-        trainer.run(cover, run)
+        binding_task.run(cover, run)
 
 
 def test_a_code_is_decoded_bit_after_bit() -> None:
@@ -474,13 +493,13 @@ def test_a_code_is_decoded_bit_after_bit() -> None:
 )
 def test_what_the_command_line_says_wins(overrides: list[str]) -> None:
     cfg = configure(*overrides)
-    rows = find_task(cfg.task).rows(cfg)
+    rows = ladder_rows(cfg)
     for override in overrides:
         key, _, value = override.partition("=")
         if "." in key:
             assert OmegaConf.select(rows[0][1], key) == value and len(rows) == 1
-    for _, own in rows:
-        Binding(own)
+    for _, of_row in rows:
+        check_probe(of_row)
     if "dataset=colorshape" in overrides:
         assert cfg.dataset.n_train == 39200 and cfg.dataset._target_.endswith("ColorShape")
     if overrides == ["experiment=binding_probe_ladder"]:
@@ -489,7 +508,7 @@ def test_what_the_command_line_says_wins(overrides: list[str]) -> None:
 
 
 def test_entries_that_an_override_makes_the_same_are_one_row() -> None:
-    rows = lambda *overrides: [name for name, _ in Binding.rows(configure("probe.mode=ladder", *overrides))]
+    rows = lambda *overrides: [name for name, _ in ladder_rows(configure("probe.mode=ladder", *overrides))]
     every = ["cls-quadratic_concat", "mean_spatial-quadratic_concat", "all-attention_quadratic"]
     assert rows() == every and rows("model.output_mode=mean_spatial") == every[1:]
 
@@ -522,8 +541,7 @@ def test_entries_that_an_override_makes_the_same_are_one_row() -> None:
 def test_settings_that_cannot_be_met(overrides: list[str], said: str) -> None:
     cfg = configure(*overrides)
     with pytest.raises(UserError, match=said):
-        for _, own in Binding.rows(cfg):
-            Binding(own)
+        binding_task.check(cfg)
 
 
 def test_the_grid_is_one_saved_sweep() -> None:
@@ -538,22 +556,21 @@ def test_the_grid_is_one_saved_sweep() -> None:
 @pytest.mark.parametrize("knob", ["probe.mode", "probe.F.mode"])
 def test_pixels_have_no_class_token_to_attend_beside(knob: str) -> None:
     cfg = configure("model.output_mode=all", "probe.mode=linear", f"{knob}=attention_quadratic")
-    assert pixels(cfg, {}) is None
+    assert pixels(Opened(cfg, {})) is None
 
 
 def test_data_without_codes_and_models_without_class_token_are_refused() -> None:
     sample = toy_sample(torch.zeros(4, 2), np.zeros((4, 4)))
     bare = sample._replace(labels={"identity": torch.zeros(4, 1)})
     with pytest.raises(UserError, match="split val carries no object and feature codes"):
-        Binding(configure("probe.mode=linear")).check({"val": bare})
+        check_samples({"val": bare}, configure("probe.mode=linear"))
     sample.meta["facts"]["has_class_token"] = False
-    Binding(configure("probe.mode=linear")).check({"val": sample})
+    check_samples({"val": sample}, configure("probe.mode=linear"))
     with pytest.raises(UserError, match="reads the class token and toy has none"):
-        Binding(configure("probe.mode=attention_quadratic", "model.output_mode=all")).check({"val": sample})
+        check_samples({"val": sample}, configure("probe.mode=attention_quadratic", "model.output_mode=all"))
 
 
 def test_a_checkpoint_of_another_code_is_refused() -> None:
-    part = Binding(configure("probe.mode=linear")).parts()[0]
     probe = BINDING_PROBES["linear"](FitAxes([0], [0]), 2, n_bits=9, matmul_dtype="float32")
     with pytest.raises(UserError, match="reads Y as 9 bits from 1 tokens, these images have 4 bits"):
-        part.refuse(probe, toy_sample(torch.zeros(4, 2), np.zeros((4, 4))))
+        check_loaded(probe, Code([0], "Y"), toy_sample(torch.zeros(4, 2), np.zeros((4, 4))))

@@ -7,7 +7,7 @@ from program import TINY, configured, places
 from samples import planted_sample
 
 from activation import open_sample
-from controls import build_controls, pixels, position, position_code
+from controls import Opened, build_controls, pixels, position, position_code
 
 
 def test_position_knows_how_far_apart_patches_of_two_windows_lie() -> None:
@@ -17,7 +17,7 @@ def test_position_knows_how_far_apart_patches_of_two_windows_lie() -> None:
     place = sample.labels["place"] + window[:, None] * torch.tensor([0.0, 2.5])
     sample = sample._replace(position=where, labels={**sample.labels, "place": place})
     with configured(*TINY) as cfg:
-        coded = position(cfg, {"train": sample}).samples["train"].tokens.gather(torch.arange(2))
+        coded = position(Opened(cfg, {"train": sample})).samples["train"].tokens.gather(torch.arange(2))
     expected = position_code(torch.cat([where[..., :1].float(), place], -1))
     assert torch.equal(coded, expected[None])
     axes = expected.unflatten(-1, (3, 2, 16))[..., 1:, :, :].flatten(-3)  # row and column: windows apart
@@ -33,8 +33,8 @@ def test_pixels_stand_beside_tokens_of_whole_images(tmp_path: Path) -> None:
     overrides = [*TINY, *places(tmp_path), "model.layers=[0]", "model.output_mode=all", "controls=[pixels,pixels_position]"]
     with configured(*overrides) as cfg:
         samples = {split: open_sample(cfg, split, say=lambda text: None) for split in ("train", "val", "test")}
-        alone, both = build_controls(cfg, samples, ("pixels", "pixels_position"), print)
-        patches = pixels(cfg.copy(), samples).samples["test"]
+        alone, both = build_controls(Opened(cfg, samples), ("pixels", "pixels_position"), print)
+        patches = pixels(Opened(cfg.copy(), samples)).samples["test"]
     for control in (alone, both):
         found, of_probe = control.samples["test"], samples["test"]
         assert torch.equal(found.position, of_probe.position) and torch.equal(found.labels["valid"], of_probe.labels["valid"])

@@ -21,11 +21,11 @@ ROOT_IMPORTS = {
     "activation": {"store", "backbones", "machine", "datasets.scene", "files"},
     "probes": {"forms", "machine", "runs.states", "files"},
     "tasks": {"activation", "probes", "metrics"},
-    "controls": {"activation", "machine"},
-    "trainer": {"tasks", "controls", "probes", "activation", "metrics", "runs", "options", "machine", "files", "show"},
+    "controls": {"activation", "probes", "tasks"},
+    "trainer": {"tasks", "controls", "probes", "activation", "metrics", "runs", "options", "machine", "files"},
 }
 # The places that call what a configuration names: modes, tasks, and the door of data sets, which checks the name first.
-DYNAMIC = {"main.py", "tasks.py", "datasets/scene.py", "show/tables.py", "binding/task.py"}
+DYNAMIC = {"main.py", "tasks.py", "datasets/scene.py"}
 DRAWS = {"show/style.py", "pairs/layer_curve.py", "pairs/map_figures.py", "binding/figures.py"}
 LONGEST = 620
 SOURCES = [ROOT / f"{name}.py" for name in sorted(MODULES)]

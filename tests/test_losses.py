@@ -25,7 +25,7 @@ def logits_of(case: dict) -> list[torch.Tensor]:
     probe = build_probe(cfg, seeds=[0], layers=[0], dim=dim, n_classes=case.get("n_out"))
     with torch.no_grad():
         probe.weight.copy_(weight.view(probe.weight.shape))
-        probe.bias.copy_((bias if probe.kind == "pointwise" else bias[0]).view(probe.bias.shape))
+        probe.bias.copy_((bias if probe.arity == "pointwise" else bias[0]).view(probe.bias.shape))
         return [probe(torch.tensor(batch["features"])[None]) for batch in case["batches"]]
 
 

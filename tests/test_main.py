@@ -57,7 +57,7 @@ def test_the_default_run_leaves_records_curve_checkpoints_and_provenance(trained
     }
     seeds = {r["seed"] for r in records if r["name"] == "probe"}
     assert seeds == {0, 1, "mean"} and {r["layer"] for r in records if r["name"] == "probe"} == {"embed", 0, 1}
-    means = [r for r in records if (r["name"], r["seed"], r["block"]) == ("probe", "mean", "all")]
+    means = [r for r in records if (r["name"], r["seed"], r["subset"]) == ("probe", "mean", "all")]
     assert trained.objective == max(r["metrics"]["auroc"] for r in means)
     for record in means:
         low, high = record["interval"]["auroc"]
@@ -87,7 +87,7 @@ def test_a_finished_run_is_shown_again_without_a_backbone_or_a_new_record(
 def test_the_embedded_backbone_is_found_from_any_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     finished = run(folder, *SCENES, *FIT, "model.layers=[7]", "controls=[random]")
-    records = {r["name"]: r for r in finished.records() if (r["seed"], r["block"]) == ("mean", "all")}
+    records = {r["name"]: r for r in finished.records() if (r["seed"], r["subset"]) == ("mean", "all")}
     assert records.keys() == {"probe", "random"} and records["probe"]["metrics"] != records["random"]["metrics"]
     assert not list(tmp_path.iterdir())
 
@@ -135,7 +135,7 @@ def test_eval_reproduces_the_recorded_numbers(folder: Path, trained: Finished) -
 
 def test_eval_takes_another_split_checkpoint_or_data_set(folder: Path, trained: Finished) -> None:
     base = ["mode=eval", f"run={trained.dir}", "wandb.mode=disabled"]
-    of = lambda finished: [r["metrics"]["auroc"] for r in scores(finished) if (r["block"], r["seed"]) == ("all", "mean")]
+    of = lambda finished: [r["metrics"]["auroc"] for r in scores(finished) if (r["subset"], r["seed"]) == ("all", "mean")]
     val = run(folder, *base, "eval.split=val")
     noisy = run(folder, *base, "dataset.noise=1")  # the rest of the run's own data set stays
     with pytest.raises(SystemExit, match="unknown eval.checkpoint 'nonsense'; valid: best, last"):
@@ -399,7 +399,7 @@ def test_a_failed_run_is_marked_as_such(
         run.write({"kind": "epoch", "name": type(stop).__name__})
         raise stop
 
-    monkeypatch.setattr("trainer.run", fail)
+    monkeypatch.setattr("pairs.task.run", fail)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         run(folder, *TINY, "wandb.mode=offline")
     assert [mirror.exit_code for mirror in mirrors] == [1]

@@ -30,6 +30,6 @@ def test_the_formula_is_the_score_of_every_probe(mode, standardize, symmetric):
     x = draw(2, 1, 9, 12)  # [L, B, T, D]
     with torch.no_grad():
         logits = probe(x)[1:3]  # the fits of seeds 1 and 2
-    expected = logits.sigmoid() if probe.kind == "pairwise" else agreement(logits, "inner")
+    expected = logits.sigmoid() if probe.arity == "pairwise" else agreement(logits, "inner")
     for at, form in enumerate(pair_forms(probe, slice(1, 3))):
         torch.testing.assert_close(form.scores(x[at, 0], x[at, 0]), expected.mean(0)[at, 0], atol=2e-5, rtol=1e-4)

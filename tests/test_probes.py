@@ -50,7 +50,7 @@ def scramble(probe: Probe) -> Probe:
 
 def objective(probe: Probe, x: Tensor, label: Tensor) -> Tensor:
     logits = probe(x)
-    if probe.kind == "pairwise":
+    if probe.arity == "pairwise":
         return pair_bce(logits, label[:, :, None] == label[:, None], pairs="all")
     return class_loss(logits, label % logits.shape[-1])
 
@@ -64,7 +64,7 @@ def test_shape_and_type(mode: str) -> None:
     out = probe(x)
     last = {"class_linear": 3, "identity_linear": 4}.get(mode, 7)
     assert out.shape == (2, 3, 4, 7, last) and out.dtype == torch.float32
-    assert probe.kind == ("pointwise" if mode in POINTWISE else "pairwise")
+    assert probe.arity == ("pointwise" if mode in POINTWISE else "pairwise")
     assert probe.trained and probe.n_parameters == sum(p.numel() for p in probe.parameters())
     assert all(p.shape[:2] == (2, 3) for p in probe.parameters())
 
@@ -74,7 +74,7 @@ def test_permuting_tokens_permutes_scores(mode: str) -> None:
     probe, x = scramble(build(mode)), tokens()
     order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
     expected = probe(x)[..., order, :]
-    if probe.kind == "pairwise":
+    if probe.arity == "pairwise":
         expected = expected[..., order]
     torch.testing.assert_close(probe(x[:, :, order]), expected, atol=1e-5, rtol=1e-5)
 
@@ -177,7 +177,7 @@ def test_bfloat16_products_stay_close(mode: str) -> None:
     rough = probe(x).detach()
     assert rough.dtype == torch.float32
     assert (rough - exact).abs().max() < 0.03 * exact.abs().max()
-    if probe.kind == "pairwise":
+    if probe.arity == "pairwise":
         assert torch.allclose(rough, rough.mT, atol=0.02 * float(exact.abs().max()))
 
 
@@ -221,7 +221,7 @@ def published(mode: str, state: dict, dim: int, **knobs) -> Probe:
     bias = state[f"{name}.bias"]
     with torch.no_grad():
         probe.weight.copy_(state[f"{name}.weight"].view(probe.weight.shape))
-        probe.bias.copy_((bias if probe.kind == "pointwise" else bias[0]).view(probe.bias.shape))
+        probe.bias.copy_((bias if probe.arity == "pointwise" else bias[0]).view(probe.bias.shape))
     return probe
 
 

@@ -9,13 +9,14 @@ from omegaconf import DictConfig
 from samples import planted_sample
 
 import trainer
-from controls import Control
+from controls import Subject
 from errors import UserError
+from pairs.task import check_samples, task_maker
 from probes import load_probe
 from runs.records import read_records
 from runs.run import Run, checkpoint_files
-from show.records import records
-from tasks import find_task
+from show.records import Resampling, records
+from tasks import Task, read_seeds
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,15 +32,19 @@ def open_test_run(folder: Path) -> Run:
 
 
 def fit_planted(cfg: DictConfig, folder: Path, layers: tuple = ("embed", 0)) -> tuple:
-    """Fit the configured probe on planted tokens; returns task, control, probes and the run."""
+    """Fit the configured probe on planted tokens; returns task, subject, probes and the run."""
     samples = {split: planted_sample(seed=i, layers=("embed", 0)) for i, split in enumerate(("train", "val", "test"))}
     for split, sample in samples.items():
         keep = [list(sample.tokens.layers).index(layer) for layer in layers]
         x = sample.tokens.gather(torch.arange(len(sample.keys)), keep)
         samples[split] = sample._replace(tokens=type(sample.tokens).from_tensor(x, list(layers)))
-    task = find_task(cfg.task)(cfg)
-    control, run = Control("probe", cfg.probe, samples), open_test_run(folder)
-    return task, control, trainer.fit_stack(control, task, cfg, run, torch.device("cpu")), run
+    task = make_task(cfg)
+    subject, run = Subject("probe", "", cfg.probe, samples, task.seeds), open_test_run(folder)
+    return task, subject, trainer.fit_stack(run, task, subject, trainer.FitOptions.read(cfg)), run
+
+
+def make_task(cfg: DictConfig) -> Task:
+    return task_maker(cfg)(read_seeds(cfg.trainer.seeds))
 
 
 @pytest.mark.parametrize("overrides", [[], ["probe.mode=mlp"], ["mode=train_class"], ["mode=train_identity"]])
@@ -53,16 +58,13 @@ def test_a_fit_in_a_stack_is_the_fit_alone(tmp_path: Path, overrides: list[str])
 
 
 def test_cutting_the_stack_by_layers_changes_nothing(tmp_path: Path) -> None:
-    task, control, whole, run = fit_planted(configure(), tmp_path / "whole")
+    task, subject, whole, run = fit_planted(configure(), tmp_path / "whole")
     _, _, cut, _ = fit_planted(configure("trainer.stack_gb=1e-9"), tmp_path / "cut")
     assert len(whole) == 1 and len(cut) == 2
-    cfg = configure()
-    scores = [
-        trainer.score(control, [probes], task, cfg, open_test_run(tmp_path / name), torch.device("cpu"), split="test")
-        for name, probes in (("a", whole), ("b", cut))
-    ]
-    assert scores[0].layers == scores[1].layers
-    for a, b in zip(scores[0].scores, scores[1].scores, strict=True):
+    options = trainer.FitOptions.read(configure())
+    results = [trainer.evaluate(task, probes, subject, options, split="test") for probes in (whole, cut)]
+    assert results[0].layers == results[1].layers
+    for a, b in zip(results[0].subsets, results[1].subsets, strict=True):
         for key in a.metrics:
             torch.testing.assert_close(a.metrics[key].value, b.metrics[key].value, atol=1e-6, rtol=0, equal_nan=True)
 
@@ -120,15 +122,14 @@ def test_every_fit_keeps_its_own_best_epoch(tmp_path: Path, monkeypatch: pytest.
 
 def test_planted_objects_are_found_and_noise_is_not(tmp_path: Path) -> None:
     cfg = configure("trainer.epochs=15", "trainer.seeds=2", "trainer.lr=2e-2")
-    task, control, probes, run = fit_planted(cfg, tmp_path)
-    scored = trainer.score(control, [probes], task, cfg, run, torch.device("cpu"), split="test")
-    rows = [r for r in records(scored, cfg, "test") if r["seed"] == "mean" and r["block"] == "all"]
+    task, subject, probes, _ = fit_planted(cfg, tmp_path)
+    result = trainer.evaluate(task, probes, subject, trainer.FitOptions.read(cfg), split="test")
+    written = list(records(result, Resampling.read(cfg), split="test"))
+    rows = [r for r in written if r["seed"] == "mean" and r["subset"] == "all"]
     noise, signal = rows
     assert noise["layer"] == "embed" and noise["interval"]["auroc"][0] < 0.55
     assert signal["metrics"]["auroc"] > 0.75
-    assert {r["block"] for r in read_records(run.dir / "metrics.jsonl")} == {
-        "all", "foreground", "same_class", "same_class_matched",
-    }  # fmt: skip
+    assert {r["subset"] for r in written} == {"all", "foreground", "same_class", "same_class_matched"}
 
 
 def test_a_loss_that_is_not_finite_names_fit_layer_seed_epoch(tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_a_split_without_a_usable_pair_is_refused(labels: torch.Tensor, missing:
     sample = planted_sample(n_images=4, n_tokens=6)
     sample.labels["identity"] = labels
     with pytest.raises(UserError, match=f"split val has no usable pair.*{missing}"):
-        find_task("pairwise")(configure()).check({"val": sample})
+        check_samples({"val": sample}, "train", "pairwise")
 
 
 @pytest.mark.parametrize(
@@ -160,13 +161,14 @@ def test_a_split_without_a_usable_pair_is_refused(labels: torch.Tensor, missing:
 def test_a_probe_that_does_not_fit_the_task_is_refused(overrides: list[str], said: str) -> None:
     cfg = configure(*overrides)
     with pytest.raises(UserError, match=said):
-        find_task(cfg.task)(cfg)
+        make_task(cfg)
 
 
 @pytest.mark.parametrize(("schedule", "expected"), [("constant", 1.0), ("linear", 0.5), ("cosine", 0.5), ("step", 0.04)])
 def test_schedules_at_half_time(schedule: str, expected: float) -> None:
-    settings = {"epochs": 10, "lr": 1.0, "schedule": schedule, "step_size": 2, "gamma": 0.2}
-    assert trainer.learning_rate(settings, 5.0) == pytest.approx(expected)
+    knobs = ["epochs=10", "lr=1.0", f"schedule={schedule}", "step_size=2", "gamma=0.2"]
+    options = trainer.FitOptions.read(configure(*(f"trainer.{knob}" for knob in knobs)))
+    assert options.learning_rate(5.0) == pytest.approx(expected)
 
 
 def test_statistics_are_those_of_the_valid_tokens() -> None:
@@ -179,7 +181,7 @@ def test_statistics_are_those_of_the_valid_tokens() -> None:
 
 
 def test_tokens_of_a_visit_are_redrawn_in_training_and_fixed_in_evaluation() -> None:
-    task, sample = find_task("pairwise")(configure("protocol=object_binding_2026")), planted_sample(n_tokens=100)
+    task, sample = make_task(configure("protocol=object_binding_2026")), planted_sample(n_tokens=100)
     order = torch.Generator().manual_seed(0)
     draws = [torch.cat([b.visited for b in task.batches(sample, 8, order)]) for _ in range(2)]
     assert draws[0].shape == (24, 64) and not torch.equal(*draws)
@@ -192,14 +194,14 @@ def test_tokens_of_a_visit_are_redrawn_in_training_and_fixed_in_evaluation() -> 
 
 
 def test_an_image_without_a_valid_patch_has_no_part_in_the_class_accuracy() -> None:
-    cfg, sample = configure("mode=train_class"), planted_sample(n_images=4)
+    sample = planted_sample(n_images=4)
     sample.labels["valid"][0], sample.labels["valid"][1, :8] = False, False
-    task = find_task("class")(cfg, [0])
-    scorer = task.scorer(sample, 1)
+    task = make_task(configure("mode=train_class", "trainer.seeds=[0]"))
+    collector = task.collector(sample, 1)
     right = torch.nn.functional.one_hot(sample.labels["class"], 3).float()[None, None]  # [S, L, M, T, K]
     right[:, :, 2] = right[:, :, 2].roll(1, -1)  # all of image 2 is wrong
     for batch in task.batches(sample, 3, None):
-        scorer.add(batch, right[:, :, batch.images])
-    (found,) = [block for block in scorer.finish() if block.question == "class"]
+        collector.add(batch, right[:, :, batch.images])
+    (found,) = [subset for subset in collector.results() if subset.question == "class"]
     assert float(found.metrics["accuracy"].value) == (8 + 16) / (8 + 16 + 16)
     assert found.counts == {"n_patches": 40, "n_images": 3}

@@ -39,10 +39,10 @@ def curve_rows() -> list[dict]:
         for metric in ("auroc", "accuracy", "majority"):
             for index, layer in enumerate(["embed", 0, 1, 5]):
                 value = 0.6 + 0.05 * index
-                common = {**KEYS, "block": block, "metric": metric, "low": value - 0.02, "high": value + 0.01}
+                common = {**KEYS, "subset": block, "metric": metric, "low": value - 0.02, "high": value + 0.01}
                 rows.append({**common, "name": "probe", "layer": layer, "layer_index": index, "value": value})
                 rows.append({**common, "name": "random", "layer": layer, "layer_index": index, "value": 0.58})
-            common = {**KEYS, "block": block, "metric": metric, "layer_index": 0, "low": 0.61, "high": 0.65}
+            common = {**KEYS, "subset": block, "metric": metric, "layer_index": 0, "low": 0.61, "high": 0.65}
             rows.append({**common, "name": "position", "layer": "position", "value": 0.63})
             rows.append({**common, "name": "pixels", "layer": "embed", "value": math.nan})
     return rows
@@ -81,7 +81,7 @@ def test_the_curve_without_columns_has_a_panel_per_auroc():
 
 
 def test_a_single_layer_is_a_point_with_its_interval_and_missing_blocks_say_so():
-    rows = [row for row in curve_rows() if row["layer"] in (5, "position") and row["block"] == "all"]
+    rows = [row for row in curve_rows() if row["layer"] in (5, "position") and row["subset"] == "all"]
     first, *_, last = draw_layer_curve(rows, COLUMNS).axes
     assert len(first.containers) == 1  # the error bar
     assert first.containers[0].lines[0].get_ydata().tolist() == [0.75]

@@ -11,9 +11,10 @@ from binding.figures import N_NAMES, draw_examples, draw_layer_curve, draw_train
 COLUMNS = [("binding", "", "images", "ratio", "binding ratio"), ("binding", "", "images", "loss_Y", "L_Y, bits")]
 
 
-def curve(names: list[str], layers: list) -> Figure:
+def curve(names: list[tuple[str, str]], layers: list) -> Figure:
     rows = [
-        {"name": name, "layer": layer, "layer_index": index, "question": "binding", "readout": "", "block": "images",
+        {"row": name[0], "control": name[1], "layer": layer, "layer_index": index, "question": "binding", "readout": "",
+         "subset": "images",
          "metric": metric, "value": 0.1 * index, "low": 0.1 * index - 0.1, "high": 0.1 * index + 0.1}
         for name in names for index, layer in enumerate(layers) for metric in ("ratio", "loss_Y")
     ]  # fmt: skip
@@ -23,13 +24,13 @@ def curve(names: list[str], layers: list) -> Figure:
 def history(n_epochs: int, layers: list) -> list[dict]:
     loss = [[0.5] * len(layers)] * 2  # two seeds
     return [
-        {"name": f"probe/{code}", "layer": str(layers), "epoch": epoch, "train_loss": loss, "val_loss": loss}
+        {"part": code, "layer": str(layers), "epoch": epoch, "train_loss": loss, "val_loss": loss}
         for code in ("Y", "F") for epoch in range(1, n_epochs + 1)
     ]  # fmt: skip
 
 
 def test_a_control_has_the_colour_of_its_probe_and_no_interval_hides_another() -> None:
-    names = ["cls-linear", "cls-linear/random", "all-attention_quadratic", "all-attention_quadratic/random"]
+    names = [(row, control) for row in ("cls-linear", "all-attention_quadratic") for control in ("", "random")]
     figure = curve(names, ["embed", 3, 7])
     lines = [container.lines[0] for container in figure.axes[0].containers]
     colors = [line.get_color() for line in lines]
@@ -41,12 +42,13 @@ def test_a_control_has_the_colour_of_its_probe_and_no_interval_hides_another() -
 
 
 def test_a_run_of_one_probe_tells_its_controls_from_it() -> None:
-    lines = [container.lines[0] for container in curve(["probe", "random", "pixels"], [0, 1]).axes[0].containers]
+    names = [("probe", ""), ("probe", "random"), ("probe", "pixels")]
+    lines = [container.lines[0] for container in curve(names, [0, 1]).axes[0].containers]
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 3
 
 
 def test_the_last_of_many_layers_has_a_tick() -> None:
-    labels = [text.get_text() for text in curve(["probe"], ["embed", *range(40)]).axes[0].get_xticklabels()]
+    labels = [text.get_text() for text in curve([("probe", "")], ["embed", *range(40)]).axes[0].get_xticklabels()]
     assert "39" in labels and len(labels) <= 14
 
 

@@ -75,6 +75,7 @@ def toy_config(directory: Path, *overrides: str) -> DictConfig:
     """What the cache reads of a composed configuration."""
     base = {
         "device": "cpu",
+        "threads": 0,
         "seed": 0,
         "dataset": {"_target_": "toys.Toy"},
         "model": {

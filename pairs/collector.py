@@ -1,0 +1,85 @@
+"""Collects pair scores batch by batch and turns them into results: the one place where they are summed."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from activation import PatchSample
+from metrics.bootstrap import ratio_estimate
+from pairs.scores import PairScores, PairStrata, pair_strata
+from tasks import Batch, SubsetResult, visited_tokens
+
+SUBSETS = ("all", "foreground", "same_class", "same_class_matched")
+
+
+class PairCollector:
+    """Pair scores of every image, by question, read-out and variant.
+
+    Args:
+        task: a `pairs.task.PairTask`: its seeds, variants, questions and read-outs.
+        count_classes: also count the patches whose class is right.
+    """
+
+    def __init__(self, task: Any, sample: PatchSample, n_layers: int, *, count_classes: bool = False) -> None:
+        self.task, self.n_layers, self.count_classes = task, n_layers, count_classes
+        self.labels, place = _evaluated(sample, task.per_visit)
+        self.strata = {name: _strata(name, self.labels, place) for name in task.questions}
+        self.scores: dict[tuple[str, str, str], PairScores] = {}  # by question, read-out, variant
+        self.right: list[Tensor] = []
+
+    def add(self, batch: Batch, logits: Tensor) -> None:
+        """Take in the logits of a batch of images, [S, L, B, …]."""
+        n_seeds = len(self.task.seeds)
+        for readout, scores in self.task.readouts(logits):  # [S, L, B, T, T]
+            for question, strata in self.strata.items():
+                for variant, of_variant in zip(self.task.variants, scores.split(n_seeds), strict=True):
+                    key = (question, readout, variant)
+                    if key not in self.scores:
+                        threshold = 0.0 if readout == "logit" else 0.5
+                        self.scores[key] = PairScores(strata, n_seeds * self.n_layers, threshold=threshold)
+                    self.scores[key].add(batch.images, of_variant)
+        if self.count_classes:
+            right = (logits.argmax(-1) == batch.labels["class"]) & batch.labels["valid"]  # [S, L, B, T]
+            self.right.append(right.sum(-1).flatten(0, 1).cpu())  # [S * L, B]
+
+    def results(self) -> list[SubsetResult]:
+        """Every subset of every question, each from the fit that was made for it."""
+        results = []
+        for (question, readout, variant), scores in self.scores.items():
+            for subset, numbers in scores.evaluate(self._subsets(question, variant)).items():
+                results.append(SubsetResult(question, readout, subset, numbers.metrics, numbers.counts, numbers.distance))
+        return results + ([self._class_accuracy()] if self.right else [])
+
+    def _subsets(self, question: str, variant: str) -> list[str]:
+        """The subsets scored with a variant: where a fit saw pairs on objects alone, it scores those inside the foreground."""
+        names = list(SUBSETS)
+        if len(self.task.variants) > 1:
+            names = names[1:] if variant == "foreground" else names[:1]
+        if question == "same_class":  # the subsets inside a class are empty by construction
+            names = [name for name in names if not name.startswith("same_class")]
+        return names
+
+    def _class_accuracy(self) -> SubsetResult:
+        n_valid = self.labels["valid"].sum(1)  # [M]; an image may have none
+        accuracy = ratio_estimate(torch.cat(self.right, 1), n_valid)
+        counts = {"n_patches": int(n_valid.sum()), "n_images": int((n_valid > 0).sum())}
+        return SubsetResult("class", "argmax", "patches", {"accuracy": accuracy}, counts, [])
+
+
+def _evaluated(sample: PatchSample, per_visit: int | None) -> tuple[dict[str, Tensor], Tensor]:
+    """Labels [M, T] of the tokens that are evaluated, and where they lie: [M, T, 3], all in one frame."""
+    rows = visited_tokens(*sample.position.shape[:2], per_visit, None)
+    labels = {name: sample.labels[name] for name in ("identity", "class", "valid")}
+    place = sample.labels["place"]  # [M, T, 2]
+    if rows is not None:
+        labels = {name: value.gather(1, rows) for name, value in labels.items()}
+        place = place.gather(1, rows[..., None].expand(-1, -1, 2))
+    return labels, torch.cat([torch.zeros_like(place[..., :1]), place], -1)  # distances reach across windows
+
+
+def _strata(question: str, labels: dict[str, Tensor], place: Tensor) -> PairStrata:
+    """The kinds of pairs of a question; "same class" asks as if every class were one object, background as background."""
+    if question == "same_class":
+        return pair_strata(labels["class"], None, labels["valid"], place)
+    return pair_strata(labels["identity"], labels["class"], labels["valid"], place)
