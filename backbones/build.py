@@ -41,7 +41,7 @@ def create(name: str, kwargs: str, image_size: Size, **options: Any) -> tuple[nn
         raise UserError(f"model.kwargs.{refused[0]} is no argument of an architecture, leave it out (files: model.weights)")
     build = functools.partial(timm.create_model, name, num_classes=0, **options)
     sized = {"img_size": image_size} if image_size else {}
-    told = " and ".join([f"model.kwargs={extra}"] * bool(extra) + [f"model.image_size={image_size}"] * bool(sized))
+    options_set = " and ".join([f"model.kwargs={extra}"] * bool(extra) + [f"model.image_size={image_size}"] * bool(sized))
     try:
         try:
             return build(**{"dynamic_img_size": True, **extra}), bool(extra.get("dynamic_img_size", True))
@@ -50,9 +50,9 @@ def create(name: str, kwargs: str, image_size: Size, **options: Any) -> tuple[nn
                 raise
         return build(**sized, **extra), False
     except (TypeError, AssertionError, ValueError) as error:
-        if not told:
+        if not options_set:
             raise
-        raise UserError(f"{name} does not take {told}: {str(error) or 'they contradict each other'}") from error
+        raise UserError(f"{name} does not take {options_set}: {str(error) or 'they contradict each other'}") from error
 
 
 @functools.lru_cache(maxsize=8)
@@ -100,7 +100,7 @@ def random_model(name: str, kwargs: str, image_size: Size, seed: int) -> nn.Modu
 
 
 def hub_model(name: str, kwargs: str, image_size: Size, where: str, say: Callable[[str], None]) -> nn.Module:
-    """The model with the weights timm has for it; `where` names them, whatever goes wrong in there is said of them."""
+    """The model with the weights timm has for it; `where` names them, and every failure names it."""
     import huggingface_hub.errors
     import timm
 

@@ -94,25 +94,25 @@ class Options:
     @classmethod
     def read(cls, cfg: Mapping[str, Any]) -> Options:
         """Take the keys from a configuration block; a number as image size means a square."""
-        given = {field.name: cfg.get(field.name) for field in dataclasses.fields(cls) if field.name in cfg}
+        values = {field.name: cfg.get(field.name) for field in dataclasses.fields(cls) if field.name in cfg}
         for key in ("image_size", "mean", "std"):
-            value, n = given.get(key), 2 if key == "image_size" else 3
+            value, n = values.get(key), 2 if key == "image_size" else 3
             if value is not None:
                 value = tuple(value) if isinstance(value, Sequence) else (value,) * n
                 if len(value) != n or not all(isinstance(v, int if n == 2 else int | float) and v >= 0 for v in value):
-                    raise UserError(f"model.{key}={given[key]} is not understood, expected a number or a list of {n}")
-                given[key] = value
-        kwargs = (given.get("kwargs") or {}).items()
-        given["kwargs"] = json.dumps(
+                    raise UserError(f"model.{key}={values[key]} is not understood, expected a number or a list of {n}")
+                values[key] = value
+        kwargs = (values.get("kwargs") or {}).items()
+        values["kwargs"] = json.dumps(
             {k: list(v) if isinstance(v, Sequence) and not isinstance(v, str) else v for k, v in kwargs}, sort_keys=True
         )
-        if not given.get("name"):
+        if not values.get("name"):
             raise UserError("model.name is missing, set it to the name of a ViT in timm (timm.list_models lists them)")
-        if given.get("attention", "sdpa") not in ("sdpa", "xformers"):
-            raise UserError(f"model.attention={given['attention']} is unknown, expected sdpa or xformers")
-        if given.get("dtype", "float32") not in (*DTYPES, "auto"):
-            raise UserError(f"model.dtype={given['dtype']} is unknown, expected one of {', '.join(DTYPES)}, auto")
-        return cls(**given)
+        if values.get("attention", "sdpa") not in ("sdpa", "xformers"):
+            raise UserError(f"model.attention={values['attention']} is unknown, expected sdpa or xformers")
+        if values.get("dtype", "float32") not in (*DTYPES, "auto"):
+            raise UserError(f"model.dtype={values['dtype']} is unknown, expected one of {', '.join(DTYPES)}, auto")
+        return cls(**values)
 
 
 class Backbone(nn.Module):
@@ -158,7 +158,7 @@ class Backbone(nn.Module):
                 f"set model.image_size=[{height},{width}] or windows of its size"
             )
         grid = (height // facts.patch_size, width // facts.patch_size)
-        found = []
+        layers_read = []
         for layer, x in zip(layers, self.read(images, layers, grid), strict=True):
             prefix = facts.num_prefix_tokens
             if x.shape[1] != prefix + grid[0] * grid[1]:
@@ -166,8 +166,8 @@ class Backbone(nn.Module):
                     f"{facts.name} gives {x.shape[1]} tokens at layer {layer} for a grid of {by_pixels(grid)} patches and "
                     f"{prefix} prefix tokens, its tokens cannot be placed in the image"
                 )
-            found.append(Tokens(x[:, :prefix], x[:, prefix:], grid))
-        return found
+            layers_read.append(Tokens(x[:, :prefix], x[:, prefix:], grid))
+        return layers_read
 
 
 def by_pixels(size: tuple[int, ...] | None) -> str:

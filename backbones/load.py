@@ -62,18 +62,18 @@ def resolve_layers(spec: Any, depth: int) -> list[Layer]:
     Raises:
         UserError: no such layer.
     """
-    asked = list(spec) if isinstance(spec, Sequence) and not isinstance(spec, str) else [spec]
-    found: set[int] = set()  # -1 stands for embed
-    for layer in asked:
+    names = list(spec) if isinstance(spec, Sequence) and not isinstance(spec, str) else [spec]
+    blocks: set[int] = set()  # -1 stands for embed
+    for layer in names:
         if layer == "all":
-            found |= set(range(-1, depth))
+            blocks |= set(range(-1, depth))
         elif layer == "embed":
-            found.add(-1)
+            blocks.add(-1)
         elif isinstance(layer, int) and not isinstance(layer, bool) and -depth <= layer < depth:
-            found.add(layer % depth)
+            blocks.add(layer % depth)
         else:
             numbers = f", {-depth}…{depth - 1}" if depth else ""
             raise UserError(f"model.layers: there is no layer {layer!r}, expected all, embed{numbers} or a list of these")
-    if not found:
+    if not blocks:
         raise UserError("model.layers is empty, name at least one layer or all")
-    return ["embed" if layer < 0 else layer for layer in sorted(found)]
+    return ["embed" if layer < 0 else layer for layer in sorted(blocks)]

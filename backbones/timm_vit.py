@@ -90,7 +90,7 @@ class TimmViT(Backbone):
         return cls(facts, model, options).eval()
 
     def read(self, images: Tensor, layers: Sequence[Layer], grid: tuple[int, int]) -> list[Tensor]:
-        """Block outputs through timm, everything else through hooks; stops after the last block asked for."""
+        """Block outputs through timm, everything else through hooks; stops after the last block that is read."""
         images = images.to(next(self.model.parameters()).dtype)
         caught: dict[Layer, Tensor] = {}
         blocks = sorted({layer for layer in layers if isinstance(layer, int)})
@@ -110,19 +110,19 @@ class TimmViT(Backbone):
 
 
 def _weights_id(options: Options, hub: str | None) -> str:
-    """Where the weights come from, in words that tell two of them apart; checks the digest of a local file."""
+    """Where the weights come from, in words that differ where the weights do; checks the digest of a local file."""
     if not options.pretrained:
         return f"random:{options.seed}"
     if options.weights:
         file = find_file(options.weights, options.rebuild)
-        found, expected = file_digest(file), (options.digest or "").lower().removeprefix("sha256:")
-        if expected and found != expected:
-            mend = f"rebuild it with: {options.rebuild}" if options.rebuild else "fetch it again"
+        digest, expected = file_digest(file), (options.digest or "").lower().removeprefix("sha256:")
+        if expected and digest != expected:
+            remedy = f"rebuild it with: {options.rebuild}" if options.rebuild else "fetch it again"
             raise UserError(
-                f"{file} is not the file that model.digest describes (sha256 {found[:12]}…, expected {expected[:12]}…), "
-                f"{mend}, or take it as it is with model.digest=null"
+                f"{file} is not the file that model.digest describes (sha256 {digest[:12]}…, expected {expected[:12]}…), "
+                f"{remedy}, or take it as it is with model.digest=null"
             )
-        return f"sha256:{found}" + (f":{options.weights_part}" if options.weights_part else "")
+        return f"sha256:{digest}" + (f":{options.weights_part}" if options.weights_part else "")
     if options.digest or options.weights_part:
         raise UserError("model.digest and model.weights_part describe a local file, set model.weights too")
     if hub:

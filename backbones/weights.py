@@ -4,7 +4,7 @@ Files are safetensors, or torch files read with `weights_only=True`. Recognised 
 class token apart from its position, blocks in chunks); full checkpoints of MAE and DINO (`model`, `teacher` beside
 optimiser state); NeCo's Lightning files (`model.*` the student, `teacher.*`); wrappers such as `module.backbone.*`; what
 timm itself converts (DINOv3, OpenAI CLIP, open_clip, I-JEPA …); folders of the transformers library (`transformers_layout`).
-Heads are left out, all else that is left out is said.
+Heads are left out, everything else that is left out is reported.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def find_file(weights: str, rebuild: str | None) -> Path:
             f"{path} is a folder without config.json, expected one that transformers' `save_pretrained` wrote, or a "
             "safetensors or torch file; set model.weights to one"
         )
-    mend = f"make it with: {rebuild}" if rebuild else "set model.weights to a safetensors or torch file"
-    raise UserError(f"there is no weight file {weights}, {mend}, or take random weights with model.pretrained=false")
+    remedy = f"make it with: {rebuild}" if rebuild else "set model.weights to a safetensors or torch file"
+    raise UserError(f"there is no weight file {weights}, {remedy}, or take random weights with model.pretrained=false")
 
 
 def file_digest(file: Path) -> str:
@@ -144,20 +144,20 @@ def backbone_state(checkpoint: Mapping[str, Any], part: str | None = None, file:
     if part not in (None, *PARTS):
         raise UserError(f"model.weights_part={part} is unknown, expected null, {' or '.join(PARTS)}")
     flat = dict(_flatten(checkpoint))
-    found: dict[str, str] = {}  # role -> prefix, the first of each
+    prefixes: dict[str, str] = {}  # role -> prefix, the first of each
     for key in flat:
         if key == ANCHOR or key.endswith("." + ANCHOR):
             prefix = key.removesuffix(ANCHOR)
             teacher = any("teacher" in name or name.endswith("ema") for name in prefix.split("."))
-            found.setdefault("teacher" if teacher else "student", prefix)
-    if part is not None and part not in found:
-        raise UserError(f"{file} holds no {part}, it has {' and '.join(found) or 'no part'}; change model.weights_part")
-    if not found:
+            prefixes.setdefault("teacher" if teacher else "student", prefix)
+    if part is not None and part not in prefixes:
+        raise UserError(f"{file} holds no {part}, it has {' and '.join(prefixes) or 'no part'}; change model.weights_part")
+    if not prefixes:
         return {key: value for key, value in checkpoint.items() if isinstance(key, str)}
     if part is None:
-        named = "student" in found.get("student", "student")
-        part = "teacher" if "teacher" in found and named else "student"
-    prefix = found[part]
+        named = "student" in prefixes.get("student", "student")
+        part = "teacher" if "teacher" in prefixes and named else "student"
+    prefix = prefixes[part]
     bare = {key[len(prefix) :]: value for key, value in flat.items() if key.startswith(prefix)}
     return {key: value for key, value in bare.items() if not any("head" in name for name in key.split("."))}
 
@@ -204,8 +204,8 @@ def _adapt(
 
 def _meet_grid(model: nn.Module, position: Tensor | None, dynamic: bool, say: Callable[[str], None]) -> None:
     """Adopt a square position grid of another size than the model's, so that it is resampled once, to the images' size."""
-    own = getattr(model, "pos_embed", None)
-    if position is None or own is None or position.ndim != 3 or position.shape == own.shape:
+    expected = getattr(model, "pos_embed", None)
+    if position is None or expected is None or position.ndim != 3 or position.shape == expected.shape:
         return
     prefix = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
     side, patch = math.isqrt(max(0, position.shape[1] - prefix)), model.patch_embed.patch_size[0]

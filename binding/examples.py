@@ -20,7 +20,7 @@ N_EXAMPLES = 4
 
 @torch.no_grad()
 def decode(probe: Probe, x: Tensor, fit: int, layer: int) -> Tensor:
-    """The code a probe reads by itself, bit after bit, each given its own answers before: uint8 [B, K].
+    """The code a probe reads by itself, bit after bit, each after its earlier answers: uint8 [B, K].
 
     Args:
         probe: a stack of binding probes.
@@ -50,22 +50,22 @@ def decoded_examples(result: ProbeResult, stack: Sequence[Probe], sample: PatchS
     groups, examples = Groups(sample.meta["classes"]), []
     pictures = _pictures(cfg, [sample.keys[i] for i in images.tolist()])
     for i in images.tolist():
-        true, found = (groups.decode_objects(code.numpy()) for code in (sample.labels["object_code"][i], read[i]))
-        names = {"true": [" ".join(o) for o in true], "predicted": [" ".join(o) for o in found]}
+        true, predicted = (groups.decode_objects(code.numpy()) for code in (sample.labels["object_code"][i], read[i]))
+        names = {"true": [" ".join(o) for o in true], "predicted": [" ".join(o) for o in predicted]}
         examples.append({"key": sample.keys[i], "layer": layer, **names, "image": pictures[sample.keys[i]]})
     return examples
 
 
 def _pictures(cfg: DictConfig, keys: Sequence[str]) -> dict[str, Tensor]:
     """Test images by name; unreadable ones were left out of the sample, so they are passed over."""
-    dataset, found = build_dataset(cfg, "test"), {}
+    dataset, pictures = build_dataset(cfg, "test"), {}
     for index in range(len(dataset)):
         try:
             scene = dataset[index]
         except UserError:
             continue
         if scene.key in keys:
-            found[scene.key] = scene.image
-        if len(found) == len(keys):
+            pictures[scene.key] = scene.image
+        if len(pictures) == len(keys):
             break
-    return found
+    return pictures

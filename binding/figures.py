@@ -21,7 +21,7 @@ from torch import Tensor
 from files import write_atomically
 from show.style import STYLE, png_bytes
 
-# Okabe and Ito's colours, told apart with any colour vision.
+# Okabe and Ito's colours, which every reader can distinguish.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 FOUND, MISSED, INVENTED = "#009E73", "#777777", "#D55E00"
 CONTROLS = {"random": "random weights", "pixels": "raw pixels"}
@@ -125,13 +125,13 @@ def draw_training_curves(history: Sequence[Mapping[str, Any]], n_bits: Mapping[s
 
 
 def line_colors(n: int) -> list[Any]:
-    """Colours of n layers: told apart while they are few, else from first to last along one scale."""
+    """Colours of n layers: clearly different while they are few, else from first to last along one scale."""
     scale = matplotlib.colormaps["viridis"]
     return list(COLORS[:n]) if n <= len(COLORS) else [scale(0.95 * i / (n - 1)) for i in range(n)]
 
 
 def draw_examples(examples: Sequence[Mapping[str, Any]]) -> Figure:
-    """Images beside the objects a probe reads: found, missed, and read though absent.
+    """Images beside the objects a probe reads: read, missed, and read though absent.
 
     Args:
         examples: "key", "layer", "true" and "predicted" names, "image" [3, H, W] uint8.

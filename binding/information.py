@@ -35,7 +35,7 @@ def binding_estimates(loss: Mapping[str, Estimate], entropy: Tensor, info: Mappi
     Args:
         loss: Estimates of L_Y, L_F and perhaps L_Y_given_F, [F] fits and [F, M].
         entropy: H(Y|F) of every image [M], bits.
-        info: H_Y and H_F of the split, where the law is known; also H_Y_all_splits, H_F_all_splits: of a reader who does
+        info: H_Y and H_F of the split, where the prior is known; also H_Y_all_splits, H_F_all_splits: of a reader who does
             not know which feature codes the split holds, which a probe fitted on others cannot.
 
     Returns:
@@ -43,13 +43,13 @@ def binding_estimates(loss: Mapping[str, Estimate], entropy: Tensor, info: Mappi
         binding_information and ratio, 0 where H(Y|F) is 0; lower_bound and ratio_lower of the conditional probe.
     """
     unknown = mean_estimate(entropy[None])  # [1], [1, M]: images differ in what there is to know
-    found = {}
+    estimates = {}
     for code in ("Y", "F"):
         for name in (f"H_{code}", f"H_{code}_all_splits"):
             if name in info:
-                found[name.replace("H_", "information_")] = _less(info[name], loss[code])
+                estimates[name.replace("H_", "information_")] = _less(info[name], loss[code])
     if "H_Y" in info and info["H_Y"] > 0:
-        found["information_Y_ratio"] = Estimate(*(x / info["H_Y"] for x in found["information_Y"]))
+        estimates["information_Y_ratio"] = Estimate(*(x / info["H_Y"] for x in estimates["information_Y"]))
     gap = Estimate(*(y - f for y, f in zip(loss["Y"], loss["F"], strict=True)))
     for name, ratio, left in (
         ("binding_information", "ratio", gap),
@@ -57,8 +57,8 @@ def binding_estimates(loss: Mapping[str, Estimate], entropy: Tensor, info: Mappi
     ):
         if left is not None:
             bits = Estimate(*(h - x for h, x in zip(unknown, left, strict=True)))
-            found |= {name: bits, ratio: _ratio(bits, unknown)}
-    return found
+            estimates |= {name: bits, ratio: _ratio(bits, unknown)}
+    return estimates
 
 
 def _less(constant: float, estimate: Estimate) -> Estimate:
@@ -74,14 +74,14 @@ def _ratio(part: Estimate, whole: Estimate) -> Estimate:
 
 def suspicions(values: Mapping[str, float], feature_entropy: float | None) -> list[str]:
     """What makes a binding ratio doubtful, a sentence each; nothing is clipped."""
-    found = []
+    sentences = []
     if values["ratio"] > 1:
-        found.append("ratio above 1, the F probe reads less of the features than the Y probe does")
+        sentences.append("ratio above 1, the F probe reads less of the features than the Y probe does")
     if values["ratio"] < 0:
-        found.append("ratio below 0, the Y probe knows less of the objects than the F probe and the prior of Y imply")
+        sentences.append("ratio below 0, the Y probe knows less of the objects than the F probe and the prior of Y imply")
     if feature_entropy and values["information_F"] < WEAK * feature_entropy:
-        found.append(f"weak F probe, it reads less than {WEAK:.0%} of H(F), so binding information may be inflated")
-    return found
+        sentences.append(f"weak F probe, it reads less than {WEAK:.0%} of H(F), so binding information may be inflated")
+    return sentences
 
 
 def combine(answers: Mapping[str, ProbeResult], sample: PatchSample, notes: Mapping[str, Any]) -> ProbeResult:

@@ -1,7 +1,7 @@
 """mode=train_binding: how many bits of "which features belong together" are in a frozen representation Z.
 
 A scene's object code Y says which conjunctions are present, its feature code F which features; F is a function of Y. Two
-probes read them bit by bit, each bit given the true bits before it; their cross-entropies on the test split, in bits per
+probes read them bit by bit, each bit after the true bits before it; their cross-entropies on the test split, in bits per
 image, bound what Z leaves open: L_Y >= H(Y|Z), L_F >= H(F|Z). What follows from them is in `information.py`.
 
 `Code` is the task: one of the codes read from an image's tokens. `run` fits it once for Y and once for F (and, with
@@ -73,7 +73,7 @@ class Code(Task):
         return plain
 
     def n_bits(self, sample: PatchSample) -> int:
-        """Bits that are read of an image, those that are only given included."""
+        """Bits a probe of this code takes in or reads of an image."""
         return sum(sample.labels[label].shape[1] for label in self.labels)
 
     def build_probe(self, probe_cfg: Mapping[str, Any], sample: PatchSample, layers: Sequence) -> Probe:
@@ -89,7 +89,7 @@ class Code(Task):
         return torch.cat([batch.labels[label] for label in self.labels], 1).float()
 
     def logits(self, probe: Probe, x: Tensor, batch: Batch) -> Tensor:
-        """Log-odds [S, L, B, K] of the bits that are asked for, each given the true bits before it."""
+        """Log-odds [S, L, B, K] of the bits that are read, each after the true bits before it."""
         code = self.code(batch)
         return probe(x, code)[..., code.shape[1] - batch.labels[self.labels[-1]].shape[1] :]
 
@@ -135,16 +135,16 @@ def feature_settings(settings: Mapping[str, Any], changes: Mapping[str, Any]) ->
     Raises:
         UserError: a *_reuse probe is asked for, which needs conjunctions.
     """
-    own = {key: value for key, value in changes.items() if value is not None and key != "fallback"}
+    differing = {key: value for key, value in changes.items() if value is not None and key != "fallback"}
     if is_reuse(settings["mode"]):
-        own.setdefault("mode", changes["fallback"])
-    if is_reuse(own.get("mode", "")):
+        differing.setdefault("mode", changes["fallback"])
+    if is_reuse(differing.get("mode", "")):
         fitting = ", ".join(name for name in BINDING_PROBES if not is_reuse(name))
         raise UserError(
-            f"probe.F asks for {own['mode']}, which shares weights between conjunctions and the feature code has none; "
+            f"probe.F asks for {differing['mode']}, which shares weights between conjunctions and the feature code has none; "
             f"take one of {fitting}"
         )
-    return own
+    return differing
 
 
 # ------------------------------------------------------------------------------------------------------------- entries
@@ -158,7 +158,7 @@ def ladder_rows(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
     """
     if cfg.probe.mode != LADDER:
         return [(PROBE_ROW, cfg)]
-    found: dict[str, DictConfig] = {}
+    rows: dict[str, DictConfig] = {}
     for number, entry in enumerate(OmegaConf.to_container(cfg.binding, resolve=True)["ladder"] or [], start=1):
         changes = dict(entry)
         name = changes.pop("name", None)
@@ -168,25 +168,25 @@ def ladder_rows(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
                 f"names files), and none of {', '.join(CONTROLS)}"
             )
         try:
-            own = OmegaConf.merge(cfg, changes)
+            of_entry = OmegaConf.merge(cfg, changes)
         except OmegaConfBaseException as error:
             raise UserError(f"binding.ladder, entry {number}: {str(error).splitlines()[0]}") from error
-        name = str(name or f"{own.model.output_mode}-{own.probe.mode}")
-        if found.get(name) == own:  # model.output_mode may make two entries the same
+        name = str(name or f"{of_entry.model.output_mode}-{of_entry.probe.mode}")
+        if rows.get(name) == of_entry:  # model.output_mode may make two entries the same
             continue
-        if name in found or own.probe.mode == LADDER:
+        if name in rows or of_entry.probe.mode == LADDER:
             raise UserError(f"binding.ladder, entry {number}: '{name}' is there twice or names no probe; set its name")
-        found[name] = own
-    if not found:
+        rows[name] = of_entry
+    if not rows:
         raise UserError("binding.ladder is empty; list what to compare, or set probe.mode to one probe")
-    return list(found.items())
+    return list(rows.items())
 
 
 def check_probe(cfg: DictConfig) -> None:
     """Refuse an unknown probe, a *_reuse probe for F, attention without all tokens."""
     settings = OmegaConf.to_container(cfg.probe, resolve=True)
-    asked = {"mode": settings["mode"], "F.mode": settings["F"]["mode"], "F.fallback": settings["F"]["fallback"]}
-    for name, mode in asked.items():
+    modes_set = {"mode": settings["mode"], "F.mode": settings["F"]["mode"], "F.fallback": settings["F"]["fallback"]}
+    for name, mode in modes_set.items():
         if mode is not None and mode not in BINDING_PROBES:
             raise UserError(f"unknown probe.{name} '{mode}'; valid: {', '.join([LADDER, *BINDING_PROBES])}")
     check_knobs({"": settings, "F.": settings["F"]})

@@ -19,17 +19,17 @@ class Estimate(NamedTuple):
     influence: Tensor
 
 
-def ratio_estimate(part: Tensor, whole: Tensor) -> Estimate:
-    """Estimate of sum(part) / sum(whole) over images, e.g. of right answers and answers.
+def ratio_estimate(part: Tensor, total: Tensor) -> Estimate:
+    """Estimate of sum(part) / sum(total) over images, e.g. of right answers and answers.
 
     Args:
         part: [F, M].
-        whole: [M] or [F, M].
+        total: [M] or [F, M].
     """
-    part, whole = part.double(), whole.double().expand_as(part)
-    total = whole.sum(-1)
-    value = part.sum(-1) / total  # nan when nothing was asked
-    return Estimate(value, torch.nan_to_num((part - value[:, None] * whole) / total[:, None], nan=0.0))
+    part, total = part.double(), total.double().expand_as(part)
+    summed = total.sum(-1)
+    value = part.sum(-1) / summed  # nan where there is nothing to count
+    return Estimate(value, torch.nan_to_num((part - value[:, None] * total) / summed[:, None], nan=0.0))
 
 
 def mean_estimate(scores: Tensor) -> Estimate:

@@ -38,8 +38,8 @@ def draw_layer_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[Sequen
     """
     keys = ("question", "readout", "subset", "metric")
     if columns is None:
-        found = dict.fromkeys(tuple(row.get(k) for k in keys) for row in rows if row["metric"] == "auroc")
-        columns = [(*key, f"{str(key[2]).replace('_', ' ')} AUROC") for key in found]
+        panels = dict.fromkeys(tuple(row.get(k) for k in keys) for row in rows if row["metric"] == "auroc")
+        columns = [(*key, f"{str(key[2]).replace('_', ' ')} AUROC") for key in panels]
     n_columns = 3 if len(columns) in (3, 5, 6) else min(len(columns), 2)
     n_rows = math.ceil(len(columns) / n_columns)
     with matplotlib.rc_context(STYLE):

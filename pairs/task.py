@@ -162,7 +162,7 @@ def task_maker(cfg: DictConfig) -> Callable[[Sequence[int]], Task]:
 
 
 def check_probe(cfg: DictConfig) -> None:
-    """Refuse a probe that is unknown or asks something else, and tokens it cannot be asked about."""
+    """Refuse a probe that is unknown or scores something else, and tokens it cannot score."""
     mode, arity = cfg.probe.mode, ARITY[cfg.task]
     if cfg.model.output_mode not in ("patches", "all"):
         raise UserError(
@@ -191,11 +191,11 @@ def check_samples(samples: Mapping[str, PatchSample], mode: str, task: str) -> N
     """Refuse splits no pair can be scored on.
 
     Raises:
-        UserError: a split lacks pairs of one object or pairs of two, or classes where they are asked for.
+        UserError: a split lacks pairs of one object or pairs of two, or classes where the task needs them.
     """
     for split, sample in samples.items():
         if "identity" not in sample.labels:
-            raise UserError(f"{sample.meta['dataset']} tells no objects apart, mode={mode} needs maps of them")
+            raise UserError(f"{sample.meta['dataset']} has no maps of objects, mode={mode} needs them")
         identity, valid = sample.labels["identity"], sample.labels["valid"]  # [M, T]
         low = torch.where(valid, identity, identity.max() + 1).amin(1)
         high = torch.where(valid, identity, -1).amax(1)

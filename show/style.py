@@ -10,7 +10,7 @@ from PIL import Image
 
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6}
 DPI = 160
-# Okabe and Ito's colours: told apart with any colour vision. Lines also differ in their dashes.
+# Okabe and Ito's colours, which every reader can distinguish; lines also differ in their dashes.
 BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#777777",
 )  # fmt: skip
