@@ -13,16 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from scipy import ndimage
 from torch import Tensor
 from torchvision.ops import roi_align
-from torchvision.transforms.v2 import functional as pixels
 
-from errors import UserError
 from neco.networks import Sorter
 from neco.sorting import order_cross_entropy
 
@@ -129,13 +125,19 @@ def align_pairs(
 
 
 def ordering_loss(
-    pairs: Pairs, references: Tensor, options: Ordering, mask: Tensor | None = None, world: World | None = None
+    pairs: Pairs,
+    references: Tensor,
+    options: Ordering,
+    mask: Tensor | None = None,
+    world: World | None = None,
+    teacher_references: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy between the orders of the teacher (no gradient) and of the student.
 
     Args:
         pairs: of `align_pairs`; references: [pairs, B, R, D], the patches an image's cells are compared with.
         mask: [pairs, B, N], cells that count; None: all. A pair without any is 0.
+        teacher_references: others for the teacher's order (a control); None: the same.
 
     Returns:
         The loss: mean over i of the mean over v; and that of each pair [pairs], both in nats per cell and reference.
@@ -143,7 +145,8 @@ def ordering_loss(
     similarity = SIMILARITIES[options.similarity]
     references = references.detach()
     by_student = similarity(pairs.cells, references)  # [pairs, B, N, R]
-    by_teacher = similarity(pairs.targets.detach(), references)
+    others = references if teacher_references is None else teacher_references.detach()
+    by_teacher = similarity(pairs.targets.detach(), others)
     rows = by_student.shape[:-1]
     losses = order_cross_entropy(by_student.flatten(0, -2), by_teacher.flatten(0, -2), options.student, options.teacher)
     losses = losses.unflatten(0, rows).flatten(1)  # [pairs, B N]
@@ -180,33 +183,6 @@ def references_of_batch(patches: Tensor, mask: Tensor | None, generator: torch.G
 
 
 # ---------------------------------------------------------------------------------------------------- foreground
-
-
-def foreground_masks(attention: Tensor, threshold: float) -> Tensor:
-    """Patches that hold most of the class token's attention, as published for DINO and used by NeCo's masked losses.
-
-    Blurred (7 x 7, sigma 0.6), sorted, the patches above the lowest 1 - threshold of the mass are kept, and connected
-    regions (with diagonals) of one or two patches are removed.
-
-    Args:
-        attention: [B, h, w], mean over heads, not negative; threshold: share of the mass to keep.
-
-    Returns:
-        [B, h, w] bool.
-    """
-    height, width = attention.shape[-2:]
-    if min(height, width) < 4:
-        raise UserError(f"foreground masks need a grid of at least 4 x 4 patches, got {height} x {width}")
-    blurred = pixels.gaussian_blur(attention[:, None].float(), [7, 7], [0.6, 0.6]).flatten(1)  # reflects at the border
-    mass, order = blurred.sort(dim=1)
-    kept = torch.zeros_like(blurred, dtype=torch.bool)
-    kept.scatter_(1, order, (mass / mass.sum(1, keepdim=True)).cumsum(1) > 1 - threshold)
-    masks = kept.view(-1, height, width).cpu().numpy()
-    for mask in masks:
-        regions, count = ndimage.label(mask, structure=np.ones((3, 3)))
-        sizes = np.bincount(regions.ravel(), minlength=count + 1)
-        mask &= sizes[regions] > 2
-    return torch.from_numpy(masks).to(attention.device)
 
 
 def mask_pairs(

@@ -44,6 +44,7 @@ __all__ = [
 _NOT_IN_HASH = ("debug", "resume", "output_dir", "wandb", "threads", "run", "looks_at")
 # Of these a restart takes over what is there.
 RESULT_FILES = ("metrics.jsonl", "history.jsonl", "layers.csv", "layers.png", "checkpoints")
+SHARED_MODES = ("extract", "neco")  # whose work torchrun shares between processes
 
 
 @contextlib.contextmanager
@@ -204,8 +205,9 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
     if cfg.wandb.mode not in WANDB_MODES:
         raise UserError(f"unknown wandb.mode '{cfg.wandb.mode}'; valid: {', '.join(WANDB_MODES)}")
     rank = int(os.environ.get("RANK", 0))
-    if rank and cfg.mode != "extract":
-        raise UserError(f"mode={cfg.mode} runs in one process; torchrun shares the work of mode=extract, then run it alone")
+    if rank and cfg.mode not in SHARED_MODES:
+        shared = " and ".join(f"mode={mode}" for mode in SHARED_MODES)
+        raise UserError(f"mode={cfg.mode} runs in one process; torchrun shares the work of {shared}, then run it alone")
     source = source_run(cfg)
     directory = run_directory(cfg, source) / (f"rank{rank}" if rank else "")  # what other ranks log is beside, not in, the run
     reused = (directory / "run.json").exists()

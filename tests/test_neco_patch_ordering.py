@@ -14,7 +14,6 @@ from neco.patch_ordering import (
     Pairs,
     align,
     align_pairs,
-    foreground_masks,
     mask_pairs,
     ordering_loss,
     references_of_batch,
@@ -155,13 +154,7 @@ def test_references_are_a_draw_without_return_over_the_whole_batch() -> None:
     assert sorted(masked.flatten().tolist()) == [8.0] * 12 + [22.0] * 12
 
 
-def test_foreground_is_where_the_attention_is_and_specks_go() -> None:
-    attention = torch.full((1, 10, 10), 1e-3)
-    attention[0, 2:6, 2:6] = 1.0
-    attention[0, 8, 8] = 0.9  # a speck
-    mask = foreground_masks(attention, 0.6)[0]
-    assert mask[3:5, 3:5].all() and not mask[8, 8] and mask.sum() <= 16
-    assert not mask[:2].any()
+def test_a_cell_counts_only_if_it_lies_inside_the_mask() -> None:
     crop = torch.tensor([[[[0.0, 0.0, 140.0, 140.0], [28.0, 28.0, 84.0, 84.0]]]])
     inside = mask_pairs([torch.ones(1, 10, 10, dtype=torch.bool)], crop, [(0, 1)], 14, 3)
     assert inside.shape == (1, 1, 9) and inside.all()
