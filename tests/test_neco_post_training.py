@@ -1,0 +1,195 @@
+"""mode=neco as a program: its files and table, exact continuation, weights every mode can load, mistakes in a sentence."""
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from program import Finished, configured, run
+from safetensors.torch import load_file
+
+import files
+from backbones.load import load_backbone
+from neco.training import Step, Training
+from runs.states import load_state
+
+VIT = "{img_size: 32, patch_size: 8, embed_dim: 16, depth: 2, num_heads: 2}"
+TINY = [
+    "mode=neco", "wandb.mode=disabled", "trainer.n_boot=20", "threads=1",
+    "model.pretrained=false", "model.weights=null", "model.digest=null", f"model.kwargs={VIT}",
+    "dataset.size=32", "dataset.n_train=12", "dataset.n_val=4", "dataset.n_test=4",
+    "neco.crops.sizes=[32,16]", "neco.crops.numbers=[2,1]", "neco.images.workers=0", "neco.batch_images=4", "neco.epochs=2",
+    "neco.grid=3", "neco.queue_length=64", "neco.head_hidden=16", "neco.head_out=8", "neco.drop_path=0.2",
+    "neco.lr_backbone=1e-3", "neco.images.limit=9", "neco.evaluate.memory_images=12", "neco.evaluate.n_clusters=10", "neco.evaluate.seeds=1", "neco.evaluate.linear_epochs=1",
+]  # fmt: skip
+QUICK = [*TINY, "neco.evaluate.every=0", "neco.evaluate.final=false"]
+
+
+class Killed(BaseException):
+    """What a kill leaves: nothing after it runs."""
+
+
+def stopped_after(step: int, how: Any) -> Any:
+    """Let the training be hit after so many steps of one process."""
+    take, taken = Training.step, []
+
+    def hit(self: Training, parts: list) -> Step:
+        found = take(self, parts)
+        taken.append(found)
+        if len(taken) == step:
+            how()
+        return found
+
+    return mock.patch.object(Training, "step", hit)
+
+
+def kill() -> None:
+    raise Killed
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    yield run(tmp_path_factory.mktemp("whole"), *TINY)
+
+
+def test_files_and_records(whole: Finished) -> None:
+    steps = whole.records("history.jsonl")
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]  # 9 images, batches of 4: the rest of an epoch is left out
+    assert all(row["loss"] > 0 and len(row["by_pair"]) == 4 for row in steps)
+    scores = [row for row in whole.records() if row["kind"] == "neco_scores"]
+    assert [row["epoch"] for row in scores] == [0, 1, 2] and {row["split"] for row in scores} == {"val"}
+    results = {row["name"]: row for row in whole.records() if row["kind"] == "neco_result"}
+    assert {"retrieval miou", "overcluster K=9 miou", "overcluster K=10 miou", "linear miou"} <= results.keys()
+    for row in results.values():
+        assert row["split"] == "test" and row["gain"] == pytest.approx(row["after"] - row["before"])
+        assert row["gain_low"] <= row["gain"] + 1e-9 and row["gain"] - 1e-9 <= row["gain_high"]
+    assert whole.objective == max(row["selected"] for row in scores[1:])
+    for name in ("training", "scores", "nearest_patches", "sorted_references"):
+        assert (whole.dir / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    text = (whole.dir / "log.txt").read_text()
+    assert "before" in text and "gain" in text and "linear miou" in text
+
+
+def test_checkpoints_say_what_they_are_and_every_mode_loads_them(whole: Finished) -> None:
+    for role in ("student", "teacher"):
+        state = load_state(whole.dir / f"{role}.safetensors", {"kind": "neco", "role": role, "step": 4})
+        assert state.checked and state.recipe["recipe"]["network"] == "bitonic" and state.recipe["provenance"]["code"]
+        assert {"cls_token", "blocks.1.mlp.fc2.weight", "projection_head.4.weight"} <= state.tensors.keys()
+    weights = whole.dir / "teacher.safetensors"
+    said: list[str] = []
+    with configured(f"model.kwargs={VIT}", f"model.weights={weights}", "model.digest=null") as cfg:
+        backbone = load_backbone(cfg.model, "cpu", said.append)
+    assert torch.equal(backbone.model.state_dict()["norm.weight"], load_file(weights)["norm.weight"])
+    settings = ["trainer.epochs=1", "trainer.seeds=1", "trainer.n_boot=10", "controls=none", "wandb.mode=disabled"]
+    data = ["dataset.size=32", "dataset.n_train=8", "dataset.n_val=4", "dataset.n_test=4"]
+    model = [f"model.kwargs={VIT}", f"model.weights={weights}", "model.digest=null", "model.layers=[-1]"]
+    assert run(whole.dir.parent.parent.parent, *settings, *data, *model).objective is not None
+
+
+@pytest.mark.parametrize("save_seconds", ["0.0", "1000.0"])  # a state after every step, or at the end of an epoch only
+@pytest.mark.parametrize("step", [1, 3])
+def test_killed_and_started_again_gives_the_same_bytes(whole: Finished, tmp_path: Path, step: int, save_seconds: str) -> None:
+    settings = [*QUICK, f"neco.save_seconds={save_seconds}"]
+    with pytest.raises(Killed), stopped_after(step, kill):
+        run(tmp_path / "hit", *settings)
+    hit, through = run(tmp_path / "hit", *settings), run(tmp_path / "through", *settings)
+    for name in ("student.safetensors", "teacher.safetensors", "checkpoints/state.safetensors"):
+        assert (hit.dir / name).read_bytes() == (through.dir / name).read_bytes()
+    assert [row["step"] for row in hit.records("history.jsonl")] == [1, 2, 3, 4]
+    weights = load_file(through.dir / "teacher.safetensors")
+    for key, value in load_file(whole.dir / "teacher.safetensors").items():  # evaluations draw nothing of the training's
+        assert torch.equal(value, weights[key])
+
+
+def test_ctrl_c_ends_after_the_step_with_its_state_saved(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), stopped_after(3, lambda: signal.raise_signal(signal.SIGINT)):
+        run(tmp_path, *QUICK, "neco.save_seconds=1000.0")
+    (state,) = tmp_path.glob("outputs/neco/*/checkpoints/state.safetensors")
+    assert load_state(state).recipe["done"] == 3
+    with stopped_after(2, kill):  # one step is left, so it is never hit
+        run(tmp_path, *QUICK, "neco.save_seconds=1000.0")
+
+
+def test_every_nth_epoch_is_kept_and_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    done = run(tmp_path, *QUICK, "neco.keep_every=1")
+    kept = sorted(path.name for path in (done.dir / "checkpoints").iterdir() if path.is_dir())
+    assert kept == ["epoch-0001", "epoch-0002"]
+    assert load_state(done.dir / "checkpoints/epoch-0001/teacher.safetensors").recipe["step"] == 2
+    with stopped_after(1, kill):
+        run(tmp_path, *QUICK, "neco.keep_every=1")
+
+
+def test_without_a_teacher_the_student_is_the_result(tmp_path: Path) -> None:
+    done = run(tmp_path, *QUICK, "neco.use_teacher=false", "neco.images.limit=4", "neco.epochs=1")
+    assert (done.dir / "student.safetensors").exists() and not (done.dir / "teacher.safetensors").exists()
+
+
+def test_a_plain_folder_of_images_is_enough(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for number in range(5):
+        (tmp_path / "pictures/deep").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 50), (40 * number, 10, 200)).save(tmp_path / f"pictures/deep/{number}.png")
+    done = run(tmp_path, *QUICK, f"neco.images.folder={tmp_path}/pictures", "neco.epochs=1")
+    assert len(done.records("history.jsonl")) == 1
+
+
+def test_resuming_with_another_recipe_is_refused(tmp_path: Path) -> None:
+    first = run(tmp_path, *QUICK)
+    state = (first.dir / "checkpoints/state.safetensors").read_bytes()
+    with pytest.raises(Killed), stopped_after(1, kill):
+        run(tmp_path, *QUICK, "neco.swap=logistic")
+    (other,) = [path for path in first.dir.parent.iterdir() if path != first.dir]
+    files.write_atomically(other / "checkpoints/state.safetensors", state)
+    with pytest.raises(SystemExit, match="state.safetensors is of something else .*swap: \"cauchy\", expected \"logistic\""):
+        run(tmp_path, *QUICK, "neco.swap=logistic")
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with stopped_after(1, lambda: setattr(files.os, "fsync", full)):
+        sync = files.os.fsync
+        try:
+            with pytest.raises((SystemExit, OSError), match="disk is full"):
+                run(tmp_path, *QUICK, "neco.save_seconds=0.0")
+        finally:
+            files.os.fsync = sync
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        (["neco.crops.sizes=[32,4]"], "a crop of 4 px is smaller than a patch of 8 px"),
+        (["neco.crops.sizes=[36,16]"], "patches of 8 px do not divide crops of 36 px"),
+        (["neco.queue_length=20"], "neco.queue_length=20 is smaller than a batch"),
+        (["neco.expects=[384,14]"], "this recipe is for a ViT of width 384"),
+        (["neco.batch_images=16", "neco.queue_length=200"], "9 images are fewer than a batch"),
+        (["neco.images.folder=/nowhere"], "neco.images.folder=/nowhere is no folder"),
+        (["neco.registers=drop"], "no register tokens"),
+        (["neco.epochs=2.5"], "neco.epochs: got 2.5, expected a whole number"),
+        (["neco.evaluate.select=linear", "neco.evaluate.every=1"], "neco.evaluate.select=linear; valid: retrieval"),
+        (["neco.evaluate.size=30", "neco.evaluate.every=1"], "neco.evaluate.size=30 is no multiple of the patch size 8"),
+        (["neco.trainable_blocks=7"], "neco.trainable_blocks: got 7"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_sentence(tmp_path: Path, setting: list[str], sentence: str) -> None:
+    with pytest.raises(SystemExit, match=sentence):
+        run(tmp_path, *QUICK, *setting)
+
+
+def test_an_empty_folder_of_images_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="holds no image"):
+        run(tmp_path, *QUICK, f"neco.images.folder={tmp_path}/empty")
+
+
+def test_provenance_names_where_the_weights_came_from(whole: Finished) -> None:
+    facts = json.loads((whole.dir / "run.json").read_text())
+    assert facts["inputs"]["weights"] == "random:0" and facts["status"] == "finished"
