@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def load_batches(
         batch_sampler=places,  # type: ignore[arg-type]
         collate_fn=functools.partial(_collate, together=together),
         num_workers=recipe.images.workers,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         pin_memory=torch.cuda.is_available(),
     )
     for batch in loader:
@@ -144,5 +145,6 @@ def _collate(samples: Sequence[Any], together: Callable[[Sequence[Any]], CropBat
     return next((sample for sample in samples if isinstance(sample, str)), None) or together(samples)
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the main one decides

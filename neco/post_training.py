@@ -13,8 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import signal
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -42,6 +40,7 @@ from neco.training import Step, Training, load_vit
 from runs.provenance import provenance
 from runs.records import read_records
 from runs.run import Run
+from runs.signals import stop_later
 from runs.states import load_state, save_state
 from show.style import png_bytes
 from show.text import format_table
@@ -172,7 +171,7 @@ class _Session:
         every, epochs = self.recipe.evaluate.every, self.recipe.epochs
         if every and not self.rows:
             self.score(self.training.result)
-        with _stop_at_a_step() as stopped:
+        with stop_later() as stopping:
             since, first = time.monotonic(), self.training.done
             told = since
             for parts in steps:
@@ -193,10 +192,10 @@ class _Session:
                     if keep and epoch % keep == 0:
                         self.save_networks(self.dir / "checkpoints" / f"epoch-{epoch:04d}")
                     self.save()
-                elif stopped or time.monotonic() - self.saved_at >= self.recipe.save_seconds:
+                elif stopping() or time.monotonic() - self.saved_at >= self.recipe.save_seconds:
                     self.save()
-                if stopped:
-                    raise KeyboardInterrupt
+                if stopping():
+                    break  # the state is saved; the end of the block says that a signal came
         self.save_networks(self.dir)
 
     def record(self, step: Step) -> None:
@@ -319,23 +318,3 @@ def bare(network: PatchEncoder) -> dict[str, Tensor]:
 def with_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The reverse of `bare`."""
     return {key if key.startswith("projection_head.") else f"vit.{key}": value for key, value in tensors.items()}
-
-
-@contextlib.contextmanager
-def _stop_at_a_step() -> Iterator[list[int]]:
-    """Collect Ctrl-C instead of breaking off in the middle of a step; the second one breaks off."""
-    pressed: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed
-        return
-
-    def press(number: int, frame: Any) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
-
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
