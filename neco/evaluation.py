@@ -28,19 +28,18 @@ BATCH = 32
 
 
 class Scored(NamedTuple):
-    """A split with class maps: images [M, 3, S, S] normalised float32, and their maps at full size."""
+    """A split with class maps: images [M, 3, S, S] uint8, and their maps at full size."""
 
     images: Tensor
     maps: LabelMaps
 
 
-def open_scored(dataset: Any, limit: int, size: int, facts: BackboneFacts) -> Scored:
+def open_scored(dataset: Any, limit: int, size: int) -> Scored:
     """At most `limit` images of a split, evenly spread, resized to squares (bilinear, antialiased).
 
     Raises:
         UserError: a data set without class maps.
     """
-    mean, std = (torch.tensor(v)[:, None, None] for v in (facts.mean, facts.std))
     images, maps = [], []
     for number in spread(range(len(dataset)), min(limit, len(dataset))):
         scene = dataset[number]
@@ -49,24 +48,25 @@ def open_scored(dataset: Any, limit: int, size: int, facts: BackboneFacts) -> Sc
                 f"{scene.key} has no class map, which networks are scored by; take a data set of class maps, or "
                 "neco.evaluate.every=0 neco.evaluate.final=false"
             )
-        image = pixels.to_dtype(pixels.resize(scene.image, [size, size], antialias=True), torch.float32, scale=True)
-        images.append((image - mean) / std)
-        maps.append(scene.labels["class"])
+        images.append(pixels.resize(scene.image, [size, size], antialias=True))
+        maps.append(scene.labels["class"].short())
     return Scored(torch.stack(images), LabelMaps.from_tensor(maps, list(dataset.classes)))
 
 
 @torch.no_grad()
-def read_tokens(encoder: PatchEncoder, images: Tensor, patch: int, device: torch.device, products: Callable) -> Grids:
-    """Final-norm patch tokens of images [M, 3, S, S] as a grid of one layer, float16 on the CPU."""
+def read_tokens(encoder: PatchEncoder, images: Tensor, facts: BackboneFacts, device: torch.device, products: Callable) -> Grids:
+    """Final-norm patch tokens of images [M, 3, S, S] uint8 as a grid of one layer, float16 on the CPU."""
+    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (facts.mean, facts.std))
     was_training = encoder.training
     encoder.eval()
-    side, tokens = images.shape[-1] // patch, []
+    side, tokens = images.shape[-1] // facts.patch_size, []
     for start in range(0, len(images), BATCH):
+        seen = pixels.to_dtype(images[start : start + BATCH].to(device), torch.float32, scale=True)
         with products():
-            tokens.append(encoder.tokens(images[start : start + BATCH].to(device)).half().cpu())
+            tokens.append(encoder.tokens((seen - mean) / std).half().cpu())
     encoder.train(was_training)
     x = torch.cat(tokens)
-    return Grids.from_tensor(x.view(1, len(x), side, side, -1), patch=patch, layers=["last"])
+    return Grids.from_tensor(x.view(1, len(x), side, side, -1), patch=facts.patch_size, layers=["last"])
 
 
 # Name -> (features, labels, options, whether it is the last evaluation) -> results; the first score chooses the best.
@@ -102,7 +102,7 @@ def evaluate(
     scored: Scored,
     options: EvaluationOptions,
     *,
-    patch: int,
+    facts: BackboneFacts,
     device: torch.device,
     products: Callable = contextlib.nullcontext,
     last: bool = False,
@@ -114,7 +114,7 @@ def evaluate(
         last: the thorough evaluation at the end; else the quick one while it trains.
     """
     splits = {"train": memory, "test": scored}
-    features = {name: read_tokens(encoder, split.images, patch, device, products) for name, split in splits.items()}
+    features = {name: read_tokens(encoder, split.images, facts, device, products) for name, split in splits.items()}
     labels = {"train": memory.maps, "test": scored.maps}
     found: dict[str, Estimate] = {}
     for name, evaluation in EVALUATIONS.items():

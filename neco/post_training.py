@@ -221,13 +221,13 @@ class _Session:
                     f"neco.evaluate.size={size} is no multiple of the patch size {self.facts.patch_size} of {self.facts.name}"
                 )
             limit = {"train": options.memory_images, "val": options.val_images, "test": options.test_images}[name]
-            self.splits[name] = open_scored(build(self.cfg.dataset, name), limit, size, self.facts)
+            self.splits[name] = open_scored(build(self.cfg.dataset, name), limit, size)
         return self.splits[name]
 
     def scores(self, encoder: PatchEncoder, split: str, last: bool) -> dict[str, Estimate]:
         """Scores of a network on a split."""
         return evaluate(
-            encoder, self.split("train"), self.split(split), self.recipe.evaluate, patch=self.facts.patch_size,
+            encoder, self.split("train"), self.split(split), self.recipe.evaluate, facts=self.facts,
             device=self.training.device, products=self.training.products, last=last,
         )  # fmt: skip
 
@@ -274,7 +274,7 @@ class _Session:
     def before_and_after(self) -> None:
         """Score the network before and the chosen one after on the test split; the table, the records, the panels."""
         role = "student" if self.training.teacher is None else "teacher"
-        device, patch = self.training.device, self.facts.patch_size
+        device = self.training.device
         after = self.training.result
         place = f"after the last step ({self.training.done})"
         if any(row["step"] for row in self.rows):  # chosen on validation, never on what is shown here
@@ -292,13 +292,12 @@ class _Session:
         shown = [row for row in rows if row["metric"].endswith(("miou", "accuracy"))]
         self.say(format_table(["", "before", "after", "gain"], rows_as_cells(shown)))
         images = scored.images[:64]
-        grids = [read_tokens(network, images, patch, device, self.training.products) for network in (before, after)]
+        grids = [read_tokens(network, images, self.facts, device, self.training.products) for network in (before, after)]
         self.draw_panels(images, *(grid.read(torch.arange(len(images)))[0] for grid in grids))
 
     def draw_panels(self, images: Tensor, before: Tensor, after: Tensor) -> None:
-        """Nearest patches and the order of references, for a few drawn queries."""
-        mean, std = (torch.tensor(v)[:, None, None] for v in (self.facts.mean, self.facts.std))
-        shown, (m, h, w) = images * std + mean, before.shape[:3]
+        """Nearest patches and the order of references, for a few drawn queries, of images [M, 3, S, S] uint8."""
+        shown, (m, h, w) = images.float() / 255, before.shape[:3]
         generator = torch.Generator().manual_seed(int(self.cfg.seed))
         draw = lambda n: [
             tuple(int(torch.randint(high, (1,), generator=generator)) for high in (m, h, w)) for _ in range(n)

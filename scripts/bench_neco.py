@@ -31,6 +31,13 @@ from neco.student_teacher import PatchEncoder, ProjectionHead, encode
 
 EMBEDDED = {"img_size": 96, "patch_size": 8, "embed_dim": 128, "depth": 8, "num_heads": 4}
 GIB = 2**30
+RECIPES = (  # of cfgs/experiment/neco_*.yaml: model, batch, pixels of global and local crops
+    ("vit_small_patch14_dinov2", 64, 518, 98),
+    ("vit_base_patch14_dinov2", 16, 518, 98),
+    ("vit_small_patch16_224", 45, 224, 98),
+    ("vit_small_patch14_dinov2", 6, 518, 98),
+    ("vit_small_patch14_dinov2", 6, 224, 98),
+)
 
 
 def dense_weights(values: Tensor, sorter: Sorter) -> Tensor:
@@ -251,8 +258,8 @@ def main() -> None:
     machine.set_threads(args.threads)
     print(f"{machine.cpu_name()}, {args.threads} threads, {device}, torch {torch.__version__}")
     bench_sort(*bench_step(args, device), args, device)
-    memory("vit_small_patch14_dinov2", 64, 518, 98)
-    memory("vit_base_patch14_dinov2", 16, 518, 98)
+    for recipe in RECIPES:
+        memory(*recipe)
     if args.fit:
         fit(args, device)
 

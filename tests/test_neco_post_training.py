@@ -24,7 +24,8 @@ TINY = [
     "dataset.size=32", "dataset.n_train=12", "dataset.n_val=4", "dataset.n_test=4",
     "neco.crops.sizes=[32,16]", "neco.crops.numbers=[2,1]", "neco.images.workers=0", "neco.batch_images=4", "neco.epochs=2",
     "neco.grid=3", "neco.queue_length=64", "neco.head_hidden=16", "neco.head_out=8", "neco.drop_path=0.2",
-    "neco.lr_backbone=1e-3", "neco.images.limit=9", "neco.evaluate.memory_images=12", "neco.evaluate.n_clusters=10", "neco.evaluate.seeds=1", "neco.evaluate.linear_epochs=1",
+    "neco.lr_backbone=1e-3", "neco.images.limit=9", "neco.evaluate.memory_images=12",
+    "neco.evaluate.n_clusters=10", "neco.evaluate.seeds=1", "neco.evaluate.linear_epochs=1",
 ]  # fmt: skip
 QUICK = [*TINY, "neco.evaluate.every=0", "neco.evaluate.final=false"]
 
