@@ -9,11 +9,14 @@ from unittest import mock
 
 import pytest
 import torch
-from program import Finished, configured, run
+from program import ROOT, Finished, configured, run
 from safetensors.torch import load_file
 
 import files
-from backbones.load import load_backbone
+import options
+from backbones.load import backbone_facts, load_backbone
+from errors import UserError
+from neco.recipe import read_recipe
 from neco.training import Step, Training
 from runs.states import load_state
 
@@ -194,3 +197,33 @@ def test_an_empty_folder_of_images_is_refused(tmp_path: Path) -> None:
 def test_provenance_names_where_the_weights_came_from(whole: Finished) -> None:
     facts = json.loads((whole.dir / "run.json").read_text())
     assert facts["inputs"]["weights"] == "random:0" and facts["status"] == "finished"
+
+
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "cfgs/experiment").glob("neco_*.yaml"))
+
+
+def test_all_published_rows_are_there() -> None:
+    small = {f"neco_{init}_small" for init in ("dinov2", "dinov2r", "dinov2r_xr", "dino", "timetuning", "leopart")}
+    base = {f"neco_{init}_base" for init in ("dinov2", "dinov2r", "dinov2r_xr")}
+    assert set(EXPERIMENTS) == small | base | {"neco_224", "neco_518"}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_published_row_composes_fits_its_architecture_and_says_what_to_expect(name: str) -> None:
+    text = (ROOT / f"cfgs/experiment/{name}.yaml").read_text()
+    for word in ("Published", "Command", "Cost", "Memory", "Ambiguous"):
+        assert f"# {word}" in text
+    with configured(f"experiment={name}", "dataset.root=/data/coco", "model.pretrained=false", "model.weights=null") as cfg:
+        options.check(cfg)
+        recipe = read_recipe(cfg.neco).check(backbone_facts(cfg.model), 1)
+        assert cfg.mode == "neco" and cfg.seed == 400
+    steps = 118_287 // recipe.batch_images
+    assert f"{steps} steps an epoch, {steps * recipe.epochs} in all" in text
+    assert (recipe.lr_head, recipe.final_lr, recipe.weight_decay, recipe.drop_path) == (1e-4, 0.0, (0.04, 0.5), 0.1)
+    assert (recipe.head_hidden, recipe.head_out, recipe.head_layers) == (2048, 256, 3)
+    with (
+        configured(f"experiment={name}", "model=demo_vit", "dataset=scenes", "model.weights=null", "model.digest=null",
+                   "model.pretrained=false") as cfg,
+        pytest.raises(UserError, match="this recipe is for a ViT of width"),
+    ):  # fmt: skip
+        read_recipe(cfg.neco).check(backbone_facts(cfg.model), 1)
