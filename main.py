@@ -14,10 +14,8 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 import options
 from errors import UserError
@@ -59,6 +57,7 @@ def main(cfg: DictConfig) -> float | None:
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         options.check(cfg)
+        options.name_protocol(cfg)
         with open_run(cfg) as run:
             with signals.stop_later():  # an import of torch that is broken off half-way kills the process
                 entry = find_entry(cfg)
@@ -91,7 +90,7 @@ def cli() -> None:
             sys.exit(1)
         if isinstance(error, UserError):
             sys.exit(f"error: {error}")
-        if isinstance(error, HydraException | OmegaConfBaseException):
+        if options.explains(error):
             sys.exit(f"error: {options.explain(error)}")
         if isinstance(error, OSError) and error.filename is not None:  # the file system's, not the program's fault
             sys.exit(f"error: {os.fsdecode(error.filename)}: {error.strerror}; look at this path, then repeat the command")

@@ -1,10 +1,18 @@
-"""What may be asked on the command line: values of the right kind, options that somebody reads, mistakes in one sentence.
+"""What the command line may say: values of the right kind, options that something reads, mistakes in one sentence.
 
-The schema is the configuration itself: `cfgs/config.yaml` has every option with a default of the kind it takes.
+The schema is the configuration itself: `cfgs/config.yaml` has every option with a default of the kind it takes; the files
+of the chosen mode and protocol add theirs.
+
+    check           refuse what does not fit, before torch is imported
+    name_protocol   a protocol that differs from its file says so in its name
+    explain         what Hydra raised, in one sentence
+    adopt           the configuration of a finished run, for looking at it again
 """
 
 import math
+import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,20 +21,33 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from errors import UserError
 
 CONFIGS = Path(__file__).parent / "cfgs"
-# Blocks whose reader refuses by name what it does not know: only there a key may be added.
+# Sections whose reader refuses by name what it does not know: only there a key may be added.
 OPEN = ("dataset", "model.kwargs")
-# Numbers that may also be given as a list, and what else is taken where a number stands; names that may be lists.
-LISTS = ("trainer.seeds",)
+# Numbers that may also be a list of numbers.
+NUMBER_OR_LIST = ("trainer.seeds",)
+# What else may stand in place of a number.
 ALSO: dict[str, tuple] = {"protocol.selection.patches": ("all",), "protocol.selection.per_visit": (None,)}
+# A name, a number or a list: read by `controls.control_names` and `resolve_layers`, `pairs.score_maps`.
 NAMES = ("controls", "model.layers", "vis.image")
+# Texts whose default is null.
+TEXTS = (
+    "model.weights", "model.weights_part", "model.digest", "model.rebuild", "model.interpolation", "vis.out",
+    "protocol.geometry.interpolation", "probe.F.mode", "probe.F.readout", "wandb.entity", "wandb.group",
+)  # fmt: skip
+# Lists that may not be empty.
+NEEDED_LISTS = ("protocol.pairs.fit", "export.splits")
 LIMIT = 2**31  # of whole numbers
-# Keys of the last release and what they are called now: a command that still uses one is told the new name, the stored
-# configuration of a finished run is read with the new names. An entry goes one release after the renaming.
+# Keys of the last release and what they are called now: a command that still uses one is answered with the new name, the
+# stored configuration of a finished run is read with the new names. An entry goes one release after the renaming.
 RENAMED = {
     "cache.max_gb": "cache.disk_gb",
     "cache.batch_size": "cache.batch_windows",
@@ -40,7 +61,7 @@ FROM_COMMAND_LINE = {"blender_path": None, "clevr_gen_dir": None, "use_cache_onl
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse what nobody would read and values of another kind than their default.
+    """Refuse what nothing reads and values of another kind than their default.
 
     A whole default takes whole numbers (of at least 1 if it is itself), a decimal one numbers of at least 0, true or
     false only these two, a list a list, a text a text. Which text is checked where it is looked up; a data set checks
@@ -52,55 +73,184 @@ def check(cfg: DictConfig) -> None:
     for old in RENAMED:  # in a file of the user's, where Hydra takes any key
         if OmegaConf.select(cfg, old) is not None:
             raise UserError(renamed(old))
+    _check_overrides()
+    mode, schema = _chosen("mode", cfg), _schema(cfg)
+    if not isinstance(cfg.mode, str):
+        raise UserError(f"mode: got {_shown(cfg.mode)}, expected the name of one; modes are the files of cfgs/mode")
+    if cfg.get("entry") != schema.get("entry"):
+        raise UserError(
+            f"entry={cfg.get('entry')} is not the entry of mode={mode} ({schema.get('entry')}); leave entry=… out and choose "
+            "with mode=…"
+        )
+    if cfg.get("task") != schema.get("task"):
+        raise UserError(f"task: got {_shown(cfg.get('task'))} and mode={mode} has its own task; leave task out and set mode=…")
+    for key, default in schema.items():
+        section, _, name = key.rpartition(".")
+        if section and not isinstance(value := _value(cfg, section), DictConfig):
+            raise UserError(f"{section} is a section of options, got {_shown(value)}; set them one by one, such as {key}=…")
+        _check_value(key, _value(cfg, key), default)
+    for key, value in _leaves(_plain(cfg), ""):
+        if key not in schema and not key.startswith(tuple(f"{section}." for section in OPEN)):
+            raise UserError(f"{key} stands in a file of cfgs and nothing reads it; {valid_keys(key.rpartition('.')[0])}")
+        if key.startswith("dataset.") and isinstance(value, int) and value >= LIMIT:
+            raise UserError(f"{key}: got {value}, expected a whole number below {LIMIT}")
+    _check_names(cfg)
+    cores = os.cpu_count() or 1
+    if cfg.threads > cores:
+        raise UserError(f"threads={cfg.threads} and this machine has {cores} processor cores; set threads={cores} or less")
+    _check_sweep()
+
+
+def _check_overrides() -> None:
+    """Refuse overrides that add or take away options."""
     for override in HydraConfig.get().overrides.task if HydraConfig.initialized() else ():
-        key = re.split("=|$", override.lstrip("+~"), maxsplit=1)[0].partition("@")[0]
+        key = _key_of(override)
         if override.startswith("~"):
             raise UserError(f"{override} takes an option away, and all of them are needed; set {key}=… instead")
-        if override.startswith("+") and not key.startswith(tuple(f"{block}." for block in OPEN)):
+        if override.startswith("+") and not key.startswith(tuple(f"{section}." for section in OPEN)):
             raise UserError(f"{override} adds an option that nothing reads; {valid_keys(key.rpartition('.')[0])}")
-    for key, default in _defaults():
-        block, _, _ = key.rpartition(".")
-        if block and not isinstance(OmegaConf.select(cfg, block), DictConfig):
-            raise UserError(f"{block} is a block of options, got {cfg[block]}; set them one by one, such as {key}={default}")
-        default = 1 if default is None and key in ALSO else default
-        given, listed = OmegaConf.select(cfg, key), key in LISTS
-        if key in NAMES:
-            continue
-        kind, fits = _kind(default, least=0 if listed and isinstance(given, ListConfig) else 1)
-        values = list(given) if listed and isinstance(given, ListConfig) else [given]
-        also = ALSO.get(key, ())
-        if not all(fits(value) or value in also for value in values):
-            other = " or a list of them" if listed else "".join(f" or {'null' if v is None else v}" for v in also)
-            other += f", below {LIMIT}" if isinstance(given, int) and given >= LIMIT else ""
-            raise UserError(f"{key}: got {given!r}, expected {kind}{other}")
 
 
-def _defaults() -> Iterator[tuple[str, Any]]:
-    """Dotted keys and defaults of the files whose options are checked here."""
-    files = [("", "config"), ("model.", "model/_defaults")]
+def _value(cfg: DictConfig, key: str) -> Any:
+    """The value of a key; None where it has none yet."""
+    try:
+        return OmegaConf.select(cfg, key)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{key}: {str(error).splitlines()[0]}; ${{…}} in a value stands for the value of another option") from error
+
+
+def _check_value(key: str, value: Any, default: Any) -> None:
+    """Refuse a value of another kind than its default."""
+    if key in NAMES or (value is None and (default == "???" or key in TEXTS)):
+        return
+    default = "???" if key in TEXTS else default
+    default = 1 if default is None and key in ALSO else default
+    listed = key in NUMBER_OR_LIST
+    is_list = isinstance(value, ListConfig)
+    kind, fits = _kind(default, least=0 if listed and is_list else 1)
+    also = ALSO.get(key, ())
+    if not all(fits(item) or item in also for item in (list(value) if listed and is_list else [value])):
+        other = " or a list of them" if listed else "".join(f" or {'null' if v is None else v}" for v in also)
+        other += f", below {LIMIT}" if isinstance(value, int) and value >= LIMIT else ""
+        raise UserError(f"{key}: got {_shown(value)}, expected {kind}{other}")
+    if not is_list or not isinstance(default, list):
+        return
+    if not len(value) and key in NEEDED_LISTS:
+        raise UserError(f"{key} is empty, expected at least one of {', '.join(map(str, default))}")
+    _check_items(key, value, default)
+
+
+def _check_items(key: str, values: ListConfig, default: list) -> None:
+    """Refuse items of another kind than those of the default, and names that stand in a list twice."""
+    kinds = {type(item) for item in default} or {str}
+    for item in values:
+        wanted = DictConfig if kinds == {dict} else next(iter(kinds))
+        if len(kinds) == 1 and not isinstance(item, wanted):
+            word = {dict: "sections of options", str: "texts", int: "whole numbers"}.get(next(iter(kinds)), "other values")
+            raise UserError(f"{key}: got {_shown(item)} in the list, expected {word}")
+        if isinstance(item, str) and list(values).count(item) > 1:
+            raise UserError(f"{key} names {item} twice; leave one of them out")
+
+
+def _check_names(cfg: DictConfig) -> None:
+    """Refuse controls that are no names, or named twice; which names there are is checked where they are looked up."""
+    controls = cfg.get("controls")
+    names = list(controls) if isinstance(controls, ListConfig) else [controls]
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise UserError(f"controls: got {_shown(controls)}, expected all, none, a name or a list of names")
+        if names.count(name) > 1:
+            raise UserError(f"controls names {name} twice; leave one of them out")
+
+
+def _check_sweep() -> None:
+    """Refuse to run one job where a file names a sweep: nobody asked for that job."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode == RunMode.MULTIRUN:
+        return
+    swept = (HydraConfig.get().sweeper or {}).get("params")
+    if swept:
+        raise UserError(
+            f"a file of the configuration names a sweep over {', '.join(swept)}; add -m to run all its jobs, or set "
+            "hydra.sweeper.params=null to run one"
+        )
+
+
+def _chosen(group: str, cfg: DictConfig) -> str | None:
+    """The file chosen for a config group."""
     if HydraConfig.initialized():
-        files.append(("", f"protocol/{HydraConfig.get().runtime.choices['protocol']}"))
-    for prefix, name in files:
-        yield from _leaves(OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml")), prefix)
+        return HydraConfig.get().runtime.choices.get(group)
+    return cfg.get("mode") if group == "mode" else None
+
+
+def _folders() -> list[Path]:
+    """Where config files lie: cfgs, and what the command line adds (`--config-dir`)."""
+    if not HydraConfig.initialized():
+        return [CONFIGS]
+    sources = HydraConfig.get().runtime.config_sources
+    return list(dict.fromkeys([CONFIGS, *(Path(source.path) for source in sources if source.schema == "file")]))
+
+
+def _content(group: str, name: str) -> dict[str, Any]:
+    """What a file of a config group says, with the files of the same group it builds on."""
+    file = next((file for folder in _folders() if (file := folder / group / f"{name}.yaml").is_file()), None)
+    if file is None:
+        return {}
+    content = _plain(OmegaConf.load(file))
+    parents = [entry for entry in content.pop("defaults", []) if isinstance(entry, str) and entry != "_self_"]
+    return _plain(OmegaConf.merge(*(_content(group, parent) for parent in parents), content))
+
+
+def _schema(cfg: DictConfig) -> dict[str, Any]:
+    """Dotted keys and defaults of every option there is, but those of the data set.
+
+    A mode may bring sections of its own and settings of its probe, a protocol those of `protocol:`; what else they hold
+    are values for options of config.yaml.
+    """
+    schema = dict(_leaves(_content("", "config"), "")) | dict(_leaves(_content("model", "_defaults"), "model."))
+    sections = {key.partition(".")[0] for key in schema} | {"protocol"}
+    files = [file.stem for file in (CONFIGS / "protocol").glob("*.yaml")]
+    known = {key for name in files for key, _ in _leaves(_content("protocol", name), "") if key.startswith("protocol.")}
+    stated = dict(_leaves(_content("protocol", _chosen("protocol", cfg) or "clean"), ""))
+    schema |= {key: stated.get(key) for key in known}
+    for key, default in _leaves(_content("mode", _chosen("mode", cfg) or "train"), ""):
+        if key.startswith("probe.") or key.partition(".")[0] not in sections:
+            schema.setdefault(key, default)
+    return {key: default for key, default in schema.items() if not key.startswith("dataset.")}
+
+
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node
 
 
 def _leaves(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of nested blocks, without what is Hydra's own; an empty block is open."""
+    """Dotted keys and values of nested sections, without what is Hydra's own; an empty section is a leaf."""
     for key, value in node.items():
-        if isinstance(value, Mapping) and key != "hydra":
+        if key in ("hydra", "defaults") and not prefix:
+            continue
+        if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{key}.")
-        elif key not in ("hydra", "defaults"):
+        else:
             yield f"{prefix}{key}", value
+
+
+def _shown(value: Any) -> str:
+    """A value as the command line writes it."""
+    return "null" if value is None else repr(_plain(value))
 
 
 def _kind(default: Any, least: int) -> tuple[str, Callable[[Any], bool]]:
     """What an option with this default takes, in words and as a test; `least` of whole numbers, or 0 if that is the default."""
     if isinstance(default, bool):
         return "true or false", lambda value: isinstance(value, bool)
+    if isinstance(default, Mapping):
+        return "a section of options, such as {key: value}", lambda value: isinstance(value, DictConfig)
     if isinstance(default, list):
-        return f"a list, such as [{', '.join(map(str, default))}]", lambda value: isinstance(value, ListConfig)
-    if isinstance(default, str) and default != "???":
-        return f"a text, such as {default}", lambda value: isinstance(value, str) and value != ""
+        plain = default and not any(isinstance(item, Mapping) for item in default)
+        example = f", such as [{', '.join(map(str, default))}]" if plain else ""
+        return f"a list{example}", lambda value: isinstance(value, ListConfig)
+    if isinstance(default, str):
+        example = "" if default == "???" else f", such as {default}"
+        return f"a text{example}", lambda value: isinstance(value, str) and value != ""
     if not isinstance(default, int | float):
         return "", lambda value: True
     whole, least = isinstance(default, int), min(default, least) if isinstance(default, int) else 0
@@ -112,26 +262,103 @@ def _kind(default: Any, least: int) -> tuple[str, Callable[[Any], bool]]:
     return f"a {'whole ' if whole else ''}number of at least {least}", fits
 
 
+def name_protocol(cfg: DictConfig) -> None:
+    """Let a protocol whose content differs from its file say so: "clean, changed: geometry.kind=stretch".
+
+    The content is all that the file sets, of optimiser and probe too. Records, tables and directories carry the name.
+    """
+    chosen = _chosen("protocol", cfg)
+    if chosen is None:
+        return
+    stated = dict(_leaves(_content("protocol", chosen), ""))
+    present = dict(_leaves({"protocol": OmegaConf.to_container(cfg.protocol, resolve=True)}, ""))
+    present |= {key: _plain(OmegaConf.select(cfg, key)) for key in stated}
+    changes = [
+        f"{key.removeprefix('protocol.')}={_text(value)}"
+        for key, value in present.items()
+        if key != "protocol.name" and (key not in stated or value != stated[key])
+    ]
+    if changes:
+        cfg.protocol.name = f"{chosen}, changed: {', '.join(changes)}"
+
+
+def _text(value: Any) -> str:
+    """A value as a reader of a table wants it."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_text, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def explains(error: Exception) -> bool:
+    """Whether an exception says that a command cannot be understood (and not that the program is at fault)."""
+    return isinstance(error, HydraException | OmegaConfBaseException) or str(error).startswith("Config group override must be")
+
+
 def explain(error: Exception) -> str:
     """Turn what Hydra or OmegaConf raised into one sentence that names the valid choices."""
     text = " ".join(str(error).split())
+    if isinstance(error, OverrideParseException):
+        return _explain_quotes(error.override)
+    several = re.match(r"Ambiguous value for argument '(.*?)' 1\.", text)
+    if several:
+        key, _, value = several[1].partition("=")
+        return (
+            f"{several[1]} gives several values; a list stands in brackets, '{key}=[{value}]', a text with a comma in two "
+            f"kinds of quotes, '{key}=\"{value}\"', and a sweep over them needs -m"
+        )
+    if text.startswith("Interpolation key"):
+        return f"{text.partition(' full_key:')[0]}; ${{…}} in a value stands for the value of another option"
+    if text.startswith("Config group override must be"):
+        return _explain_group()
     unknown = re.search(r"Could not find '([\w/]+)/([^'/]*)'", text)
     if unknown:
         group, name = unknown.groups()
-        options = re.search(r"Available options in '[\w/]+': (.*?)(?: Config search path:|$)", text)
-        names = [name for name in sorted(options[1].split()) if not name.startswith("_")] if options else ["none"]
-        return f"unknown {group} '{name}'; valid: {', '.join(names)}"
+        listed = re.search(r"Available options in '[\w/]+': (.*?)(?: Config search path:|$)", text)
+        return _unknown_choice(group, name, listed[1].split() if listed else [])
     added = re.search(r"^(\S+) appears more than once in the final|^Multiple values for (\w+)\.", text)
     if added:
         group = added[1] or added[2]
         return f"{group} is there already; choose with {group}=…, without a +"
-    key = re.search(r"Could not override '([^']+)'", text)
+    key = re.search(r"Could not (?:override|delete(?: from config\.)?) '([^']*)'", text)
+    if key and not key[1]:
+        return _explain_quotes("~")
     if key:
-        # A block given as a whole names the block; the key inside it that does not exist is told by the cause.
+        # A section given as a whole names the section; the key inside it that does not exist is named by the cause.
         inside = re.search(r"full_key: (\S+)", str(error.__cause__))
-        name = inside[1] if inside else key[1]
+        name = inside[1] if inside and inside[1].startswith(f"{key[1]}.") else key[1]
         return renamed(name) if name in RENAMED else f"unknown option '{name}'; {valid_keys(key[1].rpartition('.')[0])}"
-    return text.removesuffix(" See https://hydra.cc/docs/1.2/advanced/override_grammar/basic for details")
+    return text.partition(" full_key:")[0].partition(" See https://hydra.cc/")[0]
+
+
+def _explain_quotes(override: str) -> str:
+    """The sentence for an override that Hydra cannot read: what is missing, or how to quote."""
+    key, equals, value = override.partition("=")
+    if not equals or not re.fullmatch(r"[+~]*\w[\w./@:-]*", key):
+        return f"cannot read {override!r}: options are written name=value, such as trainer.epochs=3"
+    if any(value.count(opened) != value.count(closed) for opened, closed in ("[]", "{}")):
+        return f"cannot read {override}: a bracket is opened and not closed, or the reverse; a list is written '{key}=[1,2]'"
+    quoted = shlex.quote(f'{key}="{value.replace(chr(34), "")}"')
+    return f"cannot read {override}: a text with signs such as = , # ( ' in it stands in two kinds of quotes, {quoted}"
+
+
+def _explain_group() -> str:
+    """The sentence for a config group that was given no name of a file, such as mode=null."""
+    for argument in sys.argv[1:]:
+        key, equals, value = argument.partition("=")
+        if not equals or argument.startswith("-"):
+            continue
+        if not key:
+            return _explain_quotes(argument)
+        parsed = OverridesParser.create().parse_override(argument).value()
+        if (CONFIGS / key).is_dir() and not isinstance(parsed, str | list):
+            names = [file.stem for file in (CONFIGS / key).glob("*.yaml")]
+            return f"{_unknown_choice(key, value, names)}; leave {key} out for its default"
+    return "a config group is chosen with the name of one of its files, such as mode=train"
+
+
+def _unknown_choice(group: str, name: str, names: Sequence[str]) -> str:
+    shown = [name for name in sorted(names) if not name.startswith("_")]
+    return f"unknown {group} '{name}'; valid: {', '.join(shown) or 'none'}"
 
 
 def renamed(key: str) -> str:
@@ -174,13 +401,15 @@ def complete(stored: DictConfig, path: Path) -> DictConfig:
 
 
 def valid_keys(parent: str) -> str:
-    """The keys the configuration has at a place, read from the composed defaults and the chosen files."""
+    """The keys the configuration has at a place (or above it, where it is none), from defaults and chosen files."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         composed = compose("config", _groups_only(sys.argv[1:]))
+    while parent and OmegaConf.select(composed, parent) is None:
+        parent = parent.rpartition(".")[0]
     node = OmegaConf.select(composed, parent) if parent else composed
     if not isinstance(node, DictConfig):
-        return f"{parent} is {'a plain value' if node is not None else 'unknown itself'}"
+        return f"{parent} is a plain value"
     keys = ", ".join(sorted(map(str, node))) or "none"
     adding = f"; further ones are added with +{parent}.<key>=…" if parent in OPEN else ""
     return f"valid keys {f'of {parent}' if parent else 'at the top'}: {keys}{adding}"
@@ -199,9 +428,11 @@ def _groups_only(arguments: Sequence[str]) -> list[str]:
 
 def named() -> list[str]:
     """The keys the command line sets, in order: "dataset" where a file is chosen, "dataset.root" for one option."""
-    if not HydraConfig.initialized():
-        return []
-    return [re.split("[=@]", override.lstrip("+~"))[0] for override in HydraConfig.get().overrides.task]
+    return [_key_of(override) for override in HydraConfig.get().overrides.task] if HydraConfig.initialized() else []
+
+
+def _key_of(override: str) -> str:
+    return re.split("[=@]", override.lstrip("+~"), maxsplit=1)[0]
 
 
 def adopt(fitted: DictConfig, cfg: DictConfig, directory: Path) -> DictConfig:

@@ -171,7 +171,7 @@ def run_directory(cfg: DictConfig, source: Path | None = None) -> Path:
     """Where a configuration's results live: readable names and a hash of configuration and code."""
     numbers = deciding(cfg) if source is None else {**deciding(cfg), "run": str(source.resolve())}
     fingerprint = hashlib.sha256((json.dumps(numbers, sort_keys=True, default=str) + code_digest()).encode()).hexdigest()
-    label = "-".join(re.sub(r"[^\w.]+", "_", identify(cfg)[k]) for k in ("model", "dataset", "protocol", "probe"))
+    label = "-".join(re.sub(r"[^\w.]+", "_", identify(cfg)[k])[:60] for k in ("model", "dataset", "protocol", "probe"))
     if source is not None:
         label = source.name
     directory = Path(cfg.output_dir) / cfg.mode / f"{label}-{fingerprint[:8]}"

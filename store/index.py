@@ -124,7 +124,8 @@ def open_index(
         }
     )
     kept = "whole" if whole_images else "patches"
-    name = safe_name(f"{type(dataset).__name__}-{split}-{protocol.name}-{kept}-{digest(made_from)}")
+    rules = protocol.name.partition(",")[0]  # without what differs from its file: that is in the digest
+    name = safe_name(f"{type(dataset).__name__}-{split}-{rules}-{kept}-{digest(made_from)}")
     directory = Path(cache.dir) / "index" / name
     if rank()[0]:  # rank 0 builds it and touches its lock file while it works
         is_built = lambda: (directory / "manifest.json").exists() or None

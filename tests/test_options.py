@@ -42,7 +42,7 @@ def explained(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> str:
         (["+experiment=binding_grid"], r"experiment is there already; choose with experiment=…, without a \+"),
         (["cache.max_gb=1"], r"^cache.max_gb is called cache.disk_gb now; write cache.disk_gb=… instead$"),
         (["trainer={batch_size: 1}"], r"^trainer.batch_size is called trainer.batch_images now; "),
-        (["foo"], r"Error parsing override 'foo' missing EQUAL at '<EOF>'$"),
+        (["foo"], r"cannot read 'foo': options are written name=value, such as trainer.epochs=3$"),
     ],
 )
 def test_what_cannot_be_composed_is_explained(monkeypatch: pytest.MonkeyPatch, overrides: list[str], said: str) -> None:
@@ -110,7 +110,7 @@ def test_values_of_the_right_kind_pass(composed: DictConfig, key: str, value: ob
         ("protocol.labels.ignore=0", r"expected a list, such as \[-1\]"),
         ("model.pretrained=maybe", r"model.pretrained: got 'maybe', expected true or false"),
         ("model.seed=abc", r"expected a whole number of at least 0"),
-        ("trainer=foo", r"trainer is a block of options, got foo; set them one by one, such as trainer.seeds=3"),
+        ("trainer=foo", r"trainer is a section of options, got 'foo'; set them one by one, such as trainer.seeds=…"),
     ],
 )
 def test_what_nobody_reads_is_refused(override: str, said: str) -> None:

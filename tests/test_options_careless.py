@@ -1,0 +1,101 @@
+"""Careless commands, in this process as `main.py` treats them: one sentence that names the option and what to do."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from program import TINY, run
+
+import options
+
+
+def answer(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    """What a command that cannot be run is answered."""
+    monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
+    try:
+        run(folder, *arguments)
+    except SystemExit as ended:
+        return str(ended)
+    except Exception as error:
+        if options.explains(error):
+            return f"error: {options.explain(error)}"
+        raise
+    raise AssertionError("the command ran")
+
+
+QUOTED = r"a text with signs such as .* stands in two kinds of quotes, "
+CARELESS = [
+    ("controls=5", r"controls: got 5, expected all, none, a name or a list of names"),
+    ("controls=[position,5]", r"controls: got \['position', 5\], expected all"),
+    ("controls=[position,position]", r"controls names position twice; leave one of them out"),
+    ("controls=null", r"controls: got null, expected all, none"),
+    ("controls=nonsense", r"unknown control 'nonsense'; valid for controls=: all, none"),
+    ("protocol.pairs.fit=[]", r"protocol.pairs.fit is empty, expected at least one of all, foreground"),
+    ("protocol.pairs.fit=[all,all]", r"protocol.pairs.fit names all twice"),
+    ("protocol.labels.ignore=[x]", r"protocol.labels.ignore: got 'x' in the list, expected whole numbers"),
+    ("model.kwargs=5", r"model.kwargs: got 5, expected a section of options"),
+    ("mode=export_data export.splits=5", r"export.splits: got 5, expected a list, such as \[train, val, test\]"),
+    ("mode=export_data export.splits=[]", r"export.splits is empty, expected at least one of train, val, test"),
+    ("mode=export_data export.splits=[train,train]", r"export.splits names train twice"),
+    ("mode=train_binding binding.ladder=5", r"binding.ladder: got 5, expected a list"),
+    ("mode=train_binding binding.ladder=[5]", r"binding.ladder: got 5 in the list, expected sections of options"),
+    ("mode=train_binding binding.ladder=[]", r"binding.ladder is empty"),
+    ("mode=train_binding probe.F=5", r"probe.F is a section of options, got 5"),
+    ("task=foo", r"task: got 'foo' and mode=train has its own task; leave task out and set mode=…"),
+    ("task=null", r"task: got null and mode=train"),
+    ("mode=null", r"unknown mode 'null'; valid: check_data, .*; leave mode out for its default"),
+    ("mode=5", r"unknown mode '5'; valid: check_data"),
+    ("mode={a: 1}", r"mode: got \{'a': 1\}, expected the name of one"),
+    ("mode=bogus", r"unknown mode 'bogus'; valid: check_data"),
+    ("model=null", r"unknown model 'null'; valid: augreg_base"),
+    ("=5", r"cannot read '=5': options are written name=value"),
+    ("foo", r"cannot read 'foo': options are written name=value"),
+    ("cache.dir=", r"cache.dir: got '', expected a text, such as cache"),
+    ("trainer.lr=", r"trainer.lr: got '', expected a number of at least 0"),
+    ("output_dir=a=b", rf"cannot read output_dir=a=b: {QUOTED}'output_dir=\"a=b\"'"),
+    ("output_dir=a#b", rf"{QUOTED}'output_dir=\"a#b\"'"),
+    ("output_dir=(a)", rf"{QUOTED}'output_dir=\"\(a\)\"'"),
+    ("output_dir=a,b", r"output_dir=a,b gives several values; .* brackets, 'output_dir=\[a,b\]', .* 'output_dir=\"a,b\"'.* -m"),
+    ("model.layers=[0,1", r"cannot read model.layers=\[0,1: a bracket is opened and not closed"),
+    ("output_dir=${foo}", r"Interpolation key 'foo' not found; \$\{…\} in a value stands for the value of another option"),
+    ("~", r"cannot read '~': options are written name=value"),
+    ("~trainer.lr", r"~trainer.lr takes an option away"),
+    ("~trainer.foo", r"unknown option 'trainer.foo'"),
+    ("a.b.c=1", r"unknown option 'a.b.c'; valid keys at the top: "),
+    ("trainer=null", r"trainer is a section of options, got null; set them one by one"),
+    ("dataset=null", r"unknown dataset 'null'; valid: ade20k"),
+    ("dataset.n_train=99999999999", r"dataset.n_train: got 99999999999, expected a whole number below 2147483648"),
+    ("dataset._target_=os.system", r"dataset._target_"),
+    ("dataset._target_=foo.bar", r"dataset._target_"),
+    ("dataset._target_=datasets.procedural.Nope", r"dataset._target_"),
+    ("+dataset._partial_=true", r"_partial_"),
+    ("entry=os.system", r"entry=os.system is not the entry of mode=train \([\w.]+\); leave entry=… out"),
+    ("entry=foo.bar", r"entry=foo.bar is not the entry of mode=train \([\w.]+\); leave entry=… out"),
+    ("entry=nodots", r"entry=nodots is not the entry of mode=train \([\w.]+\); leave entry=… out"),
+    ("entry=", r"entry= is not the entry of mode=train \([\w.]+\); leave entry=… out"),
+    ("threads=20000", r"threads=20000 and this machine has \d+ processor cores; set threads=\d+ or less"),
+    ("threads=100000", r"threads=100000 and this machine has \d+ processor cores"),
+    ("trainer.seeds=[]", r"trainer.seeds"),
+    ("model.image_size=[1,2,3]", r"model.image_size"),
+    ("model.name=5", r"model.name: got 5, expected a text$"),
+    ("model.weights=5", r"model.weights: got 5, expected a text$"),
+    ("trainer.epochs=3.5", r"trainer.epochs: got 3.5, expected a whole number of at least 1"),
+    ("device=5", r"device: got 5, expected a text, such as auto"),
+    ("mode=vis vis.split=5", r"vis.split: got 5, expected a text, such as test"),
+    ("mode=vis vis.image=-1", r"vis.image: got -1, expected a whole number of at least 0"),
+    ("cache.lock_timeout=null", r"cache.lock_timeout: got null, expected a number of at least 0"),
+    ("protocol=clean protocol.selection=5", r"protocol.selection is a section of options, got 5"),
+    ("wandb=off", r"wandb is a section of options, got 'off'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "said"), CARELESS, ids=[command for command, _ in CARELESS])
+def test_a_careless_command_is_answered_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, said: str
+) -> None:
+    words = [command] if "{" in command else command.split(" ")
+    sentence = answer(tmp_path, monkeypatch, *TINY, *words)
+    assert re.search(rf"^error: .*{said}", sentence), sentence
+    assert "\n" not in sentence and not re.search(r"defect|Traceback|Error\b|hydra\.cc|full_key", sentence)
+    assert not list(tmp_path.rglob("*.safetensors")), "refused before any work"
