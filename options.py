@@ -6,7 +6,6 @@ of the chosen mode and protocol add theirs.
     check           refuse what does not fit, before torch is imported
     name_protocol   a protocol that differs from its file says so in its name
     explain         what Hydra raised, in one sentence
-    adopt           the configuration of a finished run, for looking at it again
 """
 
 import math
@@ -56,8 +55,6 @@ RENAMED = {
     "eval.run": "run",
     "vis.run": "run",
 }
-# Options of data sets that name or start programs, and write: of a finished run's file they are not believed.
-FROM_COMMAND_LINE = {"blender_path": None, "clevr_gen_dir": None, "use_cache_only": True}
 
 
 def check(cfg: DictConfig) -> None:
@@ -77,11 +74,6 @@ def check(cfg: DictConfig) -> None:
     mode, schema = _chosen("mode", cfg), _schema(cfg)
     if not isinstance(cfg.mode, str):
         raise UserError(f"mode: got {_shown(cfg.mode)}, expected the name of one; modes are the files of cfgs/mode")
-    if cfg.get("entry") != schema.get("entry"):
-        raise UserError(
-            f"entry={cfg.get('entry')} is not the entry of mode={mode} ({schema.get('entry')}); leave entry=… out and choose "
-            "with mode=…"
-        )
     if cfg.get("task") != schema.get("task"):
         raise UserError(f"task: got {_shown(cfg.get('task'))} and mode={mode} has its own task; leave task out and set mode=…")
     for key, default in schema.items():
@@ -89,12 +81,12 @@ def check(cfg: DictConfig) -> None:
         if section and not isinstance(value := _value(cfg, section), DictConfig):
             raise UserError(f"{section} is a section of options, got {_shown(value)}; set them one by one, such as {key}=…")
         _check_value(key, _value(cfg, key), default)
-    for key, value in _leaves(_plain(cfg), ""):
+    for key, value in leaves(_plain(cfg), ""):
         if key not in schema and not key.startswith(tuple(f"{section}." for section in OPEN)):
             raise UserError(f"{key} stands in a file of cfgs and nothing reads it; {valid_keys(key.rpartition('.')[0])}")
         if key.startswith("dataset.") and isinstance(value, int) and value >= LIMIT:
             raise UserError(f"{key}: got {value}, expected a whole number below {LIMIT}")
-    _check_names(cfg)
+    _check_controls(cfg.controls)
     cores = os.cpu_count() or 1
     if cfg.threads > cores:
         raise UserError(f"threads={cfg.threads} and this machine has {cores} processor cores; set threads={cores} or less")
@@ -116,7 +108,7 @@ def _value(cfg: DictConfig, key: str) -> Any:
     try:
         return OmegaConf.select(cfg, key)
     except OmegaConfBaseException as error:
-        raise UserError(f"{key}: {str(error).splitlines()[0]}; ${{…}} in a value stands for the value of another option") from error
+        raise UserError(f"{key}: {str(error).splitlines()[0]}; ${{…}} stands for another option's value") from error
 
 
 def _check_value(key: str, value: Any, default: Any) -> None:
@@ -127,7 +119,7 @@ def _check_value(key: str, value: Any, default: Any) -> None:
     default = 1 if default is None and key in ALSO else default
     listed = key in NUMBER_OR_LIST
     is_list = isinstance(value, ListConfig)
-    kind, fits = _kind(default, least=0 if listed and is_list else 1)
+    kind, fits = kind_of(default, least=0 if listed and is_list else 1)
     also = ALSO.get(key, ())
     if not all(fits(item) or item in also for item in (list(value) if listed and is_list else [value])):
         other = " or a list of them" if listed else "".join(f" or {'null' if v is None else v}" for v in also)
@@ -142,25 +134,22 @@ def _check_value(key: str, value: Any, default: Any) -> None:
 
 def _check_items(key: str, values: ListConfig, default: list) -> None:
     """Refuse items of another kind than those of the default, and names that stand in a list twice."""
-    kinds = {type(item) for item in default} or {str}
+    kind = type(default[0]) if default else str
+    words = {dict: "sections of options", str: "texts", int: "whole numbers"}
     for item in values:
-        wanted = DictConfig if kinds == {dict} else next(iter(kinds))
-        if len(kinds) == 1 and not isinstance(item, wanted):
-            word = {dict: "sections of options", str: "texts", int: "whole numbers"}.get(next(iter(kinds)), "other values")
-            raise UserError(f"{key}: got {_shown(item)} in the list, expected {word}")
+        if kind in words and not isinstance(item, DictConfig if kind is dict else kind):
+            raise UserError(f"{key}: got {_shown(item)} in the list, expected {words[kind]}")
         if isinstance(item, str) and list(values).count(item) > 1:
             raise UserError(f"{key} names {item} twice; leave one of them out")
 
 
-def _check_names(cfg: DictConfig) -> None:
-    """Refuse controls that are no names, or named twice; which names there are is checked where they are looked up."""
-    controls = cfg.get("controls")
-    names = list(controls) if isinstance(controls, ListConfig) else [controls]
-    for name in names:
-        if not isinstance(name, str) or not name:
+def _check_controls(controls: Any) -> None:
+    """Refuse what is no name or list of names; which names there are is checked where they are looked up."""
+    if not isinstance(controls, ListConfig | str) or not controls:
+        if not isinstance(controls, ListConfig):  # [] means none
             raise UserError(f"controls: got {_shown(controls)}, expected all, none, a name or a list of names")
-        if names.count(name) > 1:
-            raise UserError(f"controls names {name} twice; leave one of them out")
+    if isinstance(controls, ListConfig):
+        _check_items("controls", controls, [""])
 
 
 def _check_sweep() -> None:
@@ -182,17 +171,14 @@ def _chosen(group: str, cfg: DictConfig) -> str | None:
     return cfg.get("mode") if group == "mode" else None
 
 
-def _folders() -> list[Path]:
-    """Where config files lie: cfgs, and what the command line adds (`--config-dir`)."""
-    if not HydraConfig.initialized():
-        return [CONFIGS]
-    sources = HydraConfig.get().runtime.config_sources
-    return list(dict.fromkeys([CONFIGS, *(Path(source.path) for source in sources if source.schema == "file")]))
-
-
 def _content(group: str, name: str) -> dict[str, Any]:
-    """What a file of a config group says, with the files of the same group it builds on."""
-    file = next((file for folder in _folders() if (file := folder / group / f"{name}.yaml").is_file()), None)
+    """What a file of a config group says, with the files of the same group it builds on; {} if there is none.
+
+    Files lie in cfgs and in what the command line adds (`--config-dir`).
+    """
+    sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
+    folders = [CONFIGS, *(Path(source.path) for source in sources if source.schema == "file")]
+    file = next((file for folder in folders if (file := folder / group / f"{name}.yaml").is_file()), None)
     if file is None:
         return {}
     content = _plain(OmegaConf.load(file))
@@ -206,13 +192,13 @@ def _schema(cfg: DictConfig) -> dict[str, Any]:
     A mode may bring sections of its own and settings of its probe, a protocol those of `protocol:`; what else they hold
     are values for options of config.yaml.
     """
-    schema = dict(_leaves(_content("", "config"), "")) | dict(_leaves(_content("model", "_defaults"), "model."))
+    schema = dict(leaves(_content("", "config"), "")) | dict(leaves(_content("model", "_defaults"), "model."))
     sections = {key.partition(".")[0] for key in schema} | {"protocol"}
     files = [file.stem for file in (CONFIGS / "protocol").glob("*.yaml")]
-    known = {key for name in files for key, _ in _leaves(_content("protocol", name), "") if key.startswith("protocol.")}
-    stated = dict(_leaves(_content("protocol", _chosen("protocol", cfg) or "clean"), ""))
+    known = {key for name in files for key, _ in leaves(_content("protocol", name), "") if key.startswith("protocol.")}
+    stated = dict(leaves(_content("protocol", _chosen("protocol", cfg) or "clean"), ""))
     schema |= {key: stated.get(key) for key in known}
-    for key, default in _leaves(_content("mode", _chosen("mode", cfg) or "train"), ""):
+    for key, default in leaves(_content("mode", _chosen("mode", cfg) or "train"), ""):
         if key.startswith("probe.") or key.partition(".")[0] not in sections:
             schema.setdefault(key, default)
     return {key: default for key, default in schema.items() if not key.startswith("dataset.")}
@@ -222,13 +208,13 @@ def _plain(node: Any) -> Any:
     return OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node
 
 
-def _leaves(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def leaves(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     """Dotted keys and values of nested sections, without what is Hydra's own; an empty section is a leaf."""
     for key, value in node.items():
         if key in ("hydra", "defaults") and not prefix:
             continue
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -238,7 +224,7 @@ def _shown(value: Any) -> str:
     return "null" if value is None else repr(_plain(value))
 
 
-def _kind(default: Any, least: int) -> tuple[str, Callable[[Any], bool]]:
+def kind_of(default: Any, least: int) -> tuple[str, Callable[[Any], bool]]:
     """What an option with this default takes, in words and as a test; `least` of whole numbers, or 0 if that is the default."""
     if isinstance(default, bool):
         return "true or false", lambda value: isinstance(value, bool)
@@ -270,8 +256,8 @@ def name_protocol(cfg: DictConfig) -> None:
     chosen = _chosen("protocol", cfg)
     if chosen is None:
         return
-    stated = dict(_leaves(_content("protocol", chosen), ""))
-    present = dict(_leaves({"protocol": OmegaConf.to_container(cfg.protocol, resolve=True)}, ""))
+    stated = dict(leaves(_content("protocol", chosen), ""))
+    present = dict(leaves({"protocol": OmegaConf.to_container(cfg.protocol, resolve=True)}, ""))
     present |= {key: _plain(OmegaConf.select(cfg, key)) for key in stated}
     changes = [
         f"{key.removeprefix('protocol.')}={_text(value)}"
@@ -366,40 +352,6 @@ def renamed(key: str) -> str:
     return f"{key} is called {RENAMED[key]} now; write {RENAMED[key]}=… instead"
 
 
-def with_new_names(stored: DictConfig) -> DictConfig:
-    """The configuration of a finished run with the keys of this release; changed in place."""
-    for old, new in RENAMED.items():
-        section, _, name = old.rpartition(".")
-        if name in (OmegaConf.select(stored, section) or {}):
-            OmegaConf.update(stored, new, stored[section].pop(name), force_add=True)
-    return stored
-
-
-def complete(stored: DictConfig, path: Path) -> DictConfig:
-    """The configuration of a finished run with the options added since then, at their defaults; changed in place.
-
-    Raises:
-        UserError: a section or an option that the run's mode had is missing or of another kind: the file is damaged.
-    """
-    choices = {"config": "", "model/_defaults": "model.", f"protocol/{stored.protocol.get('name')}": ""}
-    for name, prefix in (choices | {f"mode/{stored.mode}": ""}).items():
-        file = CONFIGS / f"{name}.yaml"
-        if not (re.fullmatch(r"[\w/-]+", name) and file.is_file()):
-            continue  # a protocol or mode of the user's own
-        for key, default in _leaves(OmegaConf.to_container(OmegaConf.load(file)), prefix):
-            section, _, option = key.rpartition(".")
-            inside = OmegaConf.select(stored, section) if section else stored
-            if not isinstance(inside, DictConfig) and (inside is not None or section.partition(".")[0] in stored):
-                raise UserError(f"{path} is damaged (it has no section {section}); name another run with run=…")
-            if inside is None or option not in inside:  # added since then
-                OmegaConf.update(stored, key, default, force_add=True)
-            kind, fits = _kind(default, least=0)
-            value = OmegaConf.select(stored, key)
-            if not (key in NAMES + LISTS or value in ALSO.get(key, ()) or fits(value)):
-                raise UserError(f"{path} is damaged ({key} is {value!r}, expected {kind}); name another run with run=…")
-    return stored
-
-
 def valid_keys(parent: str) -> str:
     """The keys the configuration has at a place (or above it, where it is none), from defaults and chosen files."""
     GlobalHydra.instance().clear()
@@ -433,34 +385,3 @@ def named() -> list[str]:
 
 def _key_of(override: str) -> str:
     return re.split("[=@]", override.lstrip("+~"), maxsplit=1)[0]
-
-
-def adopt(fitted: DictConfig, cfg: DictConfig, directory: Path) -> DictConfig:
-    """The configuration of a finished run, for looking at it again: what the command line names of the data is put in.
-
-    A data set named takes the place of the run's own; single options of it (`dataset.noise=0.5`) are set on top.
-
-    Args:
-        fitted: configuration of the run; changed in place.
-        cfg: the present one.
-        directory: of the run, for the error.
-
-    Raises:
-        UserError: the command line names something that was settled when the run was fitted.
-    """
-    complete(with_new_names(fitted), directory / "config.yaml")
-    for key, value in FROM_COMMAND_LINE.items():
-        if key in fitted.dataset:
-            fitted.dataset[key] = value
-    for key in named():
-        head, value = key.split(".")[0], OmegaConf.select(cfg, key)
-        if head == "dataset" or key in ("trainer.batch_images", "trainer.n_boot"):
-            OmegaConf.update(fitted, key, value, merge=False)
-        elif head in ("model", "protocol", "probe", "trainer", "seed") and value != OmegaConf.select(fitted, key):
-            raise UserError(
-                f"{directory} was fitted with another {key} than the one named on the command line; leave {key} out, or fit "
-                "a probe with it first"
-            )
-    fitted.cache = OmegaConf.merge(cfg.cache, {"dtype": fitted.cache.dtype})
-    fitted.device, fitted.threads = cfg.device, cfg.threads
-    return fitted

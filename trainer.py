@@ -31,7 +31,8 @@ from errors import UserError
 from files import write_atomically
 from machine import choose_device, set_threads
 from metrics.bootstrap import Estimate
-from options import adopt, named
+from options import named
+from runs.adopt import adopt
 from probes import Probe, load_probe
 from runs.run import Run, checkpoint_files, checkpoint_path, identify, read_config, read_facts
 from tasks import Batch, ProbeResult, SubsetResult, Task, find_question

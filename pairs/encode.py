@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-import options
+from runs.adopt import adopt
 from backbones.attention import RecordAttention
 from backbones.contract import Backbone, Layer
 from backbones.load import load_backbone
@@ -70,7 +70,7 @@ def open_fitted_run(
     Raises:
         UserError: no run, no checkpoint, or the command line contradicts the run.
     """
-    fitted = options.adopt(read_config(directory), cfg, directory)
+    fitted = adopt(read_config(directory), cfg, directory)
     probes = [load_probe(file).eval() for file in checkpoint_files(directory, "probe", "best")]
     for probe in probes:
         probe.matmul_dtype = "float32"  # one picture: nothing to save, and the page computes so too

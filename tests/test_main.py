@@ -17,6 +17,7 @@ import options
 from backbones.timm_vit import TimmViT
 from datasets.scene import build
 from errors import UserError
+from runs.adopt import adopt
 from runs.run import Run, read_config
 
 SHORT = [*TINY, "model.layers=[embed,0]"]
@@ -257,7 +258,7 @@ def test_programs_that_a_stored_configuration_names_are_not_started() -> None:
         stored = OmegaConf.create(OmegaConf.to_container(cfg))
         stored.dataset.update(blender_path="/tmp/evil", clevr_gen_dir="/tmp/evil", use_cache_only=False)
     with configured("mode=eval", "dataset.on_error=skip") as cfg:
-        adopted = options.adopt(stored, cfg, Path("run"))
+        adopted = adopt(stored, cfg, Path("run"))
     assert (adopted.dataset.blender_path, adopted.dataset.clevr_gen_dir) == (None, None)
     assert adopted.dataset.use_cache_only is True and adopted.dataset.on_error == "skip"
 

@@ -13,6 +13,7 @@ from program import FIT, MODEL, ROOT, TINY, configured, run
 
 import options
 from errors import UserError
+from runs.adopt import with_new_names
 
 
 def explained(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> str:
@@ -124,7 +125,7 @@ def test_the_stored_configuration_of_an_older_run_is_read_with_the_new_names(com
     section, _, name = new.rpartition(".")
     (stored[section] if section else stored).pop(name)
     OmegaConf.update(stored, key, 7, force_add=True)
-    read = options.with_new_names(stored)
+    read = with_new_names(stored)
     assert OmegaConf.select(read, new) == 7 and OmegaConf.select(read, key) is None
 
 

@@ -27,7 +27,7 @@ def answer(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> st
 QUOTED = r"a text with signs such as .* stands in two kinds of quotes, "
 CARELESS = [
     ("controls=5", r"controls: got 5, expected all, none, a name or a list of names"),
-    ("controls=[position,5]", r"controls: got \['position', 5\], expected all"),
+    ("controls=[position,5]", r"controls: got 5 in the list, expected texts"),
     ("controls=[position,position]", r"controls names position twice; leave one of them out"),
     ("controls=null", r"controls: got null, expected all, none"),
     ("controls=nonsense", r"unknown control 'nonsense'; valid for controls=: all, none"),
@@ -73,7 +73,7 @@ CARELESS = [
     ("entry=os.system", r"entry=os.system is not the entry of mode=train \([\w.]+\); leave entry=… out"),
     ("entry=foo.bar", r"entry=foo.bar is not the entry of mode=train \([\w.]+\); leave entry=… out"),
     ("entry=nodots", r"entry=nodots is not the entry of mode=train \([\w.]+\); leave entry=… out"),
-    ("entry=", r"entry= is not the entry of mode=train \([\w.]+\); leave entry=… out"),
+    ("entry=", r"entry: got '', expected a text, such as trainer.run"),
     ("threads=20000", r"threads=20000 and this machine has \d+ processor cores; set threads=\d+ or less"),
     ("threads=100000", r"threads=100000 and this machine has \d+ processor cores"),
     ("trainer.seeds=[]", r"trainer.seeds"),
