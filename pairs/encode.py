@@ -9,7 +9,6 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from runs.adopt import adopt
 from backbones.attention import RecordAttention
 from backbones.contract import Backbone, Layer
 from backbones.load import load_backbone
@@ -21,6 +20,7 @@ from patches.geometry import DroppedImage, Geometry, plan_geometry
 from patches.labels import PatchLabels, label_patches
 from patches.windows import cut_windows
 from probes import Probe, load_probe
+from runs.adopt import adopt
 from runs.run import checkpoint_files, read_config
 
 
