@@ -32,8 +32,8 @@ from files import write_atomically
 from machine import choose_device, set_threads
 from metrics.bootstrap import Estimate
 from options import named
-from runs.adopt import adopt
 from probes import Probe, load_probe
+from runs.adopt import adopt
 from runs.run import Run, checkpoint_files, checkpoint_path, identify, read_config, read_facts
 from tasks import Batch, ProbeResult, SubsetResult, Task, find_question
 
