@@ -27,6 +27,9 @@ from tasks import Task
 
 PROBE_ROW = "probe"  # the row of a run that has one
 
+# The seed of a fit that starts from nothing random (a threshold, a table of labels): another one would give the same fit.
+NOTHING_RANDOM = [0]
+
 
 class Subject(NamedTuple):
     """What is fitted and scored: the probe of a row, or one of its controls.
@@ -161,7 +164,7 @@ def class_oracle(opened: Opened) -> Subject:
     def build(task: Task, sample: PatchSample, layers: Sequence) -> Probe:
         return oracle(FitAxes([fit.seed for fit in task.fits()], list(layers)), 1, n_classes=len(sample.meta["classes"]))
 
-    return opened.subject("class_oracle", coded)._replace(seeds=[0], build=build)
+    return opened.subject("class_oracle", coded)._replace(seeds=NOTHING_RANDOM, build=build)
 
 
 def cosine(opened: Opened) -> Subject | None:
@@ -222,7 +225,7 @@ def _similarity(mode: str, opened: Opened) -> Subject | None:
     if opened.cfg.probe.mode == mode:
         return None
     similar = OmegaConf.merge(opened.cfg.probe, {"mode": mode})
-    return opened.subject(mode, opened.samples, similar)._replace(seeds=[0])
+    return opened.subject(mode, opened.samples, similar)._replace(seeds=NOTHING_RANDOM)
 
 
 def _through_model(opened: Opened, **changes: Any) -> dict[str, PatchSample]:

@@ -220,3 +220,59 @@ def test_a_data_set_of_codes_is_not_asked_for_objects(tmp_path: Path) -> None:
     for mode in ("patches", "all"):
         with pytest.raises(SystemExit, match="error: .*(pixel labels|tells no objects apart)"):
             run(tmp_path, *codes, f"model.output_mode={mode}")
+
+
+def test_what_fits_the_embedded_backbone_alone_is_its_default_alone() -> None:
+    with configured("mode=train_binding") as embedded, configured("mode=train_binding", "model=dinov2_base") as other:
+        assert (list(embedded.model.layers), embedded.model.output_mode) == ([3, -1], "cls")
+        assert (other.model.layers, other.model.output_mode) == (-1, "mean_spatial")
+    with configured("mode=train_binding", "model.layers=[0]", "model.output_mode=all") as chosen:
+        assert (list(chosen.model.layers), chosen.model.output_mode) == ([0], "all")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "clean"),
+        (["trainer.lr=1e-3"], "clean"),  # clean says nothing of the optimiser
+        (["protocol.selection.patches=8"], "clean, changed: selection.patches=8"),
+        (["mode=train_binding"], "clean, changed: geometry.kind=stretch"),
+        (["protocol.pairs.fit=[all]", "protocol.labels.ignore=[]"], "clean, changed: labels.ignore=[], pairs.fit=[all]"),
+        (["protocol=object_binding_2025"], "object_binding_2025"),
+        (["protocol=object_binding_2025", "trainer.epochs=2"], "object_binding_2025, changed: trainer.epochs=2"),
+    ],
+)  # fmt: skip
+def test_a_protocol_that_differs_from_its_file_says_so_in_its_name(overrides: list[str], name: str) -> None:
+    with configured(*overrides) as cfg:
+        options.name_protocol(cfg)
+        assert cfg.protocol.name == name
+
+
+def test_records_carry_the_name_of_a_changed_protocol(tmp_path: Path) -> None:
+    finished = run(tmp_path, *TINY, "model.layers=[0]", "protocol.selection.patches=8", "probe.mode=cosine")
+    assert {record["protocol"] for record in finished.records()} == {"clean, changed: selection.patches=8"}
+    assert "clean_changed_selection.patches_8" in finished.dir.name
+
+
+def test_what_a_file_of_ones_own_misspells_is_named(composed: DictConfig) -> None:
+    cfg = composed.copy()
+    OmegaConf.update(cfg, "trainer.lrr", 1, force_add=True)  # Hydra takes any key of a file
+    with pytest.raises(UserError, match=r"^trainer.lrr stands in a file of cfgs and nothing reads it; valid keys of trainer: "):
+        options.check(cfg)
+
+
+def test_a_sweep_in_a_file_is_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nhydra: {sweeper: {params: {seed: '1,2'}}}\n")
+    with configured(f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine") as cfg:
+        with pytest.raises(UserError, match=r"a sweep over seed; add -m to run all its jobs"):
+            options.check(cfg)
+
+
+def test_the_help_names_options_that_exist(composed: DictConfig) -> None:
+    template = OmegaConf.load(ROOT / "cfgs" / "config.yaml").hydra.help.template
+    text = template.partition("What to change")[2].partition("Files to choose from")[0]
+    keys = re.findall(r"([\w.]+)=(?= |$)", text, re.MULTILINE)
+    exists = lambda key: key.rpartition(".")[2] in (OmegaConf.select(composed, key.rpartition(".")[0] or "@") or composed)
+    assert len(keys) > 40
+    assert [key for key in keys if not exists(key)] == ["experiment", "dataset.root"]  # of some files only

@@ -73,7 +73,7 @@ CARELESS = [
     ("entry=os.system", r"entry=os.system is not the entry of mode=train \([\w.]+\); leave entry=… out"),
     ("entry=foo.bar", r"entry=foo.bar is not the entry of mode=train \([\w.]+\); leave entry=… out"),
     ("entry=nodots", r"entry=nodots is not the entry of mode=train \([\w.]+\); leave entry=… out"),
-    ("entry=", r"entry: got '', expected a text, such as trainer.run"),
+    ("entry=", r"entry: got '', expected a text, such as [\w.]+"),
     ("threads=20000", r"threads=20000 and this machine has \d+ processor cores; set threads=\d+ or less"),
     ("threads=100000", r"threads=100000 and this machine has \d+ processor cores"),
     ("trainer.seeds=[]", r"trainer.seeds"),
