@@ -544,12 +544,14 @@ def test_settings_that_cannot_be_met(overrides: list[str], said: str) -> None:
         binding_task.check(cfg)
 
 
-def test_the_grid_is_one_saved_sweep() -> None:
-    """49 pairs of numbers of colours and shapes, the published probe, nothing else to name on the command line."""
+def test_the_grid_is_one_command() -> None:
+    """49 pairs of numbers of colours and shapes, named on the command line the file shows; the published probe."""
+    text = (ROOT / "cfgs" / "experiment" / "binding_grid.yaml").read_text()
+    sweep = " ".join(f"dataset.n_{kind}=1,2,3,4,5,6,7" for kind in ("colors", "shapes"))
+    assert f"python main.py -m experiment=binding_grid {sweep}" in text
     with initialize_config_dir(str(ROOT / "cfgs"), version_base="1.3"):
-        overrides = ["mode=train_binding", "experiment=binding_grid"]
-        cfg = compose("config", overrides, return_hydra_config=True)
-    assert dict(cfg.hydra.sweeper.params) == {f"dataset.n_{kind}": "1,2,3,4,5,6,7" for kind in ("colors", "shapes")}
+        cfg = compose("config", ["experiment=binding_grid"], return_hydra_config=True)
+    assert not cfg.hydra.sweeper.params and cfg.mode == "train_binding" and (cfg.dataset.n_colors, cfg.dataset.n_shapes) == (7, 7)
     assert cfg.probe.rank == 16 and cfg.probe.init_std == 0.02 and not cfg.protocol.geometry.antialias
 
 

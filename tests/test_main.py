@@ -290,7 +290,10 @@ def ade20k(folder: Path) -> list[str]:
 @pytest.mark.parametrize("protocol", ["clean", "object_binding_2025", "object_binding_2026"])
 def test_ade20k_under_every_protocol(folder: Path, ade20k: list[str], protocol: str) -> None:
     finished = run(folder, *ade20k, f"protocol={protocol}", "protocol.selection.patches=64")
-    assert {r["protocol"] for r in finished.records()} == {protocol} and finished.objective is not None
+    (name,) = {r["protocol"] for r in finished.records()}
+    changed = name.removeprefix(protocol)  # the published ones set the optimiser too, which these tests cut short
+    assert (changed == "") == (protocol == "clean") and changed.startswith(", changed: " if changed else "")
+    assert finished.objective is not None
     fits = {"clean": 4}.get(protocol, 2)  # seeds × pairs seen
     assert len(finished.records("history.jsonl")[0]["val_loss"]) == fits
 

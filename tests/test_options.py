@@ -218,7 +218,7 @@ def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_a_data_set_of_codes_is_not_asked_for_objects(tmp_path: Path) -> None:
     codes = [*MODEL, *FIT, "dataset=colorshape", "dataset.n_train=4", "dataset.n_val=2", "dataset.n_test=2"]
     for mode in ("patches", "all"):
-        with pytest.raises(SystemExit, match="error: .*(pixel labels|tells no objects apart)"):
+        with pytest.raises(SystemExit, match="error: .*(pixel labels|has no maps of objects)"):
             run(tmp_path, *codes, f"model.output_mode={mode}")
 
 
