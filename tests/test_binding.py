@@ -551,7 +551,8 @@ def test_the_grid_is_one_command() -> None:
     assert f"python main.py -m experiment=binding_grid {sweep}" in text
     with initialize_config_dir(str(ROOT / "cfgs"), version_base="1.3"):
         cfg = compose("config", ["experiment=binding_grid"], return_hydra_config=True)
-    assert not cfg.hydra.sweeper.params and cfg.mode == "train_binding" and (cfg.dataset.n_colors, cfg.dataset.n_shapes) == (7, 7)
+    assert not cfg.hydra.sweeper.params and cfg.mode == "train_binding"
+    assert (cfg.dataset.n_colors, cfg.dataset.n_shapes) == (7, 7)
     assert cfg.probe.rank == 16 and cfg.probe.init_std == 0.02 and not cfg.protocol.geometry.antialias
 
 
