@@ -69,6 +69,8 @@ class Recipe:
     loss_mask: all | fg | bg, cells by the teacher's class attention, mask_threshold of its mass.
     use_teacher: false: the student's own maps are the target. registers: keep, or drop as in the XR rows.
     trainable_blocks: null all; n from block n on (negative: the last); or a list; all else is frozen then.
+    same_heads: both networks start with the same head. In the reference program they differ and meet only through the moving
+        average, for which a short training has no time.
     drop_path: of the student's last block, rising from 0.
     momentum, weight_decay: along a cosine from the first to the second; lr_…: along a cosine to final_lr.
     clip: largest norm of all gradients together; null: none.
@@ -103,6 +105,7 @@ class Recipe:
     head_hidden: int = 2048
     head_out: int = 256
     head_layers: int = 3
+    same_heads: bool = False
     drop_path: float = 0.1
     momentum: tuple[float, ...] = (0.9995, 1.0)
     lr_backbone: float = 1e-5

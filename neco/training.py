@@ -122,7 +122,7 @@ class Training:
         self.recipe, self.facts, self.device, self.seed, self.total, self.done = recipe, facts, device, seed, total, 0
         self.world = world or World()
         heads = []
-        for number in range(2):  # from different random values, as in the reference program
+        for number in (0, 0) if recipe.same_heads else (0, 1):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed * 2 + number)
                 heads.append(ProjectionHead(facts.dim, recipe.head_hidden, recipe.head_out, recipe.head_layers))

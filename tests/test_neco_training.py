@@ -68,6 +68,11 @@ def test_student_learns_and_the_teacher_follows_its_weights_before_the_step() ->
     assert last.momentum > 0.99 and last.lr_backbone < 1e-4 and last.weight_decay > 0.4
 
 
+def test_heads_may_start_alike() -> None:
+    one = training(same_heads=True)
+    torch.testing.assert_close(weights(one.student), weights(one.teacher))
+
+
 def test_one_batch_is_learnt() -> None:
     one = training(total=1000, drop_path=0.1)
     losses = [one.step([batch(0)]).loss for _ in range(40)]
