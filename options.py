@@ -34,7 +34,12 @@ OPEN = ("dataset", "model.kwargs")
 # Numbers that may also be a list of numbers.
 NUMBER_OR_LIST = ("trainer.seeds",)
 # What else may stand in place of a number.
-ALSO: dict[str, tuple] = {"protocol.selection.patches": ("all",), "protocol.selection.per_visit": (None,)}
+ALSO: dict[str, tuple] = {
+    "protocol.selection.patches": ("all",),
+    "protocol.selection.per_visit": (None,),
+    "neco.teacher_steepness": (None,),
+    "neco.evaluate.every": (0,),
+}
 # A name, a number or a list: read by `controls.control_names` and `resolve_layers`, `pairs.score_maps`.
 NAMES = ("controls", "model.layers", "vis.image")
 # Texts whose default is null.
