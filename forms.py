@@ -78,13 +78,13 @@ class FormCuts(NamedTuple):
 def form_cuts(x: Tensor) -> FormCuts:
     """Cuts for tokens x [L, B, T, D].
 
-    On a CPU two blocks from D = 128 on, four from D = 512 on; 4 M channels of tokens and 256 k pairs at a time (all
+    On a CPU two blocks from D = 128 on (float32), four from D = 512 on; 4 M channels of tokens and 256 k pairs at a time (all
     measured by scripts/bench_fit.py). A GPU prefers one product.
     """
     _, n_images, n_tokens, dim = x.shape
     if x.device.type != "cpu":
         return FormCuts([(0, dim)], n_images)
-    size = -(-dim // (4 if dim >= 512 else 2 if dim >= 128 else 1))
+    size = -(-dim // (4 if dim >= 512 else 2 if dim >= 128 and x.dtype != torch.bfloat16 else 1))
     blocks = [(start, min(start + size, dim)) for start in range(0, dim, size)]
     return FormCuts(blocks, min(n_images, max(1, 2**22 // (n_tokens * dim)), max(1, 2**18 // n_tokens**2)))
 
