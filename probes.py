@@ -89,6 +89,11 @@ class Probe(nn.Module):
         return any(p.requires_grad for p in self.parameters())
 
     @property
+    def solver(self) -> str:
+        """How it is fitted: "descent" by the optimiser, "newton" to the optimum of its loss (`Task.solve`)."""
+        return "descent"
+
+    @property
     def n_parameters(self) -> int:
         """Number of trained parameters of the whole stack."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
@@ -296,6 +301,22 @@ class Similarity(Pairwise):
     def similarity(self, x: Tensor, y: Tensor) -> Tensor:
         """Fixed score of prepared tokens x [L, B, T, D], y [L, B, U, D] -> [L, B, T, U]."""
         raise NotImplementedError
+
+    @property
+    def solver(self) -> str:
+        """Offset and factor have one optimum; the published offset alone is learnt by descent, as published."""
+        return "descent" if self.scale is None else "newton"
+
+    def fixed_scores(self, x: Tensor) -> Tensor:
+        """What offset and factor are learnt for: the similarity of tokens x [L, B, T, D] -> float32 [L, B, T, T]."""
+        x = self.prepare(x)
+        return self.similarity(x, x).float()
+
+    @torch.no_grad()
+    def set_solution(self, offset: Tensor, factor: Tensor) -> None:
+        """Take over offset and factor [S, L]."""
+        self.bias.copy_(offset)
+        self.scale.copy_(factor)
 
     def scores(self, x: Tensor, y: Tensor | None) -> Tensor:
         """See `Pairwise`."""

@@ -11,7 +11,7 @@ opens the samples, has probes and controls fitted and scored (`trainer.probe`), 
 
 import importlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
@@ -99,7 +99,7 @@ class Collector(Protocol):
 
 
 class Task:
-    """What a probe is asked. A new task overrides what differs; these eight members are all the loop knows of it.
+    """What a probe is asked. A new task overrides what differs; these nine members are all the loop knows of it.
 
     Args:
         seeds: of the fits.
@@ -137,13 +137,25 @@ class Task:
         """What the probe answers to activations x [L, B, T, D] of a batch, [S, L, B, …]."""
         return probe(x)
 
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Loss [S, L] of every fit, mean over the batch."""
+    def loss(self, probe: Probe, x: Tensor, batch: Batch) -> Tensor:
+        """Loss [S, L] of every fit on activations x [L, B, T, D], mean over the batch."""
         raise NotImplementedError(f"{type(self).__name__}.loss")
+
+    def solve(self, probe: Probe, batches: Callable[[], Iterator[tuple[Tensor, Batch]]]) -> dict[str, Any]:
+        """Set a probe that declares `solver = "newton"` to the optimum of its loss over a split.
+
+        Args:
+            batches: makes a fresh pass over the split, activations x [L, B, T, D] and batch.
+
+        Returns:
+            what the history records of it.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.solve")
 
     def collector(self, sample: PatchSample, n_layers: int) -> Collector:
         """Collects the answers to all images of a sample."""
         raise NotImplementedError(f"{type(self).__name__}.collector")
+
 
 def visited_tokens(n_images: int, n_tokens: int, per_visit: int | None, generator: torch.Generator | None) -> Tensor | None:
     """The tokens [M, T'] looked at in this pass where a protocol keeps more than it looks at; None: all.

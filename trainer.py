@@ -1,7 +1,7 @@
 """The one probe loop: every layer and every seed of a probe is fitted in one stacked pass over cached activations.
 
     probe       fit a stack (or take it up where it stopped) and score it: results of a probe or a control
-    fit         AdamW or Adam on a stack of probes, validation selection per fit, exact resume
+    fit         AdamW or Adam on a stack of probes (or Newton's method), validation selection per fit, exact resume
     evaluate    the answers of a stack to a split, collected in one place
 
 Law of the stack (tested): a fit alone and the same fit in a stack give the same numbers, because every fit draws its
@@ -13,7 +13,7 @@ Shapes: S fits of a layer (variants × seeds), L layers, B images, T tokens, D w
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from activation import PatchSample
 from controls import Subject, control_names
 from errors import UserError
 from files import write_atomically
-from machine import choose_device, set_threads
+from machine import choose_device, keep_freed_memory, set_threads
 from metrics.bootstrap import Estimate
 from options import named
 from probes import Probe, load_probe
@@ -73,6 +73,7 @@ class FitOptions:
             if trainer[key] not in valid:
                 raise UserError(f"unknown trainer.{key} '{trainer[key]}'; valid: {', '.join(valid)}")
         set_threads(int(cfg.threads or 0))
+        keep_freed_memory()
         return cls(
             epochs=int(trainer.epochs),
             batch_images=int(trainer.batch_images),
@@ -259,6 +260,8 @@ def fit(probe: Probe, task: Task, subject: Subject, options: FitOptions, run: Ru
     """
     name, train, val = subject.name, subject.samples["train"], subject.samples["val"]
     layer_rows = [list(train.tokens.layers).index(layer) for layer in probe.layers]
+    if probe.solver == "newton":
+        return _solve(probe, task, subject, layer_rows, options, run, number)
     state_file = checkpoint_path(run.dir, name, f"state.{number:02d}")
     best = {n: p.detach().clone() for n, p in probe.named_parameters()}  # [S, L, …] each
     progress, optimizer = Progress.start(len(task.fits()), len(layer_rows)), build_optimizer(probe, options)
@@ -285,12 +288,41 @@ def fit(probe: Probe, task: Task, subject: Subject, options: FitOptions, run: Ru
             save_state(state_file, probe, optimizer, best, progress)
             saved = time.monotonic()
     bar.close()
-    fitted_on = {"backbone": train.meta.get("facts", {}).get("weights"), "classes": list(train.meta.get("classes", ()))}
-    probe.save(checkpoint_path(run.dir, name, f"last.{number:02d}"), **fitted_on)
+    probe.save(checkpoint_path(run.dir, name, f"last.{number:02d}"), **_fitted_on(train))
     with torch.no_grad():
         for n, p in probe.named_parameters():
             p.copy_(best[n])
-    probe.save(checkpoint_path(run.dir, name, f"best.{number:02d}"), **fitted_on, best_epoch=progress.best_epoch.tolist())
+    notes = {**_fitted_on(train), "best_epoch": progress.best_epoch.tolist()}
+    probe.save(checkpoint_path(run.dir, name, f"best.{number:02d}"), **notes)
+    return probe
+
+
+def _fitted_on(train: PatchSample) -> dict[str, Any]:
+    """What a checkpoint says of the data its probe was fitted on."""
+    return {"backbone": train.meta.get("facts", {}).get("weights"), "classes": list(train.meta.get("classes", ()))}
+
+
+def _solve(
+    probe: Probe, task: Task, subject: Subject, layer_rows: Sequence[int], options: FitOptions, run: Run, number: int
+) -> Probe:  # fmt: skip
+    """Set a stack of probes to the optimum of its loss; nothing is drawn and nothing selected, so a restart repeats it."""
+    train, val = subject.samples["train"], subject.samples["val"]
+
+    def batches() -> Iterator[tuple[Tensor, Batch]]:
+        for batch in task.batches(train, options.batch_images, None):
+            yield batch.tokens(train, layer_rows, options.device), batch.to(options.device)
+
+    with torch.no_grad():
+        notes = task.solve(probe, batches)
+    val_loss = mean_loss(probe, task, val, layer_rows, options.batch_images, options.device)  # [S, L]
+    run.write(
+        {"kind": "solution", "name": subject.name, "row": subject.row, "control": subject.control, "part": subject.part,
+         "layer": str(probe.layers), **notes, "val_loss": val_loss.tolist()},
+        file="history.jsonl",
+    )  # fmt: skip
+    for which in ("last", "best"):
+        path = checkpoint_path(run.dir, subject.name, f"{which}.{number:02d}")
+        probe.save(path, **_fitted_on(train), solver=notes["solver"], converged=notes["converged"])
     return probe
 
 
@@ -328,7 +360,7 @@ def _loss(
 ) -> Tensor:
     """Loss [S, L] of every fit on a batch."""
     x, batch = batch.tokens(sample, layer_rows, device), batch.to(device)  # [L, B, T, D]
-    return task.loss(task.logits(probe, x, batch), batch)
+    return task.loss(probe, x, batch)
 
 
 def _keep_better(best: dict[str, Tensor], probe: Probe, better: Tensor) -> None:

@@ -21,8 +21,11 @@ from backbones.attention import next_block_query_key
 from backbones.load import backbone_facts, load_backbone, resolve_layers
 from controls import CONTROLS, PROBE_ROW, Opened, Subject, build_controls
 from errors import UserError
+from pairs import newton
 from pairs.collector import PairCollector
-from pairs.losses import agreement, class_loss, identity_loss, pair_bce
+from pairs.form_loss import form_bce, pair_terms
+from pairs.losses import agreement, class_loss, identity_loss, pair_bce, pair_mask
+from pairs.newton import PairBatch
 from probes import PROBES, Probe, Projections, build_probe
 from runs.run import Run
 from show.records import Column, Resampling, write_records
@@ -81,15 +84,41 @@ class Pairwise(PairTask):
         seeds, dim = [fit.seed for fit in self.fits()], sample.tokens.shape[-1]
         return build_probe(probe_cfg, seeds=seeds, layers=list(layers), dim=dim, projections=projections)
 
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+    def loss(self, probe: Probe, x: Tensor, batch: Batch) -> Tensor:
         """Mean binary cross-entropy [S, L] over the protocol's pairs (`protocol.pairs.loss`)."""
-        identity, valid = batch.labels["identity"], batch.labels["valid"]  # [B, T]
+        identity, used = batch.labels["identity"], self.used_tokens(batch)  # [B, T], [V, B, T]
+        parts = probe.form_parts(x)
+        if parts is not None:  # without ever storing the scores
+            return form_bce(*parts, pair_terms(identity, used, self.pairs))
+        logits = self.logits(probe, x, batch)  # [S, L, B, T, T]
         same = identity[:, :, None] == identity[:, None, :]  # [B, T, T]
-        losses = []
-        for variant, of_variant in zip(self.variants, logits.split(len(self.seeds)), strict=True):
-            counted = valid & (identity > 0) if variant == "foreground" else valid
-            losses.append(pair_bce(of_variant, same, pairs=self.pairs, valid=counted))
-        return torch.cat(losses)
+        of_variants = zip(logits.split(len(self.seeds)), used, strict=True)
+        return torch.cat([pair_bce(part, same, pairs=self.pairs, valid=counted) for part, counted in of_variants])
+
+    def used_tokens(self, batch: Batch) -> Tensor:
+        """Which tokens the loss of each variant counts, bool [V, B, T]."""
+        identity, valid = batch.labels["identity"], batch.labels["valid"]  # [B, T]
+        return torch.stack([valid & (identity > 0) if variant == "foreground" else valid for variant in self.variants])
+
+    def solve(self, probe: Probe, batches: Callable[[], Iterator[tuple[Tensor, Batch]]]) -> dict[str, Any]:
+        """Offset and factor of a fixed pair score by Newton's method; the seeds of a variant end at the same numbers."""
+
+        def pair_batches() -> Iterator[PairBatch]:
+            for x, batch in batches():
+                identity, used = batch.labels["identity"], self.used_tokens(batch).float()  # [B, T], [V, B, T]
+                places = pair_mask(identity.shape[1], self.pairs, x.device).flatten().nonzero().flatten()  # [P]
+                first, second = places // identity.shape[1], places % identity.shape[1]
+                counted = used.index_select(2, first) * used.index_select(2, second)  # [V, B, P]
+                same = identity.index_select(1, first) == identity.index_select(1, second)  # [B, P]
+                yield PairBatch(probe.fixed_scores(x).flatten(2).index_select(2, places), counted, counted * same)
+
+        solution = newton.solve(pair_batches)
+        spread = lambda values: values.repeat_interleave(len(self.seeds), 0)  # [V, L] -> [S, L]
+        probe.set_solution(spread(solution.offset), spread(solution.factor))
+        return {
+            "solver": "newton", "passes": solution.passes, "converged": spread(solution.converged).tolist(),
+            "train_loss": spread(solution.loss).tolist(),
+        }  # fmt: skip
 
     def readouts(self, logits: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The logits themselves are the scores."""
@@ -99,9 +128,9 @@ class Pairwise(PairTask):
 class ClassReadout(PairTask):
     """The class of a patch by a linear read-out; 0 (background, unlabelled) is a class like any other."""
 
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+    def loss(self, probe: Probe, x: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy [S, L], mean over valid patches."""
-        return class_loss(logits, batch.labels["class"], valid=batch.labels["valid"])
+        return class_loss(self.logits(probe, x, batch), batch.labels["class"], valid=batch.labels["valid"])
 
     def collector(self, sample: PatchSample, n_layers: int) -> Collector:
         """Also counts right classes."""
@@ -111,9 +140,9 @@ class ClassReadout(PairTask):
 class IdentityReadout(PairTask):
     """Which object of its image a patch belongs to, by mask queries matched to objects."""
 
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+    def loss(self, probe: Probe, x: Tensor, batch: Batch) -> Tensor:
         """Matched dice and binary cross-entropy [S, L]; 0 for a batch without an object."""
-        return identity_loss(logits, batch.labels["identity"], valid=batch.labels["valid"])
+        return identity_loss(self.logits(probe, x, batch), batch.labels["identity"], valid=batch.labels["valid"])
 
 
 # ------------------------------------------------------------------------------------------------------------- entries

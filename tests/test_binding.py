@@ -117,8 +117,8 @@ def test_published_epoch_of_adam(case: dict) -> None:
     for number, batch in enumerate(case["batches"], start=1):
         code = torch.tensor(batch["y"])
         asked = Batch(torch.arange(len(code)), None, {"object_code": code})
-        logits = part.logits(probe, torch.tensor(batch["z"], dtype=torch.float64)[None, :, None], asked)
-        (part.loss(logits, asked).sum() / case["grad_accum_steps"]).backward()
+        x = torch.tensor(batch["z"], dtype=torch.float64)[None, :, None]
+        (part.loss(probe, x, asked).sum() / case["grad_accum_steps"]).backward()
         if number % case["grad_accum_steps"] == 0 or number == len(case["batches"]):
             optimizer.step()
             optimizer.zero_grad()

@@ -120,6 +120,37 @@ def test_every_fit_keeps_its_own_best_epoch(tmp_path: Path, monkeypatch: pytest.
     assert loaded.facts["best_epoch"] == [[1, 2], [1, 2]]
 
 
+@pytest.mark.parametrize("mode", ["cosine", "dot_product"])
+def test_offset_and_factor_are_solved_for_and_no_epochs_of_adam_do_better(tmp_path: Path, mode: str) -> None:
+    probe_cfg = [f"probe.mode={mode}", "trainer.seeds=2"]
+    task, subject, (solved,), run = fit_planted(configure(*probe_cfg), tmp_path / "solved")
+    (record,) = read_records(run.dir / "history.jsonl")
+    assert record["kind"] == "solution" and record["solver"] == "newton" and all(map(all, record["converged"]))
+    loaded = load_probe(checkpoint_files(run.dir, "probe", "best")[0])
+    assert loaded.facts["solver"] == "newton" and torch.equal(loaded.scale, solved.scale)
+    assert torch.equal(solved.bias[0], solved.bias[1])  # the seeds of the variant "all": nothing is drawn
+    descent = fit_epochs(task, subject, trainer.FitOptions.read(configure("trainer.lr=0.05")), n_epochs=30)
+    train_loss = lambda probe: trainer.mean_loss(
+        probe, task, subject.samples["train"], [0, 1], 8, torch.device("cpu")
+    )[:2]  # every pair counts the same in each batch of the variant "all"
+    assert (train_loss(solved) <= train_loss(descent) + 1e-6).all()
+
+
+def fit_epochs(task, subject, options, n_epochs: int):
+    """The same probe, fitted by some epochs of the optimiser."""
+    train = subject.samples["train"]
+    probe = task.build_probe(subject.probe, train, train.tokens.layers)
+    probe.set_statistics(*trainer.token_statistics(train, train.tokens.layers, 8))
+    optimizer = trainer.build_optimizer(probe, options)
+    for _ in range(n_epochs):
+        for batch in task.batches(train, 8, None):
+            x = batch.tokens(train, [0, 1], torch.device("cpu"))
+            optimizer.zero_grad()
+            task.loss(probe, x, batch).sum().backward()
+            optimizer.step()
+    return probe
+
+
 def test_planted_objects_are_found_and_noise_is_not(tmp_path: Path) -> None:
     cfg = configure("trainer.epochs=15", "trainer.seeds=2", "trainer.lr=2e-2")
     task, subject, probes, _ = fit_planted(cfg, tmp_path)
