@@ -13,7 +13,7 @@ Shapes: S fits of a layer (variants × seeds), L layers, B images, T tokens, D w
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -292,8 +292,8 @@ def fit(probe: Probe, task: Task, subject: Subject, options: FitOptions, run: Ru
     with torch.no_grad():
         for n, p in probe.named_parameters():
             p.copy_(best[n])
-    notes = {**_fitted_on(train), "best_epoch": progress.best_epoch.tolist()}
-    probe.save(checkpoint_path(run.dir, name, f"best.{number:02d}"), **notes)
+    best_epoch = progress.best_epoch.tolist()
+    probe.save(checkpoint_path(run.dir, name, f"best.{number:02d}"), **_fitted_on(train), best_epoch=best_epoch)
     return probe
 
 
@@ -304,25 +304,22 @@ def _fitted_on(train: PatchSample) -> dict[str, Any]:
 
 def _solve(
     probe: Probe, task: Task, subject: Subject, layer_rows: Sequence[int], options: FitOptions, run: Run, number: int
-) -> Probe:  # fmt: skip
+) -> Probe:
     """Set a stack of probes to the optimum of its loss; nothing is drawn and nothing selected, so a restart repeats it."""
-    train, val = subject.samples["train"], subject.samples["val"]
-
-    def batches() -> Iterator[tuple[Tensor, Batch]]:
-        for batch in task.batches(train, options.batch_images, None):
-            yield batch.tokens(train, layer_rows, options.device), batch.to(options.device)
-
+    train = subject.samples["train"]
+    device, n_images = options.device, options.batch_images
+    batches = lambda: ((b.tokens(train, layer_rows, device), b.to(device)) for b in task.batches(train, n_images, None))
     with torch.no_grad():
         notes = task.solve(probe, batches)
-    val_loss = mean_loss(probe, task, val, layer_rows, options.batch_images, options.device)  # [S, L]
+    val_loss = mean_loss(probe, task, subject.samples["val"], layer_rows, options.batch_images, options.device)  # [S, L]
     run.write(
         {"kind": "solution", "name": subject.name, "row": subject.row, "control": subject.control, "part": subject.part,
          "layer": str(probe.layers), **notes, "val_loss": val_loss.tolist()},
         file="history.jsonl",
     )  # fmt: skip
     for which in ("last", "best"):
-        path = checkpoint_path(run.dir, subject.name, f"{which}.{number:02d}")
-        probe.save(path, **_fitted_on(train), solver=notes["solver"], converged=notes["converged"])
+        path, how = checkpoint_path(run.dir, subject.name, f"{which}.{number:02d}"), ("solver", "converged")
+        probe.save(path, **_fitted_on(train), **{key: notes[key] for key in how})
     return probe
 
 
