@@ -207,6 +207,20 @@ def test_a_class_read_out_is_not_asked_for_other_classes(folder: Path, tmp_path:
         run(tmp_path, *asked, "dataset.test_fraction=0.5")
 
 
+def test_a_run_of_the_version_before_is_scored_and_shown(tmp_path: Path) -> None:
+    """The run directory as that version left it: other names of keys and classes, checkpoints without a digest."""
+    stored = ROOT / "tests" / "golden" / "runs" / "last_version"
+    recorded = [json.loads(line) for line in (stored / "metrics.jsonl").read_text().splitlines()]
+    before = {(r["layer"], r["block"]): r["metrics"]["auroc"] for r in recorded if r["metrics"].get("auroc") is not None}
+    again = run(tmp_path, "mode=eval", f"run={stored}", "wandb.mode=disabled")
+    subset = lambda r: r.get("subset", r.get("block"))
+    now = {(r["layer"], subset(r)): r["metrics"]["auroc"] for r in again.records() if r.get("seed") == "mean"}
+    assert len(before) >= 4
+    assert {key: now[key] for key in before} == pytest.approx(before, abs=1e-5)
+    shown = run(tmp_path, "mode=vis", f"run={stored}", "vis.gif=false", "wandb.mode=disabled")
+    assert list(shown.dir.rglob("*.png"))
+
+
 HOSTILE = {  # changes of config.yaml that would call, load, write or read something if they were believed
     "dataset.size": {"_target_": "torch.load", "f": "MARK.pt", "weights_only": False},
     "dataset.n_val": {"_target_": "pathlib.Path.touch", "_args_": [{"_target_": "pathlib.Path", "_args_": ["MARK"]}]},
