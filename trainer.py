@@ -10,31 +10,30 @@ weights from its own generator, all share the order of the batches, the loss is 
 Shapes: S fits of a layer (variants × seeds), L layers, B images, T tokens, D width.
 """
 
-import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
 from activation import PatchSample
 from controls import Subject, control_names
 from errors import UserError
-from files import write_atomically
 from machine import choose_device, keep_freed_memory, set_threads
 from metrics.bootstrap import Estimate
 from options import named
 from probes import Probe, load_probe
 from runs.adopt import adopt
+from runs.finished import check_fit
+from runs.fit_state import Progress, load_fit, save_fit
 from runs.run import Run, checkpoint_files, checkpoint_path, identify, read_config, read_facts
+from runs.signals import stop_later
 from tasks import Batch, ProbeResult, SubsetResult, Task, find_question
 
 OPTIMIZERS = ("adamw", "adam")
@@ -119,9 +118,10 @@ def fit_stack(run: Run, task: Task, subject: Subject, options: FitOptions) -> li
     probes = []
     for number, first in enumerate(range(0, len(layers), per_chunk)):
         chunk = layers[first : first + per_chunk]
-        done = checkpoint_path(run.dir, subject.name, f"best.{number:02d}")
-        if done.exists():  # written last: this very fit is complete, the directory is that of its configuration and code
-            probes.append(load_probe(done, task.probes).to(options.device))
+        last, best = (checkpoint_path(run.dir, subject.name, f"{which}.{number:02d}") for which in CHECKPOINTS[::-1])
+        if last.exists() and best.exists():  # best is written last: this fit is complete
+            expected = {"fit": identity_of(run, task, subject, chunk, number)}
+            probes.append(load_probe(best, task.probes, expected).to(options.device))
             continue
         probe = task.build_probe(subject.probe, train, chunk).to(options.device)
         if probe.needs_statistics:
@@ -130,13 +130,23 @@ def fit_stack(run: Run, task: Task, subject: Subject, options: FitOptions) -> li
     return probes
 
 
+def identity_of(run: Run, task: Task, subject: Subject, layers: Sequence, number: int) -> dict[str, Any]:
+    """What a fit is, as its files say: a file of another fit in their place is refused."""
+    metas = {split: subject.samples[split].meta for split in ("train", "val")}
+    data = {split: {key: meta.get(key) for key in ("fingerprint", "index")} for split, meta in metas.items()}
+    fits = [[fit.seed, fit.variant] for fit in task.fits()]
+    name = f"{subject.name}/{number:02d}"
+    return {"name": name, "layers": list(layers), "fits": fits, "data": data, "configuration": run.configuration}
+
+
 def load_stack(directory: Path, name: str, which: str, task: Task, sample: PatchSample) -> list[Probe]:
     """The probes of a finished fit, in the chunks of layers they were fitted in.
 
     Raises:
         UserError: there are none, or the activations at hand are not those they were fitted on.
     """
-    probes = [load_probe(file, task.probes) for file in checkpoint_files(directory, name, which)]
+    files = checkpoint_files(directory, name, which)
+    probes = [load_probe(file, task.probes) for file in files]
     expected = [layer for probe in probes for layer in probe.layers]
     width = sample.tokens.shape[-1]
     fitted_on, weights = probes[0].facts.get("backbone"), sample.meta["facts"]["weights"]
@@ -150,6 +160,8 @@ def load_stack(directory: Path, name: str, which: str, task: Task, sample: Patch
             f"the checkpoint in {directory} holds layers {expected} of width {probes[0].dim}, the activations are layers "
             f"{list(sample.tokens.layers)} of width {width}; name the run that was fitted on this backbone with run=…"
         )
+    for file, probe in zip(files, probes, strict=True):
+        check_fit(file, probe.facts, directory, name)
     return probes
 
 
@@ -225,25 +237,6 @@ def build_optimizer(probe: Probe, options: FitOptions) -> torch.optim.Optimizer:
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=True)
 
 
-class Progress(NamedTuple):
-    """Where a fit stands: everything a restart needs beside the parameters and Adam's moments."""
-
-    epoch: int  # epochs done
-    best: Tensor  # [S, L] lowest validation loss so far
-    best_epoch: Tensor  # [S, L] epoch that reached it, counted from 1; 0 before the first
-
-    @classmethod
-    def start(cls, n_fits: int, n_layers: int) -> "Progress":
-        """Before the first epoch."""
-        return cls(0, torch.full((n_fits, n_layers), torch.inf), torch.zeros(n_fits, n_layers, dtype=torch.int64))
-
-    def after(self, val_loss: Tensor) -> "Progress":
-        """One epoch later, with its validation loss [S, L]."""
-        better, epoch = val_loss < self.best, self.epoch + 1
-        best = torch.where(better, val_loss, self.best)
-        return Progress(epoch, best, torch.where(better, torch.tensor(epoch), self.best_epoch))
-
-
 def fit(probe: Probe, task: Task, subject: Subject, options: FitOptions, run: Run, *, number: int = 0) -> Probe:
     """Fit a stack of probes and restore, for every fit by itself, the epoch with the lowest validation loss.
 
@@ -263,43 +256,51 @@ def fit(probe: Probe, task: Task, subject: Subject, options: FitOptions, run: Ru
     if probe.solver == "newton":
         return _solve(probe, task, subject, layer_rows, options, run, number)
     state_file = checkpoint_path(run.dir, name, f"state.{number:02d}")
+    identity = identity_of(run, task, subject, probe.layers, number)
     best = {n: p.detach().clone() for n, p in probe.named_parameters()}  # [S, L, …] each
     progress, optimizer = Progress.start(len(task.fits()), len(layer_rows)), build_optimizer(probe, options)
     if state_file.exists():
-        progress = load_state(state_file, probe, optimizer, best)
+        progress = load_fit(state_file, probe, optimizer, best, identity, options.epochs)
+    save = lambda: save_fit(state_file, probe, optimizer, best, progress, identity)
     saved = time.monotonic()
-    bar = tqdm(
-        total=options.epochs, initial=progress.epoch, desc=f"fit {name}", unit="epoch", disable=None, leave=False
-    )
-    for epoch in range(progress.epoch, options.epochs):
-        train_loss, rate = _fit_epoch(probe, task, train, layer_rows, optimizer, options, epoch, name)
-        val_loss = mean_loss(probe, task, val, layer_rows, options.batch_images, options.device)  # [S, L]
-        _keep_better(best, probe, val_loss < progress.best)
-        progress = progress.after(val_loss)
-        run.write(
-            {"kind": "epoch", "name": name, "row": subject.row, "control": subject.control, "part": subject.part,
-             "layer": str(probe.layers), "epoch": epoch + 1, "learning_rate": rate, "train_loss": train_loss.tolist(),
-             "val_loss": val_loss.tolist()},
-            file="history.jsonl",
-        )  # fmt: skip
-        bar.set_postfix(train=f"{train_loss.mean():.4f}", val=f"{val_loss.mean():.4f}")
-        bar.update()
-        if time.monotonic() - saved > options.checkpoint_seconds or epoch + 1 == options.epochs:
-            save_state(state_file, probe, optimizer, best, progress)
-            saved = time.monotonic()
+    bar = tqdm(total=options.epochs, initial=progress.epoch, desc=f"fit {name}", unit="epoch", disable=None, leave=False)
+    with stop_later() as stopping:  # a signal waits for the end of a batch, then the state is saved
+        while progress.epoch < options.epochs:
+            progress, rate, complete = _fit_epoch(probe, task, train, layer_rows, optimizer, options, progress, name, stopping)
+            if not complete:
+                save()
+                break
+            train_loss = progress.total / progress.n_images
+            val_loss = mean_loss(probe, task, val, layer_rows, options.batch_images, options.device)  # [S, L]
+            _keep_better(best, probe, val_loss < progress.best)
+            progress = progress.after_epoch(val_loss)
+            run.write(
+                {"kind": "epoch", "name": name, "row": subject.row, "control": subject.control, "part": subject.part,
+                 "layer": str(probe.layers), "epoch": progress.epoch, "learning_rate": rate,
+                 "train_loss": train_loss.tolist(), "val_loss": val_loss.tolist()},
+                file="history.jsonl",
+            )  # fmt: skip
+            bar.set_postfix(train=f"{train_loss.mean():.4f}", val=f"{val_loss.mean():.4f}")
+            bar.update()
+            if stopping() or time.monotonic() - saved > options.checkpoint_seconds or progress.epoch == options.epochs:
+                save()
+                saved = time.monotonic()
+            if stopping():
+                break
     bar.close()
-    probe.save(checkpoint_path(run.dir, name, f"last.{number:02d}"), **_fitted_on(train))
+    facts = _fitted_on(train, identity)
+    probe.save(checkpoint_path(run.dir, name, f"last.{number:02d}"), **facts)
     with torch.no_grad():
         for n, p in probe.named_parameters():
             p.copy_(best[n])
-    best_epoch = progress.best_epoch.tolist()
-    probe.save(checkpoint_path(run.dir, name, f"best.{number:02d}"), **_fitted_on(train), best_epoch=best_epoch)
+    probe.save(checkpoint_path(run.dir, name, f"best.{number:02d}"), **facts, best_epoch=progress.best_epoch.tolist())
     return probe
 
 
-def _fitted_on(train: PatchSample) -> dict[str, Any]:
-    """What a checkpoint says of the data its probe was fitted on."""
-    return {"backbone": train.meta.get("facts", {}).get("weights"), "classes": list(train.meta.get("classes", ()))}
+def _fitted_on(train: PatchSample, identity: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its fit and of the data it was fitted on."""
+    weights, classes = train.meta.get("facts", {}).get("weights"), list(train.meta.get("classes", ()))
+    return {"backbone": weights, "classes": classes, "fit": identity}
 
 
 def _solve(
@@ -317,24 +318,24 @@ def _solve(
          "layer": str(probe.layers), **notes, "val_loss": val_loss.tolist()},
         file="history.jsonl",
     )  # fmt: skip
+    facts = _fitted_on(train, identity_of(run, task, subject, probe.layers, number))
     for which in ("last", "best"):
         path, how = checkpoint_path(run.dir, subject.name, f"{which}.{number:02d}"), ("solver", "converged")
-        probe.save(path, **_fitted_on(train), **{key: notes[key] for key in how})
+        probe.save(path, **facts, **{key: notes[key] for key in how})
     return probe
 
 
 def _fit_epoch(
-    probe: Probe, task: Task, train: PatchSample, layer_rows: Sequence[int],
-    optimizer: torch.optim.Optimizer, options: FitOptions, epoch: int, name: str,
-) -> tuple[Tensor, float]:  # fmt: skip
-    """One pass over the training images; the mean loss [S, L] on the CPU and the last learning rate."""
+    probe: Probe, task: Task, train: PatchSample, layer_rows: Sequence[int], optimizer: torch.optim.Optimizer,
+    options: FitOptions, progress: Progress, name: str, stopping: Callable[[], bool],
+) -> tuple[Progress, float, bool]:  # fmt: skip
+    """The rest of a pass over the training images; the last learning rate, and whether the pass was not stopped."""
     # One generator per epoch: a restart needs no state of it.
-    order = torch.Generator().manual_seed(options.seed * BATCH_ORDER + epoch)
+    order = torch.Generator().manual_seed(options.seed * BATCH_ORDER + progress.epoch)
     batches = list(task.batches(train, options.batch_images, order))
-    total, n_images = torch.zeros(len(task.fits()), len(layer_rows)), 0
     probe.train()
-    for step, batch in enumerate(batches):
-        rate = options.learning_rate(epoch + step / len(batches))
+    for batch in batches[progress.step :]:
+        rate = options.learning_rate(progress.epoch + progress.step / len(batches))
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = _loss(probe, task, train, layer_rows, batch, options.device)  # [S, L]
@@ -342,14 +343,15 @@ def _fit_epoch(
             s, layer = (int(i) for i in (~torch.isfinite(loss)).nonzero()[0])
             raise UserError(
                 f"the loss is not finite (fit {name}, layer {probe.layers[layer]}, seed {task.fits()[s].seed}, epoch "
-                f"{epoch + 1}, learning rate {rate:.2g}); lower trainer.lr or set probe.standardize=true"
+                f"{progress.epoch + 1}, learning rate {rate:.2g}); lower trainer.lr or set probe.standardize=true"
             )
         optimizer.zero_grad(set_to_none=True)
         loss.sum().backward()
         optimizer.step()
-        total += loss.detach().cpu() * len(batch.images)
-        n_images += len(batch.images)
-    return total / n_images, rate
+        progress = progress.after_batch(loss.detach().cpu(), len(batch.images))
+        if stopping() and progress.step < len(batches):
+            return progress, rate, False
+    return progress, rate, True
 
 
 def _loss(
@@ -378,42 +380,6 @@ def mean_loss(
         loss = _loss(probe, task, sample, layer_rows, batch, device)
         total, n_images = total + loss.cpu() * len(batch.images), n_images + len(batch.images)
     return total / n_images
-
-
-def save_state(
-    path: Path, probe: Probe, optimizer: torch.optim.Optimizer, best: Mapping[str, Tensor], progress: Progress
-) -> None:
-    """Write all a restart needs into one file, whole or not at all."""
-    tensors = {"progress/best": progress.best, "progress/best_epoch": progress.best_epoch}
-    for n, p in probe.named_parameters():
-        tensors[f"last/{n}"], tensors[f"best/{n}"] = p.detach(), best[n]
-        for key, value in optimizer.state.get(p, {}).items():
-            tensors[f"optimizer/{key}/{n}"] = value
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = save({k: v.cpu().contiguous() for k, v in tensors.items()}, {"epoch": json.dumps(progress.epoch)})
-    try:
-        write_atomically(path, data)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free some space and repeat the command") from error
-
-
-def load_state(path: Path, probe: Probe, optimizer: torch.optim.Optimizer, best: dict[str, Tensor]) -> Progress:
-    """Put a saved state back into probe, optimizer and best parameters (in place)."""
-    try:
-        with safe_open(path, "pt") as file:
-            epoch = json.loads(file.metadata()["epoch"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except Exception as error:
-        raise UserError(f"the checkpoint {path} cannot be read ({error}); delete it and repeat the command") from error
-    with torch.no_grad():
-        for n, p in probe.named_parameters():
-            p.copy_(tensors[f"last/{n}"])
-            best[n] = tensors[f"best/{n}"].to(p.device)
-            parts = ((k.split("/", 2), v) for k, v in tensors.items())
-            moments = {key[1]: v for key, v in parts if key[0] == "optimizer" and key[2] == n}
-            if moments:
-                optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments.items()}
-    return Progress(epoch, tensors["progress/best"], tensors["progress/best_epoch"])
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from patches.labels import PatchLabels, label_patches
 from patches.windows import cut_windows
 from probes import Probe, load_probe
 from runs.adopt import adopt
+from runs.finished import check_fit
 from runs.run import checkpoint_files, read_config
 
 
@@ -71,8 +72,10 @@ def open_fitted_run(
         UserError: no run, no checkpoint, or the command line contradicts the run.
     """
     fitted = adopt(read_config(directory), cfg, directory)
-    probes = [load_probe(file).eval() for file in checkpoint_files(directory, "probe", "best")]
-    for probe in probes:
+    files = checkpoint_files(directory, "probe", "best")
+    probes = [load_probe(file).eval() for file in files]
+    for file, probe in zip(files, probes, strict=True):
+        check_fit(file, probe.facts, directory, "probe")
         probe.matmul_dtype = "float32"  # one picture: nothing to save, and the page computes so too
     device = choose_device(cfg.device)
     same = [backbone for backbone, model in zip(backbones, models, strict=True) if _weights(model) == _weights(fitted.model)]

@@ -1,7 +1,7 @@
 """Looking at finished runs: which one, its facts, its configuration. Nothing that stands in their files is ever called."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from errors import UserError
 from files import read_json, unreadable
+from runs.records import jsonable
 
 SECTIONS = ("model", "dataset", "protocol", "probe", "trainer", "cache")  # that every configuration has
 
@@ -99,6 +100,41 @@ def read_config(directory: str | Path) -> DictConfig:
     if lacking:
         raise UserError(f"{path} is damaged (it has no {lacking[0]}); {remedy}")
     return cfg
+
+
+def check_fit(file: Path, facts: Mapping[str, Any], directory: Path, name: str) -> None:
+    """Refuse a checkpoint that is of another fit than its place says, or of another configuration than its run's.
+
+    Args:
+        file: the checkpoint, `<which>.<number>.safetensors`.
+        facts: what stands in it; of a file of the version before nothing can be said.
+        directory: of the run.
+        name: of the fit.
+
+    Raises:
+        UserError: naming the entry that differs.
+    """
+    fit = facts.get("fit")
+    if fit is None:
+        return
+    expected = f"{name}/{file.name.split('.')[1]}"
+    if fit["name"] != expected:
+        raise UserError(f"{file} holds the fit {fit['name']}, expected {expected}; put the right file back or repeat the fit")
+    stored = jsonable(OmegaConf.to_container(read_config(directory)))
+    if (key := _difference(fit["configuration"], stored)) is not None:
+        raise UserError(
+            f"{file} was fitted with another {key} than {Path(directory) / 'config.yaml'} says; one of the two files is "
+            "damaged or of another run: put the right one back, or repeat the fit"
+        )
+
+
+def _difference(fitted: Any, stored: Any, prefix: str = "") -> str | None:
+    """Dotted name of the first value that is not the same in what is stored now; None if all are."""
+    if not isinstance(fitted, dict) or not isinstance(stored, dict):
+        return None if fitted == stored else prefix or "configuration"
+    found = (_difference(value, stored.get(key), f"{prefix}.{key}".strip(".")) for key, value in fitted.items())
+    more = (f"{prefix}.{key}".strip(".") for key in stored if prefix and prefix != "cache" and key not in fitted)
+    return next((key for key in (*found, *more) if key is not None), None)
 
 
 def _plain_yaml(text: str) -> DictConfig:

@@ -42,6 +42,8 @@ __all__ = [
 ]  # fmt: skip
 # Settings that change where or how a run is carried out, never its numbers.
 _NOT_IN_HASH = ("debug", "resume", "output_dir", "wandb", "threads", "run", "looks_at")
+# What of a configuration says nothing about a single fit.
+_NOT_OF_A_FIT = ("mode", "entry", "controls", "device", "eval", "vis", "export")
 # Of these a restart takes over what is there.
 RESULT_FILES = ("metrics.jsonl", "history.jsonl", "layers.csv", "layers.png", "checkpoints")
 SHARED_MODES = ("extract", "neco")  # whose work torchrun shares between processes
@@ -68,6 +70,7 @@ class Run:
         facts: what `run.json` holds; entries may add to it, it is written when the run ends.
         reused: True when this directory already held this configuration (finished, failed or killed).
         source: the directory of the run this one looks at (mode=eval, vis), else None.
+        configuration: what of the configuration decides the numbers, as plain values; written into checkpoints.
     """
 
     def __init__(self, directory: Path, identity: Mapping[str, Any], reused: bool, source: Path | None = None) -> None:
@@ -76,6 +79,7 @@ class Run:
         self.facts: dict[str, Any] = {}
         self.reused = reused
         self.source = source
+        self.configuration: dict[str, Any] = {}
         self.mirror: Any = None
         self.start_mirror: Callable[[], Any] | None = None  # called at the first new record: it takes seconds
         self.opened = time.monotonic()
@@ -224,6 +228,7 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
             ) from error
         write_atomically(directory / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         run = Run(directory, identify(cfg), reused, source)
+        run.configuration = {k: v for k, v in jsonable(deciding(cfg)).items() if k not in _NOT_OF_A_FIT}
         if source is not None:  # its numbers belong to what was fitted there
             run.identity |= {**read_facts(source).get("identity", {}), "mode": cfg.mode}
         run.facts.update(provenance(), identity=run.identity, inputs=read_facts(directory).get("inputs"))

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from metrics.bootstrap import Estimate, interval, interval_over_seeds, mean_over_seeds, resample
+from runs.records import read_records
 from runs.run import Run
 from tasks import ProbeResult, SubsetResult
 
@@ -42,6 +43,7 @@ class Resampling(NamedTuple):
         return resample(n_images, self.n_boot, self.seed)
 
 
+SUBSET = ("question", "readout", "subset")  # what tells a subset's records from those of the others
 # Warnings a record carries, from its subset and its numbers.
 Flags = Callable[[SubsetResult, Mapping[str, float]], list[str]]
 
@@ -95,21 +97,20 @@ def mean_interval(estimate: Estimate, subset: SubsetResult, n_seeds: int, counts
     return interval(mean_over_seeds(estimate, n_seeds), counts, bounds=subset.bounds)
 
 
-def curve_rows(results: Sequence[ProbeResult], resampling: Resampling) -> list[dict[str, Any]]:
-    """One row per result, layer, subset and metric: mean over seeds with interval."""
-    rows, counts = [], resampling.counts(results[0])
-    for result in results:
-        for subset in result.subsets:
-            for metric, estimate in subset.metrics.items():
-                mean = mean_over_seeds(estimate, len(result.seeds))
-                low, high = mean_interval(estimate, subset, len(result.seeds), counts)
-                for index, layer in enumerate(result.layers):
-                    rows.append({
-                        "name": result.name, "row": result.row, "control": result.control, "layer": layer,
-                        "layer_index": index, "question": subset.question, "readout": subset.readout,
-                        "subset": subset.subset, "metric": metric, "value": float(mean.value[index]),
-                        "low": float(low[index]), "high": float(high[index]),
-                    })  # fmt: skip
+def curve_rows(run: Run, results: Sequence[ProbeResult]) -> list[dict[str, Any]]:
+    """One row per result, layer, subset and metric, mean over seeds with interval: read from metrics.jsonl.
+
+    The layer curve is made of the records, so the two cannot disagree, also where an earlier process wrote some of them.
+    """
+    rows, number = [], lambda value: math.nan if value is None else value
+    names = {result.name for result in results}
+    for record in read_records(run.dir / "metrics.jsonl", run.say):
+        if record.get("kind") != "score" or record["seed"] != "mean" or record["name"] not in names:
+            continue
+        common = {key: record[key] for key in ("name", "row", "control", "layer", "layer_index", *SUBSET)}
+        for metric, value in record["metrics"].items():
+            low, high = map(number, record["interval"][metric])
+            rows.append({**common, "metric": metric, "value": number(value), "low": low, "high": high})
     return rows
 
 

@@ -33,10 +33,11 @@ def present(
     Returns:
         {"objective": the headline score of the probe's best layer}.
     """
-    rows = curve_rows(results, resampling)
+    rows = curve_rows(run, results)
     write_table(run.dir / "layers.csv", rows)
     run.mirror_curve(rows)
     draw(rows, columns, run.dir / "layers.png")
+    run.finishing()  # all is written: what follows is only shown
     run.say(text)
     run.say(f"\nrecords, curve and checkpoints: {run.dir}")
     best = best_layer(results[0], columns[0])

@@ -1,5 +1,6 @@
 """The loop: stacked = alone, exact resume, per-fit selection, named failures. Samples are planted, no backbone runs."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from pairs.task import check_samples, task_maker
 from probes import load_probe
 from runs.records import read_records
 from runs.run import Run, checkpoint_files
+from runs.signals import Stopped
 from show.records import Resampling, records
 from tasks import Task, read_seeds
 
@@ -100,6 +102,56 @@ def test_a_killed_fit_resumes_to_the_same_numbers(
         files = [load_probe(checkpoint_files(folder, "probe", which)[0]) for folder in (run.dir, again.dir)]
         for a, b in zip(*(f.state_dict().values() for f in files), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stopped_at", [2, 3, 7])  # inside, at the end of and after the first epoch of 3 batches
+def test_a_signal_inside_an_epoch_saves_the_fit_and_it_resumes_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, stopped_at: int
+) -> None:
+    cfg = configure("trainer.checkpoint_seconds=1e6")
+    _, _, _, run = fit_planted(cfg, tmp_path / "straight")
+    real, calls = trainer._loss, []
+
+    def pressed(*args, **kwargs):
+        calls.append(torch.is_grad_enabled())
+        if torch.is_grad_enabled() and sum(calls) == stopped_at:
+            signal.raise_signal(number)
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_loss", pressed)
+        with pytest.raises(Stopped) as stop:
+            fit_planted(cfg, tmp_path / "stopped")
+    assert stop.value.number == number and sum(calls) == stopped_at
+    _, _, _, again = fit_planted(cfg, tmp_path / "stopped")
+    assert read_records(run.dir / "history.jsonl") == read_records(again.dir / "history.jsonl")
+    for file in run.dir.rglob("*.safetensors"):
+        assert file.read_bytes() == (again.dir / file.relative_to(run.dir)).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("which", ["best", "last", "state"])
+def test_a_damaged_checkpoint_is_refused_and_deleting_it_works(tmp_path: Path, which: str) -> None:
+    cfg = configure("trainer.epochs=1")
+    fit_planted(cfg, tmp_path)
+    file = tmp_path / "checkpoints" / "probe" / f"{which}.00.safetensors"
+    good = file.read_bytes()
+    if which != "best":  # then the others are read
+        (file.parent / "best.00.safetensors").unlink()
+    file.write_bytes(good[:-9] + bytes([good[-9] ^ 16]) + good[-8:])
+    if which != "last":  # which only eval reads
+        with pytest.raises(UserError, match=f"{file} is damaged .*; delete it and repeat the command"):
+            fit_planted(cfg, tmp_path)
+    file.unlink()
+    fit_planted(cfg, tmp_path)
+    assert file.read_bytes() == good
+
+
+def test_a_checkpoint_of_another_fit_is_refused_by_name(tmp_path: Path) -> None:
+    cfg = configure("trainer.epochs=1")
+    fit_planted(cfg, tmp_path / "a")
+    with pytest.raises(UserError, match=r"best.00.safetensors is of something else \(fits: .*; delete it and repeat"):
+        fit_planted(configure("trainer.epochs=1", "trainer.seeds=[5]"), tmp_path / "a")
 
 
 def test_every_fit_keeps_its_own_best_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
