@@ -141,6 +141,7 @@ def open_sample(cfg: Any, split: str, *, say: Callable[[str], None] = print) -> 
         "fingerprint": store.digest,
         "directory": str(store.directory),
         "index": index.manifest["digest"],
+        "numbers": index.tensors["number"],  # [M] item of the data set behind every image
         "dataset": type(dataset).__name__,
         "split": split,
         "protocol": cfg.protocol.name,

@@ -30,18 +30,27 @@ from errors import UserError
 
 CONFIGS = Path(__file__).parent / "cfgs"
 # Sections whose reader refuses by name what it does not know: only there a key may be added.
-OPEN = ("dataset", "model.kwargs")
+OPEN = ("dataset", "model.kwargs", "dense.published")
 # Numbers that may also be a list of numbers.
-NUMBER_OR_LIST = ("trainer.seeds",)
+NUMBER_OR_LIST = (
+    "trainer.seeds", "patch_class.seeds", "linear_seg.seeds", "overcluster.seeds", "dense_retrieval.seeds", "cbfe_cd.seeds",
+)  # fmt: skip
 # What else may stand in place of a number.
 ALSO: dict[str, tuple] = {
     "protocol.selection.patches": ("all",),
     "protocol.selection.per_visit": (None,),
     "neco.teacher_steepness": (None,),
     "neco.evaluate.every": (0,),
+    "overcluster.pca": (None,),
+    "dense_retrieval.memory_size": (None,),
 }
-# A name, a number or a list: read by `controls.control_names` and `resolve_layers`, `pairs.score_maps`.
-NAMES = ("controls", "model.layers", "vis.image")
+# A name, a number or a list: read by `controls.control_names` and `resolve_layers`, `pairs.score_maps`, and the dense
+# evaluations (a share, a number of pixels or a name of a size).
+NAMES = (
+    "controls", "model.layers", "vis.image", "dense_retrieval.fraction", "dense.reference_size", "overcluster.size",
+    "dense_retrieval.size", "attention_maps.size", "overcluster.n_clusters", "patch_class.score_sizes",
+    "linear_seg.score_sizes", "logistic_seg.score_sizes",
+)  # fmt: skip
 # Texts whose default is null.
 TEXTS = (
     "model.weights", "model.weights_part", "model.digest", "model.rebuild", "model.interpolation", "vis.out",

@@ -1,4 +1,4 @@
-"""Attention of a backbone: frozen query and key projections, and the xformers kernel."""
+"""Attention of a backbone: what its class token looks at, frozen query and key projections, and the xformers kernel."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from backbones.contract import Backbone, Layer, Options
+from backbones.contract import Backbone, BackboneFacts, Layer, Options
 from errors import UserError
 
 
@@ -49,6 +49,50 @@ def next_block_query_key(backbone: Backbone, layer: Layer) -> tuple[Tensor, Tens
         for weight, bias in ((query, query_bias), (key, key_bias))
     ]
     return query.clone(), biases[0].clone(), key.clone(), biases[1].clone()
+
+
+def check_class_attention(facts: BackboneFacts) -> None:
+    """Refuse a model whose class token has no attention to ask for, from its facts alone.
+
+    Raises:
+        UserError: no class token, or no blocks.
+    """
+    if not facts.has_class_token or not facts.depth:
+        raise UserError(
+            f"{facts.name} has no class token, so there is no attention of one; choose a model with a class token, or leave "
+            "out what reads its attention"
+        )
+
+
+@torch.no_grad()
+def class_attention(backbone: Backbone, images: Tensor) -> Tensor:
+    """The softmax attention of the class token to the patches in the last block, float32 [B, heads, h, w].
+
+    The very probabilities the block multiplies the values with: softmax(q k / sqrt(d)), norms of queries and keys and
+    rotary positions included. The mass on the prefix tokens is left out, so a map sums to less than 1.
+
+    Args:
+        images: [B, 3, H, W] float32, normalised.
+
+    Raises:
+        UserError: a model without a class token, or one whose attention keeps its probabilities to itself.
+    """
+    facts = backbone.facts
+    check_class_attention(facts)
+    module = getattr(backbone.model.blocks[-1], "attn", None)
+    if not isinstance(getattr(module, "attn_drop", None), nn.Module) or not hasattr(module, "fused_attn"):
+        raise UserError(f"the attention of {facts.name} cannot be read, its blocks do not keep it; choose another model")
+    caught: list[Tensor] = []
+    hook = module.attn_drop.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    fused, module.fused_attn = module.fused_attn, False  # the fused kernel never holds the probabilities
+    try:
+        backbone.model.forward_features(images.to(next(backbone.model.parameters()).dtype))
+    finally:
+        module.fused_attn = fused
+        hook.remove()
+    (probabilities,) = caught  # [B, heads, P + N, P + N]
+    h, w = (side // facts.patch_size for side in images.shape[-2:])
+    return probabilities[:, :, 0, facts.num_prefix_tokens :].float().unflatten(-1, (h, w))
 
 
 class XformersAttention(TorchFunctionMode):

@@ -30,13 +30,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dense.contract import Grids, LabelMaps, Result, resize_map, seed_list, segmentation_result
+from dense.contract import Grids, LabelMaps, Result, check_choices, resize_map, seed_list, segmentation_result
 from dense.foreground import MASS_CBFE, attention_foreground, check_attention, image_mean, jaccard
 from dense.overcluster import ScaledMaps
 from dense.projection import Projected, assign, check_clusters, cluster, fit_projection, project
 from errors import UserError
-from metrics.segmentation import ImageConfusions, hungarian_matching
+from metrics.segmentation import ABSENT, ImageConfusions, hungarian_matching
 
+CHOICES = {"absent": ABSENT}
 CUTS = (0.55, 0.75)  # the shares of clusters called background between which the threshold is sought
 STEP = 0.05  # thresholds are multiples of it
 DISTANCES = (1, 2)  # of neighbours, in pixels of the compared map
@@ -133,9 +134,9 @@ def cbfe_cd(
     pca: int | None = 50,
     foreground_clusters: int = 200,
     community_clusters: int = 149,
-    seeds: int | Sequence[int] = 5,
-    iterations: int = 100,
-    restarts: int = 5,
+    seeds: int | Sequence[int] = 3,
+    iterations: int = 25,
+    restarts: int = 1,
     max_points: int = 256,
     size: int = 100,
     mass: float = MASS_CBFE,
@@ -160,6 +161,7 @@ def cbfe_cd(
     Raises:
         UserError: a backbone without a class token, more clusters than tokens.
     """
+    check_choices("cbfe_cd", CHOICES, locals())
     check_attention(features)
     n_classes, names = labels["test"].n_classes, ("train", "test")
     n_tokens = sum(features[name].n_tokens for name in names)

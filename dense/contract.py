@@ -229,3 +229,19 @@ def seed_list(seeds: int | Sequence[int], option: str) -> list[int]:
     if not listed or len(set(listed)) < len(listed):
         raise UserError(f"{option}={seeds}: expected a number of at least 1, or a list of different seeds")
     return listed
+
+
+def check_choices(block: str, choices: Mapping[str, Sequence[Any]], options: Mapping[str, Any]) -> None:
+    """Refuse option values that do not exist; of a list every entry is looked at.
+
+    Args:
+        block: name of the evaluation; choices: the values of each option that has a fixed set of them.
+
+    Raises:
+        UserError: naming the option and its values.
+    """
+    for name, valid in choices.items():
+        given = options[name]
+        listed = given if isinstance(given, list | tuple) else [given]
+        if not listed or any(value not in valid for value in listed):
+            raise UserError(f"unknown {block}.{name}={given}; valid: {', '.join(valid)}")

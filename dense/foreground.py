@@ -120,7 +120,7 @@ def attention_maps(
     *,
     mass: float = MASS,
     published: bool = False,
-    size: int | str = "input",
+    size: int | str = "full",
 ) -> list[Result]:
     """Overlap of the class token's attention with the labelled objects: all heads merged, and the best head per class.
 

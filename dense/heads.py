@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from dense.contract import resize_map, soft_labels
 from errors import UserError
 from probes import fit_generator
 
+Target = Callable[[Tensor, Sequence[int]], Tensor]
 Batch = tuple[Tensor, Tensor]  # tokens [L, B, h, w, D], label maps at the input resolution [B, h p, w p]
 
 
@@ -64,6 +65,15 @@ class Heads(nn.Module):
         self.weights = nn.ParameterList([nn.Parameter(start.clone()) for _ in range(n_recipes)])  # R of [L, D, S, C]
         self.offsets = nn.ParameterList([nn.Parameter(offset.clone()) for _ in range(n_recipes)])  # R of [L, S, C]
 
+    def choose(self, recipes: Tensor) -> Heads:
+        """The heads of one recipe per layer, [L] of 0 … R - 1: a stack with R = 1."""
+        chosen = Heads(1, range(self.n_seeds), range(len(recipes)), self.weights[0].shape[1], self.n_classes)
+        with torch.no_grad():
+            for i, r in enumerate(recipes.tolist()):
+                chosen.weights[0][i] = self.weights[r][i]
+                chosen.offsets[0][i] = self.offsets[r][i]
+        return chosen
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits [L, B, h, w, R S, C] of normalised tokens [L, B, h, w, D]."""
         weight, offset = torch.cat(list(self.weights), 2), torch.cat(list(self.offsets), 1)
@@ -94,7 +104,7 @@ def pixel_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 class Recipe(NamedTuple):
-    """How the heads are trained; see `linear_seg`."""
+    """How the heads are trained; see `linear_seg.linear_seg`."""
 
     lrs: Sequence[float]
     weight_decays: Sequence[float]
@@ -106,8 +116,6 @@ class Recipe(NamedTuple):
     drop_at: int
     gamma: float
     warmup: float
-    loss: str
-    loss_size: int
     max_gb: float
 
     @property
@@ -135,7 +143,7 @@ class Recipe(NamedTuple):
         ]
         if self.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=0.1, momentum=self.momentum)
-        return torch.optim.AdamW(groups, lr=0.1)
+        return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.optimizer](groups, lr=0.1)
 
 
 def train_epoch(
@@ -146,8 +154,13 @@ def train_epoch(
     n_batches: int,
     epoch: int,
     recipe: Recipe,
+    target: Target,
 ) -> None:
     """One pass over the training images; a batch is cut into parts that fit `max_gb`, which changes no number.
+
+    Args:
+        target: what the heads are compared with: class shares of patches [B, h, w, C] or label maps [B, H, W] with -1
+            ignored, of label maps at the input resolution and a grid (h, w).
 
     Raises:
         UserError: a loss that is not finite.
@@ -157,26 +170,35 @@ def train_epoch(
     for step, (x, maps) in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * recipe.rate(epoch + step / n_batches)
-        x = norm(x)
-        if recipe.loss == "patches":
-            target = soft_labels(maps, x.shape[2:4], heads.n_classes)  # [B, h, w, C]
-            count, area = target.sum(), x.shape[2] * x.shape[3]
-        else:
-            target = resize_map(maps, (recipe.loss_size,) * 2)
-            target = torch.where((target >= 0) & (target < heads.n_classes), target, -1)
-            count, area = (target >= 0).sum(), recipe.loss_size**2
+        x, wanted = norm(x), target(maps, x.shape[2:4])
+        of_patches = wanted.ndim == 4
+        count = wanted.sum() if of_patches else (wanted >= 0).sum()
         if not count:
             continue
-        floats = len(x) * area * heads.n_recipes * heads.n_seeds * heads.n_classes
-        part = max(1, int(recipe.max_gb * 1e9 // (16 * floats)))
+        area = wanted[0, ..., 0].numel() if of_patches else wanted[0].numel()
+        floats = len(x) * area * heads.n_recipes * heads.n_seeds * heads.n_classes  # logits of one image
         optimizer.zero_grad(set_to_none=True)
-        for rows in torch.arange(x.shape[1]).split(part):
-            measure = patch_loss if recipe.loss == "patches" else pixel_loss
-            loss = measure(heads(x[:, rows]), target[rows]) / count  # [L, G]
+        for rows in torch.arange(x.shape[1]).split(max(1, int(recipe.max_gb * 1e9 // (16 * floats)))):
+            loss = (patch_loss if of_patches else pixel_loss)(heads(x[:, rows]), wanted[rows]) / count  # [L, G]
             if not torch.isfinite(loss).all():
                 raise UserError(
-                    f"the loss of linear segmentation is not finite in epoch {epoch + 1} (learning rates "
-                    f"{list(recipe.lrs)}); leave out the largest, or set normalize=standardize"
+                    f"the loss of the linear heads is not finite in epoch {epoch + 1} (learning rates {list(recipe.lrs)}); "
+                    "leave out the largest, or set normalize=standardize"
                 )
             loss.sum().backward()
         optimizer.step()
+
+
+def share_target(n_classes: int) -> Target:
+    """Soft labels: the shares of the classes in a patch; ignored pixels weigh nothing."""
+    return lambda maps, grid: soft_labels(maps, grid, n_classes)
+
+
+def pixel_target(n_classes: int, size: int) -> Target:
+    """The label map at size x size."""
+
+    def target(maps: Tensor, grid: Sequence[int]) -> Tensor:
+        scaled = resize_map(maps, (size, size))
+        return torch.where((scaled >= 0) & (scaled < n_classes), scaled, -1)
+
+    return target

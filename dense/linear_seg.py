@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from dense.contract import (
     Grids,
     LabelMaps,
     Result,
+    check_choices,
     patch_vote,
     predict_pixels,
     resize_map,
@@ -31,17 +31,18 @@ from dense.contract import (
     segmentation_result,
     soft_labels,
 )
-from dense.heads import Batch, Heads, Normalization, Recipe, train_epoch
+from dense.heads import Batch, Heads, Normalization, Recipe, Target, pixel_target, share_target, train_epoch
 from dense.projection import fit_projection
 from errors import UserError
-from metrics.segmentation import ImageConfusions, check_absent, class_metrics
+from metrics.segmentation import ABSENT, ImageConfusions, class_metrics
 
 CHOICES = {
-    "optimizer": ("adamw", "sgd"),
+    "optimizer": ("adamw", "adam", "sgd"),
     "schedule": ("constant", "step", "linear", "cosine"),
     "normalize": ("none", "standardize", "batch_norm"),
     "loss": ("patches", "pixels"),
     "selection": ("train_part", "reported"),
+    "absent": ABSENT,
 }
 
 
@@ -69,7 +70,7 @@ def linear_seg(
     absent: str = "skip",
     order_seed: int = 0,
     max_gb: float = 2.0,
-    augmented: Mapping[str, Any] | None = None,
+    augmented: Callable[[Tensor, int], Iterable[Batch]] | None = None,
 ) -> list[Result]:
     """Train a stack of heads on the training split, score the chosen ones on the test split.
 
@@ -84,8 +85,7 @@ def linear_seg(
             best epoch, both chosen by the pixel mIoU on the very split that is reported, as published for NeCo.
         order_seed: of the batches and of the held-out part.
         max_gb: memory of the logits.
-        augmented: live training images in place of stored tokens: `augmented["stream"](images, epoch)` yields a `Batch`
-            at a time, in the order of `images` [n].
+        augmented: live training images in place of stored tokens: (images [n] in order, epoch) -> batches.
 
     Returns:
         a result per layer, seed and score size; the notes say what was chosen and on what.
@@ -93,46 +93,79 @@ def linear_seg(
     Raises:
         UserError: an unknown option value, a loss that is not finite, no image left to choose on.
     """
-    given = {"optimizer": optimizer, "schedule": schedule, "normalize": normalize, "loss": loss, "selection": selection}
-    for name, value in given.items():
-        if value not in CHOICES[name]:
-            raise UserError(f"unknown linear_seg.{name}={value}; valid: {', '.join(CHOICES[name])}")
-    check_absent(absent)
-    train, test, n_classes = features["train"], features["test"], labels["test"].n_classes
-    listed, recipe = seed_list(seeds, "linear_seg.seeds"), Recipe(
-        lrs, weight_decays, epochs, batch_size, optimizer, momentum, schedule, drop_at, gamma, warmup, loss, loss_size, max_gb
-    )  # fmt: skip
-    fitted_on, kept_apart = split_images(train.n_images, held_out if selection == "train_part" else 0.0, order_seed)
-    heads = Heads(len(recipe.grid), listed, train.layers, train.dim, n_classes)
-    norm = Normalization(normalize, len(train.layers), train.dim)
-    if normalize == "standardize":
-        set_statistics(norm, train.subset(fitted_on))
-    trainer = recipe.optimizer_for(heads)
-    best: tuple[Tensor, list[Tensor], list[Tensor]] | None = None  # scores [L, R, S] and parameters of the best epochs
+    check_choices("linear_seg", CHOICES, locals())
+    test, maps, listed = features["test"], labels["test"], seed_list(seeds, "linear_seg.seeds")
+    recipe = Recipe(lrs, weight_decays, epochs, batch_size, optimizer, momentum, schedule, drop_at, gamma, warmup, max_gb)
+    n_classes, on_train_part = maps.n_classes, selection == "train_part"
+    fit = HeadFit(features["train"], labels["train"], recipe, listed, normalize, held_out * on_train_part, order_seed)
+    target = share_target(n_classes) if loss == "patches" else pixel_target(n_classes, loss_size)
+    best: tuple[Tensor, list[Tensor], list[Tensor]] | None = None
     for epoch in range(epochs):
-        generator = torch.Generator().manual_seed(order_seed * 100_003 + epoch)
-        order = fitted_on[torch.randperm(len(fitted_on), generator=generator)]
-        if augmented is not None:
-            batches = augmented["stream"](order, epoch)
-        else:
-            batches = stored_batches(train, labels["train"], batch_size, order)
-        train_epoch(heads, norm, trainer, batches, math.ceil(len(order) / batch_size), epoch, recipe)
-        if selection == "reported":
-            best = keep_best(best, heads, grid_scores(heads, norm, test, labels["test"], absent, loss_size))
-    if selection == "reported":
-        scores, weights, offsets = best
-        for p, kept in zip([*heads.weights, *heads.offsets], [*weights, *offsets], strict=True):
-            p.data.copy_(kept)
+        fit.epoch(epoch, target, augmented)
+        if not on_train_part:
+            best = keep_best(best, fit.heads, grid_scores(fit.heads, fit.norm, test, maps, absent, size=loss_size))
+    if on_train_part:
+        scores = fit.held_out_scores(absent)
     else:
-        parts = train.subset(kept_apart), labels["train"].subset(kept_apart)
-        scores = grid_scores(heads, norm, *parts, absent, None)
+        scores, *parameters = best
+        for p, kept in zip([*fit.heads.weights, *fit.heads.offsets], itertools.chain(*parameters), strict=True):
+            p.data.copy_(kept)
     chosen = scores.mean(2).nan_to_num(-1).argmax(1)  # [L]
     notes = [
         {"lr": recipe.grid[r][0], "weight_decay": recipe.grid[r][1], "selected_on": selection,
          "selection_score": float(scores[i, r].mean())}
         for i, r in enumerate(chosen.tolist())
     ]  # fmt: skip
-    return score_heads(heads, norm, chosen, listed, test, labels["test"], score_sizes, absent, notes)
+    heads = fit.heads.choose(chosen)
+    found = score_pixels(heads, fit.norm, test, maps, score_sizes)
+    return [
+        segmentation_result({"layer": test.layers[i], "seed": listed[s], "size": size}, each, absent=absent, notes=notes[i])
+        for (i, s, size), each in found.items()
+    ]
+
+
+class HeadFit:
+    """A stack of heads being fitted on some of the training images; the others are kept apart to choose on.
+
+    Args:
+        grids, maps: the training split. held_out: share of its images that is kept apart, 0 for none.
+        seeds: of the heads; order_seed: of the batches and of what is kept apart. n_classes: outputs; None: those of the maps.
+    """
+
+    def __init__(
+        self,
+        grids: Grids,
+        maps: LabelMaps,
+        recipe: Recipe,
+        seeds: Sequence[int],
+        normalize: str,
+        held_out: float,
+        order_seed: int,
+        n_classes: int | None = None,
+    ) -> None:
+        self.grids, self.maps, self.recipe, self.order_seed = grids, maps, recipe, order_seed
+        self.fitted_on, self.kept_apart = split_images(grids.n_images, held_out, order_seed)
+        self.heads = Heads(len(recipe.grid), seeds, grids.layers, grids.dim, n_classes or maps.n_classes)
+        self.norm = Normalization(normalize, len(grids.layers), grids.dim)
+        if normalize == "standardize":
+            set_statistics(self.norm, grids.subset(self.fitted_on))
+        self.optimizer = recipe.optimizer_for(self.heads)
+
+    def epoch(self, epoch: int, target: Target, augmented: Callable[[Tensor, int], Iterable[Batch]] | None = None) -> None:
+        """One pass over the images, in an order that depends on (order_seed, epoch) alone."""
+        generator = torch.Generator().manual_seed(self.order_seed * 100_003 + epoch)
+        order = self.fitted_on[torch.randperm(len(self.fitted_on), generator=generator)]
+        if augmented is not None:
+            batches, n_batches = augmented(order, epoch), math.ceil(len(order) / self.recipe.batch_size)
+        else:
+            batches = stored_batches(self.grids, self.maps, self.recipe.batch_size, order)
+            n_batches = sum(1 for _ in self.grids.batch_images(self.recipe.batch_size, order))
+        train_epoch(self.heads, self.norm, self.optimizer, batches, n_batches, epoch, self.recipe, target)
+
+    def held_out_scores(self, absent: str) -> Tensor:
+        """Patch mIoU of every head on the images kept apart, [L, R, S]."""
+        parts = self.grids.subset(self.kept_apart), self.maps.subset(self.kept_apart)
+        return grid_scores(self.heads, self.norm, *parts, absent)
 
 
 def split_images(n_images: int, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -146,8 +179,7 @@ def split_images(n_images: int, held_out: float, seed: int) -> tuple[Tensor, Ten
     count = round(n_images * held_out)
     if not 0 < count < n_images:
         raise UserError(
-            f"linear_seg.held_out={held_out} of {n_images} training images leaves {count} to choose on; take more images "
-            "or another share"
+            f"held_out={held_out} of {n_images} training images leaves {count} to choose on; take more images or another share"
         )
     order = torch.randperm(n_images, generator=torch.Generator().manual_seed(seed))
     return order[count:].sort().values, order[:count].sort().values
@@ -167,7 +199,9 @@ def stored_batches(grids: Grids, maps: LabelMaps, size: int, order: Tensor) -> I
 
 
 @torch.no_grad()
-def grid_scores(heads: Heads, norm: Normalization, grids: Grids, maps: LabelMaps, absent: str, size: int | None) -> Tensor:
+def grid_scores(
+    heads: Heads, norm: Normalization, grids: Grids, maps: LabelMaps, absent: str, *, size: int | None = None
+) -> Tensor:
     """The mIoU of every head [L, R, S] on some images: of patches against their majority class (size None), or of pixels."""
     heads.eval()
     norm.eval()
@@ -177,12 +211,12 @@ def grid_scores(heads: Heads, norm: Normalization, grids: Grids, maps: LabelMaps
         logits = heads(norm(x))  # [L, B, h, w, G, C]
         if size is None:
             seen = maps.at(images, [side * grids.patch for side in x.shape[2:4]])
-            target = patch_vote(soft_labels(seen, x.shape[2:4], heads.n_classes))
+            wanted = patch_vote(soft_labels(seen, x.shape[2:4], heads.n_classes))
         else:
-            target = maps.at(images, (size, size))
+            wanted = maps.at(images, (size, size))
         for i, g in itertools.product(*map(range, shape)):
             each = logits[i, ..., g, :]
-            found[i][g].add(images, target, each.argmax(-1) if size is None else predict_pixels(each, (size, size)))
+            found[i][g].add(images, wanted, each.argmax(-1) if size is None else predict_pixels(each, (size, size)))
     scores = [[float(class_metrics(each.class_counts(), absent)["miou"].value) for each in row] for row in found]
     return torch.tensor(scores, dtype=torch.float64).view(shape[0], heads.n_recipes, heads.n_seeds)
 
@@ -201,38 +235,22 @@ def keep_best(best: tuple | None, heads: Heads, scores: Tensor) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def score_heads(
-    heads: Heads,
-    norm: Normalization,
-    chosen: Tensor,
-    seeds: Sequence[int],
-    grids: Grids,
-    maps: LabelMaps,
-    sizes: Sequence[int | str],
-    absent: str,
-    notes: Sequence[Mapping[str, Any]],
-) -> list[Result]:
-    """Results of the chosen recipe of every layer: a stack of S heads per layer, scored at every size."""
-    final = Heads(1, seeds, grids.layers, grids.dim, heads.n_classes)
-    for i, r in enumerate(chosen.tolist()):
-        final.weights[0][i] = heads.weights[r][i]
-        final.offsets[0][i] = heads.offsets[r][i]
+def score_pixels(
+    heads: Heads, norm: Normalization, grids: Grids, maps: LabelMaps, sizes: Sequence[int | str]
+) -> dict[tuple[int, int, int | str], ImageConfusions]:
+    """Classes against predictions of a stack with one recipe, by (layer row, seed row, size)."""
+    heads.eval()
     norm.eval()
-    keys = list(itertools.product(range(len(grids.layers)), range(len(seeds)), sizes))
+    keys = list(itertools.product(range(len(grids.layers)), range(heads.n_seeds), sizes))
     found = {key: ImageConfusions(grids.n_images, heads.n_classes) for key in keys}
     for images, x in grids.batches(4):
-        logits = final(norm(x))
+        logits = heads(norm(x))
         for b, image in enumerate(images.tolist()):
             full = maps.read(image)
             for size in sizes:
                 size_here = score_size(size, x.shape[2:4], grids.patch, full.shape)
-                target = resize_map(full, size_here)[None]
-                for i, s in itertools.product(range(len(x)), range(len(seeds))):
-                    each = predict_pixels(logits[i, b : b + 1, ..., s, :], size_here)
-                    found[i, s, size].add(torch.tensor([image]), target, each)
-    return [
-        segmentation_result(
-            {"layer": grids.layers[i], "seed": seeds[s], "size": size}, found[i, s, size], absent=absent, notes=notes[i]
-        )
-        for i, s, size in keys
-    ]
+                wanted = resize_map(full, size_here)[None]
+                for i, s in itertools.product(range(len(x)), range(heads.n_seeds)):
+                    called = predict_pixels(logits[i, b : b + 1, ..., s, :], size_here)
+                    found[i, s, size].add(torch.tensor([image]), wanted, called)
+    return found

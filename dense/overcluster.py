@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dense.contract import Grids, LabelMaps, Result, resize_map, score_size, seed_list, segmentation_result
+from dense.contract import Grids, LabelMaps, Result, check_choices, resize_map, score_size, seed_list, segmentation_result
 from dense.projection import Projected, assign, check_clusters, cluster, fit_projection, project
 from errors import UserError
-from metrics.segmentation import ImageConfusions, check_absent, hungarian_matching, many_to_one_matching
+from metrics.segmentation import ABSENT, ImageConfusions, hungarian_matching, many_to_one_matching
 
+CHOICES = {"absent": ABSENT}
 MATCHINGS = ("hungarian", "many_to_one_iou", "many_to_one_precision")
 
 
@@ -43,13 +44,13 @@ def overcluster(
     labels: Mapping[str, LabelMaps],
     *,
     n_clusters: int | str | Sequence[int | str] = ("classes", 300, 500),
-    seeds: int | Sequence[int] = 5,
+    seeds: int | Sequence[int] = 3,
     pca: int | None = 50,
     standardize: bool = True,
-    iterations: int = 100,
-    restarts: int = 5,
+    iterations: int = 25,
+    restarts: int = 1,
     max_points: int = 256,
-    size: int | str = 100,
+    size: int | str = "full",
     absent: str = "skip",
 ) -> list[Result]:
     """Cluster the tokens of one layer of the scored split and match the clusters to classes.
@@ -59,7 +60,7 @@ def overcluster(
         seeds: k-means runs, a number or a list; published 5.
         pca: principal components kept; None: all channels.
         standardize: channels to mean 0 and deviation 1 first.
-        iterations, restarts, max_points: of k-means (`projection.cluster`).
+        iterations, restarts, max_points: of k-means (`projection.cluster`); published 100, 5, 256.
         size: of the compared maps, see `contract.score_size`.
         absent: classes that do not occur: skip, or zero as published.
 
@@ -73,7 +74,7 @@ def overcluster(
     counts = cluster_counts(n_clusters, maps.n_classes)
     for count in counts:
         check_clusters(count, grids.n_tokens)
-    check_absent(absent)
+    check_choices("overcluster", CHOICES, locals())
     tokens = project(grids, fit_projection(grids, n_components=pca, standardize=standardize))
     targets = ScaledMaps(maps, grids, size)
     results = []

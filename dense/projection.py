@@ -6,9 +6,9 @@ components: what NeCo clusters (50 of them, no whitening). Only the projected to
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import logging
+from typing import Any, NamedTuple
 
-import faiss
 import numpy as np
 import torch
 from torch import Tensor
@@ -87,6 +87,15 @@ def project(split: Grids, projection: Projection) -> Projected:
     return Projected(values, start)
 
 
+def load_faiss() -> Any:
+    """The library, imported on first use, with as many threads as torch and without its reports on how it was loaded."""
+    logging.getLogger("faiss").setLevel(logging.WARNING)
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    return faiss
+
+
 def check_clusters(n_clusters: int, n_tokens: int) -> None:
     """Refuse more clusters than tokens.
 
@@ -99,7 +108,7 @@ def check_clusters(n_clusters: int, n_tokens: int) -> None:
 
 def cluster(
     values: np.ndarray, n_clusters: int, *, seed: int, iterations: int, restarts: int, max_points: int, spherical: bool = False
-) -> faiss.Index:
+) -> Any:
     """K-means; the answer is the index of its centroids (search with `assign`).
 
     Args:
@@ -111,7 +120,7 @@ def cluster(
         UserError: fewer tokens than clusters.
     """
     check_clusters(n_clusters, len(values))
-    faiss.omp_set_num_threads(torch.get_num_threads())
+    faiss = load_faiss()
     kmeans = faiss.Kmeans(
         values.shape[1],
         n_clusters,
@@ -126,6 +135,6 @@ def cluster(
     return kmeans.index
 
 
-def assign(index: faiss.Index, values: np.ndarray) -> np.ndarray:
+def assign(index: Any, values: np.ndarray) -> np.ndarray:
     """Nearest centroid of every row, int64 [n]."""
     return index.search(values, 1)[1][:, 0]

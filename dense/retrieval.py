@@ -9,7 +9,7 @@ or class ids as they are), `absent`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from dense.contract import (
     Grids,
     LabelMaps,
     Result,
+    check_choices,
     predict_pixels,
     resize_map,
     score_size,
@@ -28,13 +29,15 @@ from dense.contract import (
     segmentation_result,
     soft_labels,
 )
+from dense.projection import load_faiss
 from errors import UserError
-from metrics.segmentation import ImageConfusions, hungarian_matching
+from metrics.segmentation import ABSENT, ImageConfusions, hungarian_matching
 
 BATCH = 8  # images read at a time
 QUERIES, CHUNK = 1024, 16384  # rows of one matrix product: long enough that little of the time goes into sorting
 RUN = 32  # neighbours in the bank that are compared by their largest product first
 LISTS, VISITED = 512, 32  # search=faiss: inverted lists and how many of them a query visits, as published for ScaNN
+CHOICES = {"void": ("drop", "class_0"), "search": ("exact", "faiss"), "dtype": ("float16", "float32"), "absent": ABSENT}
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -74,24 +77,13 @@ def choose_images(n_images: int, fraction: str | float | int, seed: int) -> Tens
     return order[:count].sort().values
 
 
-def patches_per_image(memory_size: int | None, n_images: int, n_patches: int) -> int | None:
-    """How many patches of an image the bank takes: an equal part of it each, at least one; None takes all.
+def patches_per_image(memory_size: int | None, n_images: int) -> int | None:
+    """How many patches of an image the bank takes at most: an equal part of it each, at least one; None takes all.
 
     Args:
-        n_images: passes over an image count each. n_patches: the fewest an image has.
-
-    Raises:
-        UserError: an image has fewer patches than its part.
+        n_images: passes over an image count each.
     """
-    if memory_size is None:
-        return None
-    part = max(1, memory_size // n_images)
-    if part > n_patches:
-        raise UserError(
-            f"a memory of {memory_size} patches takes {part} of each of {n_images} images, and they have {n_patches}; "
-            "set a smaller dense_retrieval.memory_size, or null to take all patches"
-        )
-    return part
+    return None if memory_size is None else max(1, memory_size // n_images)
 
 
 def sampling_scores(shares: Tensor, uniform: Tensor) -> Tensor:
@@ -192,9 +184,7 @@ class FaissSearch:
     """Approximate search for large banks: inverted lists, of which a query visits the nearest few."""
 
     def __init__(self, bank: Tensor) -> None:
-        import faiss
-
-        faiss.omp_set_num_threads(torch.get_num_threads())
+        faiss = load_faiss()
         vectors = bank.float().cpu().numpy()
         if len(vectors) < LISTS:
             raise UserError(f"search=faiss needs a memory of at least {LISTS} patches, got {len(vectors)}; set search=exact")
@@ -225,7 +215,7 @@ def retrieval(
     features: Mapping[str, Grids],
     labels: Mapping[str, LabelMaps],
     *,
-    memory_size: int | None = None,
+    memory_size: int | None = 25600,
     epochs: int = 1,
     fraction: str | float = "1/1",
     fraction_seed: int = 42,
@@ -234,44 +224,45 @@ def retrieval(
     void: str = "drop",
     search: str = "exact",
     dtype: str = "float16",
-    size: int | str = "input",
+    size: int | str = "full",
     absent: str = "skip",
     seeds: int | Sequence[int] = 1,
     device: str = "cpu",
-    augmented: Mapping | None = None,
+    augmented: Callable[[Tensor, int], Iterable[tuple[Tensor, Tensor]]] | None = None,
 ) -> list[Result]:
     """Name the patches of the scored split by their neighbours in a memory of one layer of the training split.
 
     Args:
-        memory_size: patches in the bank, an equal part of each image; None: all.
+        memory_size: most patches in the bank, an equal part of each image (the published program fails where an image has
+            fewer; here it gives all it has); None: all.
         epochs: passes over the training images, each with a draw of its own.
         fraction: share of the training images that is used, drawn with `fraction_seed`.
         void: "drop" or "class_0" (as published), see `build_bank`.
         search: "exact" or "faiss" (inverted lists, approximate).
         seeds: of the sampled patches; a bank of all patches is the same for every seed, so it takes one.
         device: where exact search multiplies.
-        augmented: a live source of training images in place of the stored tokens: `augmented["stream"](images, seed)`
-            yields tokens [B, h, w, D] and maps [B, h p, w p] of `epochs` passes over these images.
+        augmented: live training images in place of stored tokens: (images [n] in order, number of the pass) -> tokens
+            [1, B, h, w, D] and label maps [B, h p, w p].
 
     Returns:
         per seed a result with class ids as they are ("direct") and one after Hungarian matching.
 
     Raises:
-        UserError: a fraction that leaves no image, a memory that takes more patches than an image has, unknown values.
+        UserError: a fraction that leaves no image, unknown values.
     """
     train, test = features["train"], features["test"]
     n_classes = labels["test"].n_classes
-    for name, value, valid in (("void", void, ("drop", "class_0")), ("search", search, ("exact", "faiss"))):
-        if value not in valid:
-            raise UserError(f"unknown dense_retrieval.{name}={value}; valid: {', '.join(valid)}")
-    if dtype not in DTYPES:
-        raise UserError(f"unknown dense_retrieval.dtype={dtype}; valid: {', '.join(DTYPES)}")
+    check_choices("dense_retrieval", CHOICES, locals())
     images = choose_images(train.n_images, fraction, fraction_seed)
-    per_image = patches_per_image(memory_size, len(images) * epochs, int(train.shapes[images].prod(1).min()))
+    per_image = patches_per_image(memory_size, len(images) * epochs)
     chosen = train.subset(images), labels["train"].subset(images)
     results = []
     for seed in seed_list(seeds if per_image is not None or augmented else 1, "dense_retrieval.seeds"):
-        stream = augmented["stream"](images, seed) if augmented else stored_stream(*chosen, epochs)
+        if augmented is not None:
+            passes = range(seed * epochs, (seed + 1) * epochs)
+            stream = ((x[0], maps) for number in passes for x, maps in augmented(images, number))
+        else:
+            stream = stored_stream(*chosen, epochs)
         bank = build_bank(
             stream,
             n_classes,

@@ -11,6 +11,8 @@ from torch import Tensor
 from errors import UserError
 from metrics.bootstrap import Estimate, ratio_estimate
 
+ABSENT = ("skip", "zero")  # what a class that does not occur is in a mean over classes
+
 
 def confusion_matrix(target: Tensor, prediction: Tensor, n_classes: int, n_predictions: int | None = None) -> Tensor:
     """Counts [n_classes, n_predictions], rows true, columns predicted, over all elements whose target is a class.
@@ -158,7 +160,8 @@ def class_metrics(counts: ClassCounts, absent: str = "skip") -> dict[str, Estima
         absent: a class in neither targets nor predictions is left out of miou ("skip") or counts 0 there ("zero", as
             published for NeCo and Hummingbird).
     """
-    check_absent(absent)
+    if absent not in ABSENT:
+        raise UserError(f"unknown rule absent={absent} for classes that do not occur; valid: {', '.join(ABSENT)}")
     hit, true, called = (x.T for x in counts)  # [C, M]
     return {
         "miou": _mean_of(iou_estimate(counts), zero=absent == "zero"),
@@ -166,12 +169,6 @@ def class_metrics(counts: ClassCounts, absent: str = "skip") -> dict[str, Estima
         "balanced_accuracy": _mean_of(ratio_estimate(hit, true)),
         "macro_f1": _mean_of(ratio_estimate(2 * hit, true + called)),
     }
-
-
-def check_absent(absent: str) -> None:
-    """Refuse a rule for absent classes that does not exist."""
-    if absent not in ("skip", "zero"):
-        raise UserError(f"unknown rule absent={absent} for classes that do not occur; valid: skip, zero")
 
 
 def _mean_of(classes: Estimate, zero: bool = False) -> Estimate:

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dense.contract import Grids, LabelMaps
-from dense.heads import Heads, Normalization, Recipe, train_epoch
+from dense.heads import Heads, Normalization, Recipe, pixel_target, share_target, train_epoch
 from dense.projection import assign, cluster, fit_projection, project
 from dense.retrieval import nearest, transfer
 from machine import cpu_name
@@ -169,10 +169,11 @@ def linear(options: argparse.Namespace) -> list[str]:
     lrs = [10**-e for e in np.linspace(1, 5, 9)]
 
     def stepper(rates: list[float], seeds: int, loss: str) -> Callable[[], None]:
-        recipe = Recipe(rates, [0.0], 1, options.images, "sgd", 0.9, "constant", 1, 1.0, 0.0, loss, 100, 2.0)
+        recipe = Recipe(rates, [0.0], 1, options.images, "sgd", 0.9, "constant", 1, 1.0, 0.0, 2.0)
         heads, norm = Heads(len(rates), range(seeds), [0], options.dim, 21), Normalization("none", 1, options.dim)
         optimizer = recipe.optimizer_for(heads)
-        return lambda: train_epoch(heads, norm, optimizer, [(tokens, maps)], 1, 0, recipe)
+        target = share_target(21) if loss == "patches" else pixel_target(21, 100)
+        return lambda: train_epoch(heads, norm, optimizer, [(tokens, maps)], 1, 0, recipe, target)
 
     head = torch.nn.Conv2d(options.dim, 21, 1)
     sgd = torch.optim.SGD(head.parameters(), lr=0.01, momentum=0.9)

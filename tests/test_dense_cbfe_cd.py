@@ -105,7 +105,15 @@ def scene(n_images=8, grid=8, seed=0):
 def test_planted_objects_are_segmented_without_labels():
     train, test = scene(), scene(seed=1)
     features, labels = {"train": train[0], "test": test[0]}, {"train": train[1], "test": test[1]}
-    options = {"pca": 4, "foreground_clusters": 12, "community_clusters": 6, "seeds": 2, "size": 16, "iterations": 10}
+    options = {
+        "pca": 4,
+        "foreground_clusters": 12,
+        "community_clusters": 6,
+        "seeds": 2,
+        "size": 16,
+        "iterations": 10,
+        "restarts": 5,
+    }
     results = cbfe_cd(features, labels, **options)
     steps = [r.setting["step"] for r in results]
     assert steps == ["foreground", "cbfe", "cbfe", "cd", "cd"]

@@ -105,7 +105,7 @@ def test_batch_norm_is_that_of_torch():
 
 def test_what_is_asked_is_checked():
     features, labels = both()
-    with pytest.raises(UserError, match="linear_seg.optimizer=lamb; valid: adamw, sgd"):
+    with pytest.raises(UserError, match="linear_seg.optimizer=lamb; valid: adamw, adam, sgd"):
         linear_seg(features, labels, optimizer="lamb")
     with pytest.raises(UserError, match="leaves 0 to choose on"):
         split_images(3, 0.1, 0)

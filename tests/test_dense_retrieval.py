@@ -118,12 +118,12 @@ def test_fractions_are_nested_and_checked():
             choose_images(10, wrong, 0)
 
 
-def test_a_memory_larger_than_the_images_is_refused():
-    assert patches_per_image(1024 * 10_000, 2 * 10582, 1296) == 483
-    assert patches_per_image(1024 * 100, 2 * 10582, 1296) == 4
-    assert patches_per_image(10, 100, 16) == 1
-    with pytest.raises(UserError, match="takes 483 of each of 21164 images, and they have 256"):
-        patches_per_image(1024 * 10_000, 2 * 10582, 256)
+def test_a_memory_is_shared_by_the_images():
+    assert patches_per_image(1024 * 10_000, 2 * 10582) == 483
+    assert patches_per_image(1024 * 100, 2 * 10582) == 4
+    assert patches_per_image(10, 100) == 1 and patches_per_image(None, 5) is None
     train, maps = planted()
+    features, labels = {"train": train, "test": train}, {"train": maps, "test": maps}
+    assert retrieval(features, labels, memory_size=10**6)[0].notes["bank"] == 6 * 16
     with pytest.raises(UserError, match="unknown dense_retrieval.void"):
-        retrieval({"train": train, "test": train}, {"train": maps, "test": maps}, void="keep")
+        retrieval(features, labels, void="keep")

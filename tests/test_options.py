@@ -27,13 +27,13 @@ def explained(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> str:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["mode=nonsense"], r"unknown mode 'nonsense'; valid: check_data, eval, .*train_class"),
+        (["mode=nonsense"], r"unknown mode 'nonsense'; valid: .*check_data, .*eval, .*train_class"),
         (["model=nonsense"], r"unknown model 'nonsense'; valid: augreg_base, .*timm$"),  # no _defaults
         (["dataset=nonsense"], r"unknown dataset 'nonsense'; valid: ade20k, .*scenes"),
-        (["protocol=nonsense"], r"unknown protocol 'nonsense'; valid: clean, object_binding_2025"),
+        (["protocol=nonsense"], r"unknown protocol 'nonsense'; valid: clean, .*object_binding_2025"),
         (["experiment=nonsense"], r"unknown experiment 'nonsense'; valid: "),
         (["hydra/launcher=nonsense"], r"unknown hydra/launcher 'nonsense'; valid: .*slurm"),
-        (["modle=demo_vit"], r"unknown option 'modle'; valid keys at the top: cache, controls, .*model"),
+        (["modle=demo_vit"], r"unknown option 'modle'; valid keys at the top: .*cache, .*controls, .*model"),
         (["probe.nonsense=1"], r"unknown option 'probe.nonsense'; valid keys of probe: hidden, .*rank"),
         (["trainer={lrr: 1}"], r"unknown option 'trainer.lrr'"),
         (["trainer.lr.x=1"], r"unknown option 'trainer.lr.x'; trainer.lr is a plain value"),
@@ -97,7 +97,7 @@ def test_values_of_the_right_kind_pass(composed: DictConfig, key: str, value: ob
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("+unknown=1", r"\+unknown=1 adds an option that nothing reads; valid keys at the top: cache, "),
+        ("+unknown=1", r"\+unknown=1 adds an option that nothing reads; valid keys at the top: .*cache, "),
         ("+trainer.foo=1", r"\+trainer.foo=1 adds an option that nothing reads; valid keys of trainer: batch_images, "),
         ("++probe.foo=1", r"nothing reads; valid keys of probe"),
         ("+trainer.max_gb=1", r"^trainer.max_gb is called trainer.stack_gb now; write trainer.stack_gb=… instead$"),

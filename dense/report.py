@@ -1,0 +1,197 @@
+"""From results to what a reader sees: records, CSV files, the table; and results kept on disk, so that a kill costs one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dense.contract import Result, mean_over_seeds
+from metrics.bootstrap import Estimate, difference, interval
+from runs.records import write_table
+from runs.states import load_state, save_state
+from show.text import format_table
+
+# Results by evaluation, then by subject: the backbone, or a control in its place.
+Results = Mapping[str, Mapping[str, Sequence[Result]]]
+BACKBONE = "backbone"
+MAIN = ("miou", "jaccard")  # the metric a table shows of a result: the first it has
+
+
+def save_results(path: Path, results: Sequence[Result], made_from: Mapping[str, Any]) -> None:
+    """Write results into one file, whole or not at all; `made_from` is checked when they are read."""
+    tensors, settings = {}, []
+    for number, result in enumerate(results):
+        estimates = {**{f"metric/{name}": e for name, e in result.metrics.items()}}
+        if result.classes is not None:
+            estimates["classes"] = result.classes
+        for name, estimate in estimates.items():  # an undefined score is kept as -1, files hold finite numbers only
+            tensors[f"{number}/{name}/value"] = estimate.value.nan_to_num(-1.0)
+            tensors[f"{number}/{name}/influence"] = estimate.influence
+        if result.confusion is not None:
+            tensors[f"{number}/confusion"] = result.confusion
+        settings.append({"setting": result.setting, "notes": dict(result.notes), "metrics": list(result.metrics)})
+    save_state(path, tensors, {"made_from": dict(made_from), "results": settings})
+
+
+def load_results(path: Path, made_from: Mapping[str, Any]) -> list[Result]:
+    """The results of a file that was made from the same.
+
+    Raises:
+        UserError: the file is damaged or of something else.
+    """
+    state = load_state(path, {"made_from": made_from})
+
+    def estimate(prefix: str) -> Estimate | None:
+        if f"{prefix}/value" not in state.tensors:
+            return None
+        value = state.tensors[f"{prefix}/value"]
+        return Estimate(torch.where(value < 0, torch.nan, value), state.tensors[f"{prefix}/influence"])
+
+    return [
+        Result(
+            entry["setting"],
+            {name: estimate(f"{number}/metric/{name}") for name in entry["metrics"]},
+            estimate(f"{number}/classes"),
+            state.tensors.get(f"{number}/confusion"),
+            entry["notes"],
+        )
+        for number, entry in enumerate(state.recipe["results"])
+    ]
+
+
+def records(
+    evaluation: str, subject: str, results: Sequence[Result], split: str, classes: Sequence[str], counts: Tensor
+) -> Iterator[dict[str, Any]]:
+    """A record per result, and one per mean over seeds with 95 % intervals over images and the IoU of every class."""
+    for result in results:
+        common = _common(evaluation, subject, result, split)
+        if "seed" in result.setting:
+            yield {**common, "metrics": {name: float(e.value) for name, e in result.metrics.items()}}
+    for result in mean_over_seeds(results):
+        ends = {name: interval(e, counts) for name, e in result.metrics.items()}
+        record = {
+            **_common(evaluation, subject, result, split),
+            "seed": "mean",
+            "metrics": {name: float(e.value) for name, e in result.metrics.items()},
+            "interval": {name: [float(low), float(high)] for name, (low, high) in ends.items()},
+        }
+        if result.classes is not None:
+            names = classes[-len(result.classes.value) :]  # a read-out may leave the background out
+            record["iou"] = dict(zip(names, result.classes.value.tolist(), strict=True))
+        yield record
+
+
+def _common(evaluation: str, subject: str, result: Result, split: str) -> dict[str, Any]:
+    setting = result.setting
+    return {
+        "kind": "dense", "name": subject, "split": split, "question": evaluation, "layer": setting.get("layer"),
+        "seed": setting.get("seed"), "subset": label(setting), "setting": setting, "notes": dict(result.notes),
+    }  # fmt: skip
+
+
+def label(setting: Mapping[str, Any]) -> str:
+    """What tells a result from its siblings at other layers and seeds, in words."""
+    words = {"n_clusters": "K", "matching": "", "step": "", "rule": "", "size": "at", "heads": "heads", "normalize": ""}
+    shown = [f"{words.get(key, key)} {value}".strip() for key, value in setting.items() if key not in ("layer", "seed")]
+    return " ".join(shown).replace("_", " ")
+
+
+def main_metric(result: Result) -> str:
+    """The metric a table shows."""
+    return next(name for name in MAIN if name in result.metrics)
+
+
+def curve_rows(results: Results, counts: Tensor) -> list[dict[str, Any]]:
+    """A row per evaluation, subject, setting and metric: mean over seeds with its 95 % interval over images."""
+    rows = []
+    for evaluation, subjects in results.items():
+        for subject, found in subjects.items():
+            for result in mean_over_seeds(found):
+                for metric, estimate in result.metrics.items():
+                    low, high = interval(estimate, counts)
+                    rows.append({
+                        "evaluation": evaluation, "subject": subject, "layer": result.setting.get("layer", ""),
+                        "setting": label(result.setting), "metric": metric, "value": float(estimate.value),
+                        "low": float(low), "high": float(high),
+                    })  # fmt: skip
+    return rows
+
+
+def class_rows(results: Results, classes: Sequence[str], counts: Tensor) -> list[dict[str, Any]]:
+    """A row per evaluation, subject, setting and class: its IoU, mean over seeds, with its interval."""
+    rows = []
+    for evaluation, subjects in results.items():
+        for subject, found in subjects.items():
+            for result in mean_over_seeds(found):
+                if result.classes is None:
+                    continue
+                low, high = interval(result.classes, counts)
+                values = zip(classes[-len(low) :], result.classes.value, low, high, strict=True)
+                for name, value, a, b in values:
+                    rows.append({
+                        "evaluation": evaluation, "subject": subject, "layer": result.setting.get("layer", ""),
+                        "setting": label(result.setting), "class": name, "iou": float(value), "low": float(a), "high": float(b),
+                    })  # fmt: skip
+    return rows
+
+
+def write_rows(directory: Path, results: Results, classes: Sequence[str], counts: Tensor) -> list[dict[str, Any]]:
+    """dense.csv (every metric) and classes.csv (every class); the rows of the first."""
+    rows, of_classes = curve_rows(results, counts), class_rows(results, classes, counts)
+    write_table(directory / "dense.csv", rows)
+    if of_classes:
+        write_table(directory / "classes.csv", of_classes)
+    return rows
+
+
+def table(results: Results, counts: Tensor, references: Sequence[Result]) -> str:
+    """A row per evaluation, setting and layer; the backbone, its controls, and what it has over the best of them.
+
+    A control of one layer of its own (pixels, position) stands in every row. The gain is paired over images.
+    """
+    controls = list(dict.fromkeys(name for subjects in results.values() for name in subjects if name != BACKBONE))
+    header = ["evaluation", "layer", BACKBONE, *controls, "gain over the best"]
+    body = []
+    for evaluation, subjects in results.items():
+        beside = {name: mean_over_seeds(subjects.get(name, [])) for name in controls}
+        for result in mean_over_seeds(subjects[BACKBONE]):
+            if not result.notes.get("published", True):
+                continue
+            metric, layer = main_metric(result), result.setting.get("layer", "")
+            ours = result.metrics[metric]
+            theirs = {name: _counterpart(result, beside[name], metric) for name in controls}
+            known = [e for e in theirs.values() if e is not None and not bool(e.value.isnan())]
+            gain = "–"
+            if known:
+                over = difference(ours, max(known, key=lambda e: float(e.value)))
+                gain = number(over, counts, (-1.0, 1.0), "+")
+            cells = ["–" if e is None else number(e, counts) for e in theirs.values()]
+            name = f"{evaluation} {label(result.setting)}".replace("_", " ").strip()
+            name += "" if metric == "miou" else f" ({metric})"
+            body.append([name, str(layer), number(ours, counts), *cells, gain])
+    lines = [format_table(header, body)]
+    for result in references:
+        lines.append(f"{label(result.setting)}: mIoU {number(result.metrics['miou'], counts)}")
+    return "\n".join(lines)
+
+
+def _counterpart(result: Result, others: Sequence[Result], metric: str) -> Estimate | None:
+    """The result of a control at the same setting, at the same layer where the control has it."""
+    rest = lambda setting: {k: v for k, v in setting.items() if k != "layer"}
+    same = [other for other in others if rest(other.setting) == rest(result.setting)]
+    here = [other for other in same if other.setting.get("layer") == result.setting.get("layer")] or same
+    return here[0].metrics[metric] if here else None
+
+
+def number(estimate: Estimate, counts: Tensor, bounds: tuple[float, float] = (0.0, 1.0), sign: str = "") -> str:
+    """A score with its 95 % interval over images; a dash where it is undefined."""
+    value = float(estimate.value)
+    if value != value:
+        return "–"
+    low, high = interval(estimate, counts, bounds=bounds)
+    shown = [f"{x:{sign}.3f}".replace("0.", ".", 1) for x in (value, float(low), float(high))]
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
