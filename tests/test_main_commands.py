@@ -322,8 +322,9 @@ def test_the_documents_show_what_they_promise() -> None:
 
 @pytest.mark.parametrize(("where", "arguments"), COMMANDS, ids=lambda value: value if isinstance(value, str) else "")
 def test_every_command_of_the_documents_composes(where: str, arguments: tuple[str, ...]) -> None:
+    swept = ["hydra.mode=MULTIRUN"] if "-m" in arguments else []
     for overrides in jobs_of(list(arguments)):
-        with configured(*overrides) as cfg:
+        with configured(*overrides, *swept) as cfg:
             options.check(cfg)
             assert not OmegaConf.missing_keys(cfg), where
             assert callable(main.find_entry(cfg)) and find_class(cfg.dataset._target_)
