@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 from activation import PatchSample, open_sample
 from errors import UserError
-from probes import ORACLES, PROBES, FitAxes, Probe
+from forms import FitAxes, Probe
+from probes import PROBES, Pairwise
 from tasks import Task
 
 PROBE_ROW = "probe"  # the row of a run that has one
@@ -58,6 +59,36 @@ class Subject(NamedTuple):
     def name(self) -> str:
         """Row, control and part in one word: what checkpoints and histories are called."""
         return f"{self.title}/{self.part}" if self.part else self.title
+
+
+class SameClass(Pairwise):
+    """Oracle, nothing is fitted: tokens are true classes [L, B, T, 1]; +1 where two agree, -1 where not."""
+
+    def __init__(self, fits: FitAxes, dim: int, *, n_classes: int) -> None:
+        super().__init__(fits, dim)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Classes x [L, B, T, 1] against y [L, B, U, 1] (default: x itself) -> float32 [S, L, B, T, U]."""
+        same = x == (x if y is None else y).mT  # [L, B, T, U]
+        return (2.0 * same.float() - 1.0).expand(len(self.seeds), *same.shape)
+
+
+class ClassCode(Probe):
+    """Oracle, nothing is fitted: tokens are true classes [L, B, T, 1]; all the weight of the read-out is on that class."""
+
+    arity = "pointwise"
+
+    def __init__(self, fits: FitAxes, dim: int, *, n_classes: int) -> None:
+        super().__init__(fits, dim)
+        self.n_classes = n_classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classes [L, B, T, 1] -> logits [S, L, B, T, K] whose softmax is one-hot in float32."""
+        code = F.one_hot(x[..., 0].long(), self.n_classes)  # [L, B, T, K]
+        return (200.0 * code).expand(len(self.seeds), *code.shape)
+
+
+ORACLES: dict[str, type[Probe]] = {"pairwise": SameClass, "pointwise": ClassCode}  # by arity of the task's probe
 
 
 class MadeTokens:

@@ -1,5 +1,6 @@
-"""Arithmetic of stacked probes: products of tokens with the weights of many fits, and forms of pairs of tokens.
+"""What every stacked probe is made of: its base, and the products of tokens with the weights of many fits.
 
+    Probe, FitAxes         the base of a stack: one fit per (seed, layer), each with generators of its own
     resolve_matmul_dtype   which number format the products take
     project, pair_scores   tokens through linear maps; dot products within an image
     SymmetricForm          x_i' (W + W') x_j for all pairs, the product everything waits for
@@ -8,15 +9,20 @@
 Shapes: S seeds, L layers, B images, T tokens, U tokens of a second set, D width, K outputs.
 """
 
+import hashlib
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from errors import UserError
 from machine import multiplies_bfloat16
+from runs.states import save_state
+
+Layer = int | str  # "embed" or a block index
 
 
 def resolve_matmul_dtype(name: str, device: torch.device, dim: int) -> torch.dtype:
@@ -33,6 +39,100 @@ def resolve_matmul_dtype(name: str, device: torch.device, dim: int) -> torch.dty
     if name != "auto":
         raise UserError(f"unknown probe.matmul_dtype '{name}'; valid: auto, float32, bfloat16")
     return torch.bfloat16 if dim >= 192 and multiplies_bfloat16(device) else torch.float32
+
+
+class FitAxes(NamedTuple):
+    """The two leading axes of a stack: one fit per (seed, layer)."""
+
+    seeds: Sequence[int]
+    layers: Sequence[Layer]  # "embed" or a block index; only a name here
+
+
+def fit_generator(seed: int, layer: Layer, number: int) -> torch.Generator:
+    """The generator of the n-th parameter of one fit: it depends on nothing but (seed, layer, n), stacked or alone."""
+    digest = hashlib.sha256(f"{seed}/{layer}/{number}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+class Probe(nn.Module):
+    """Base of every stacked probe.
+
+    Args:
+        fits: seeds and layers; every parameter has shape [S, L, ...].
+        dim: width D of a token.
+        standardize: subtract a mean and divide by a deviation per layer and channel, given by `set_statistics`.
+        matmul_dtype: auto | float32 | bfloat16, see `resolve_matmul_dtype`.
+    """
+
+    arity: ClassVar[str]  # "pairwise" reads two tokens, "pointwise" one, "codes" all tokens of an image
+    recipe: dict[str, Any]  # settings it was built from, written into checkpoints
+    facts: dict[str, Any]  # what a loaded checkpoint holds beside its parameters
+
+    def __init__(self, fits: FitAxes, dim: int, *, standardize: bool = False, matmul_dtype: str = "auto") -> None:
+        super().__init__()
+        self.seeds, self.layers, self.dim = list(fits.seeds), list(fits.layers), int(dim)
+        self.needs_statistics, self.matmul_dtype = bool(standardize), matmul_dtype
+        resolve_matmul_dtype(matmul_dtype, torch.device("cpu"), dim)  # a wrong name fails here, not in the first batch
+        self.facts = {}
+        self._drawn = 0
+        if standardize:
+            self.register_buffer("token_shift", torch.zeros(len(self.layers), dim))
+            self.register_buffer("token_scale", torch.ones(len(self.layers), dim))
+
+    @property
+    def trained(self) -> bool:
+        """Whether there is anything to fit."""
+        return any(p.requires_grad for p in self.parameters())
+
+    @property
+    def solver(self) -> str:
+        """How it is fitted: "descent" by the optimiser, "newton" to the optimum of its loss (`Task.solve`)."""
+        return "descent"
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of trained parameters of the whole stack."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def draw(self, *shape: int, bound: float | None = None, std: float | None = None) -> nn.Parameter:
+        """A parameter [S, L, *shape]: uniform in +-bound, normal of deviation std, or zero; every fit draws for itself.
+
+        The n-th call draws from the fit's n-th generator, so the order of the calls is part of what a seed means.
+        """
+        value = torch.zeros(len(self.seeds), len(self.layers), *shape)
+        for (s, seed), (i, layer) in itertools.product(enumerate(self.seeds), enumerate(self.layers)):
+            generator = fit_generator(seed, layer, self._drawn)
+            if bound is not None:
+                value[s, i].uniform_(-bound, bound, generator=generator)
+            elif std is not None:
+                value[s, i].normal_(0.0, std, generator=generator)
+        self._drawn += 1
+        return nn.Parameter(value)
+
+    def outputs_per_token(self, n_tokens: int) -> int:
+        """Numbers a stack holds per fit, layer and token when it answers, for the estimate of its memory."""
+        return n_tokens
+
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Store the channel statistics [L, D] of the training tokens (standardize=True only)."""
+        if not self.needs_statistics:
+            raise ValueError("this probe was built with standardize=False")
+        self.token_scale.copy_(1 / std)
+        self.token_shift.copy_(-mean / std)
+
+    def prepare(self, x: Tensor, layers: slice = slice(None)) -> Tensor:
+        """Tokens [L, B, T, D] of these layers as the products read them: standardised in float32, then cast."""
+        if self.needs_statistics:
+            x = torch.addcmul(self.token_shift[layers, None, None], x.float(), self.token_scale[layers, None, None])
+        return x.to(resolve_matmul_dtype(self.matmul_dtype, x.device, self.dim)).contiguous()
+
+    def save(self, path: Path, **facts: Any) -> None:
+        """Write parameters, buffers, recipe and any JSON-able facts into one file, whole or not at all (`runs.states`).
+
+        Raises:
+            UserError: a weight is not finite, or the file cannot be written.
+        """
+        save_state(Path(path), self.state_dict(), {**self.recipe, "facts": facts})
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:

@@ -19,28 +19,18 @@ ours. Adding a probe: a class and one line in PROBES; its laws are then tested. 
 T tokens, U tokens of a second set, D width, K outputs, r rank, h hidden.
 """
 
-import hashlib
 import inspect
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from errors import UserError
-from forms import SymmetricForm, pair_scores, project, resolve_matmul_dtype, sum_scores, token_scores
-from runs.states import load_state, save_state
-
-Layer = int | str
-
-
-class FitAxes(NamedTuple):
-    """The two leading axes of a stack: one fit per (seed, layer)."""
-
-    seeds: Sequence[int]
-    layers: Sequence[Layer]  # "embed" or a block index; only a name here
+from forms import FitAxes, Layer, Probe, SymmetricForm, pair_scores, project, sum_scores, token_scores
+from runs.states import load_state
 
 
 class Projections(NamedTuple):
@@ -50,93 +40,6 @@ class Projections(NamedTuple):
     query_bias: Tensor
     key: Tensor
     key_bias: Tensor
-
-
-def fit_generator(seed: int, layer: Layer, number: int) -> torch.Generator:
-    """The generator of the n-th parameter of one fit: it depends on nothing but (seed, layer, n), stacked or alone."""
-    digest = hashlib.sha256(f"{seed}/{layer}/{number}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-class Probe(nn.Module):
-    """Base of every stacked probe.
-
-    Args:
-        fits: seeds and layers; every parameter has shape [S, L, ...].
-        dim: width D of a token.
-        standardize: subtract a mean and divide by a deviation per layer and channel, given by `set_statistics`.
-        matmul_dtype: auto | float32 | bfloat16, see `resolve_matmul_dtype`.
-    """
-
-    arity: ClassVar[str]  # "pairwise" reads two tokens, "pointwise" one, "codes" all tokens of an image
-    recipe: dict[str, Any]  # what build_probe was told: written into checkpoints
-    facts: dict[str, Any]  # what a loaded checkpoint said beside its parameters
-
-    def __init__(self, fits: FitAxes, dim: int, *, standardize: bool = False, matmul_dtype: str = "auto") -> None:
-        super().__init__()
-        self.seeds, self.layers, self.dim = list(fits.seeds), list(fits.layers), int(dim)
-        self.needs_statistics, self.matmul_dtype = bool(standardize), matmul_dtype
-        resolve_matmul_dtype(matmul_dtype, torch.device("cpu"), dim)  # a wrong name fails here, not in the first batch
-        self.facts = {}
-        self._drawn = 0
-        if standardize:
-            self.register_buffer("token_shift", torch.zeros(len(self.layers), dim))
-            self.register_buffer("token_scale", torch.ones(len(self.layers), dim))
-
-    @property
-    def trained(self) -> bool:
-        """Whether there is anything to fit."""
-        return any(p.requires_grad for p in self.parameters())
-
-    @property
-    def solver(self) -> str:
-        """How it is fitted: "descent" by the optimiser, "newton" to the optimum of its loss (`Task.solve`)."""
-        return "descent"
-
-    @property
-    def n_parameters(self) -> int:
-        """Number of trained parameters of the whole stack."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad)
-
-    def draw(self, *shape: int, bound: float | None = None, std: float | None = None) -> nn.Parameter:
-        """A parameter [S, L, *shape]: uniform in +-bound, normal of deviation std, or zero; every fit draws for itself.
-
-        The n-th call draws from the fit's n-th generator, so the order of the calls is part of what a seed means.
-        """
-        value = torch.zeros(len(self.seeds), len(self.layers), *shape)
-        for (s, seed), (i, layer) in itertools.product(enumerate(self.seeds), enumerate(self.layers)):
-            generator = fit_generator(seed, layer, self._drawn)
-            if bound is not None:
-                value[s, i].uniform_(-bound, bound, generator=generator)
-            elif std is not None:
-                value[s, i].normal_(0.0, std, generator=generator)
-        self._drawn += 1
-        return nn.Parameter(value)
-
-    def outputs_per_token(self, n_tokens: int) -> int:
-        """Numbers a stack holds per fit, layer and token when it answers, for the estimate of its memory."""
-        return n_tokens
-
-    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Store the channel statistics [L, D] of the training tokens (standardize=True only)."""
-        if not self.needs_statistics:
-            raise ValueError("this probe was built with standardize=False")
-        self.token_scale.copy_(1 / std)
-        self.token_shift.copy_(-mean / std)
-
-    def prepare(self, x: Tensor, layers: slice = slice(None)) -> Tensor:
-        """Tokens [L, B, T, D] of these layers as the products read them: standardised in float32, then cast."""
-        if self.needs_statistics:
-            x = torch.addcmul(self.token_shift[layers, None, None], x.float(), self.token_scale[layers, None, None])
-        return x.to(resolve_matmul_dtype(self.matmul_dtype, x.device, self.dim)).contiguous()
-
-    def save(self, path: Path, **facts: Any) -> None:
-        """Write parameters, buffers, recipe and any JSON-able facts into one file, whole or not at all (`runs.states`).
-
-        Raises:
-            UserError: a weight is not finite, or the file cannot be written.
-        """
-        save_state(Path(path), self.state_dict(), {**self.recipe, "facts": facts})
 
 
 # ---------------------------------------------------------------------------------------------------------- pairwise
@@ -450,36 +353,6 @@ class IdentityLinear(_TokenLinear):
         super().__init__(fits, dim, n_queries, **options)
 
 
-# ----------------------------------------------------------------------------------------------------------- oracles
-
-
-class SameClass(Pairwise):
-    """Oracle, nothing is fitted: tokens are true classes [L, B, T, 1]; +1 where two agree, -1 where not."""
-
-    def __init__(self, fits: FitAxes, dim: int, *, n_classes: int) -> None:
-        super().__init__(fits, dim)
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Classes x [L, B, T, 1] against y [L, B, U, 1] (default: x itself) -> float32 [S, L, B, T, U]."""
-        same = x == (x if y is None else y).mT  # [L, B, T, U]
-        return (2.0 * same.float() - 1.0).expand(len(self.seeds), *same.shape)
-
-
-class ClassCode(Probe):
-    """Oracle, nothing is fitted: tokens are true classes [L, B, T, 1]; all the weight of the read-out is on that class."""
-
-    arity = "pointwise"
-
-    def __init__(self, fits: FitAxes, dim: int, *, n_classes: int) -> None:
-        super().__init__(fits, dim)
-        self.n_classes = n_classes
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Classes [L, B, T, 1] -> logits [S, L, B, T, K] whose softmax is one-hot in float32."""
-        code = nn.functional.one_hot(x[..., 0].long(), self.n_classes)  # [L, B, T, K]
-        return (200.0 * code).expand(len(self.seeds), *code.shape)
-
-
 PROBES: dict[str, type[Probe]] = {
     "linear": Linear,
     "diag_quadratic": DiagQuadratic,
@@ -493,19 +366,18 @@ PROBES: dict[str, type[Probe]] = {
     "class_linear": ClassLinear,
     "identity_linear": IdentityLinear,
 }
-ORACLES: dict[str, type[Probe]] = {"pairwise": SameClass, "pointwise": ClassCode}  # by arity; never a choice of probe.mode
 
 
-def knobs_of(cls: type[Probe]) -> dict[str, inspect.Parameter]:
-    """Every keyword a probe takes, its own and those it hands on to the classes it is made from."""
-    found: dict[str, inspect.Parameter] = {}
+def options_of(cls: type[Probe]) -> dict[str, inspect.Parameter]:
+    """Every keyword a probe takes, those of its base classes included."""
+    parameters_by_name: dict[str, inspect.Parameter] = {}
     for base in cls.__mro__:
         if "__init__" in vars(base):
             parameters = inspect.signature(base.__init__).parameters.values()
-            found = {**{p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}, **found}
+            parameters_by_name = {**{p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}, **parameters_by_name}
             if not any(p.kind is p.VAR_KEYWORD for p in parameters):
                 break
-    return found
+    return parameters_by_name
 
 
 def build_probe(
@@ -515,14 +387,14 @@ def build_probe(
     layers: Sequence[Layer],
     dim: int,
     table: Mapping[str, type[Probe]] = PROBES,
-    **given: Any,
+    **known_here: Any,
 ) -> Probe:
-    """The probe a config names: `mode`, and whichever of its knobs that probe takes.
+    """The probe a config names: `mode`, and whichever options that probe takes.
 
     Args:
-        probe_cfg: {"mode": name in the table, knob: value, ...}; knobs of other probes are passed over.
+        probe_cfg: {"mode": name in the table, option: value, ...}; options of other probes are passed over.
         seeds, layers, dim: axes of the stack and width of a token.
-        given: what the task knows and no config says (n_classes, projections, ...); passed over if not taken.
+        known_here: what the task knows and no config says (n_classes, projections, ...); passed over if not taken.
 
     Raises:
         UserError: unknown probe, or one that needs something the task does not give.
@@ -530,7 +402,7 @@ def build_probe(
     mode = probe_cfg["mode"]
     if mode not in table:
         raise UserError(f"unknown probe.mode '{mode}'; valid here: {', '.join(table)}")
-    taken, known = knobs_of(table[mode]), {**probe_cfg, **given}
+    taken, known = options_of(table[mode]), {**probe_cfg, **known_here}
     knobs = {name: known[name] for name in taken if name in known}
     missing = [name for name, p in taken.items() if p.default is p.empty and knobs.get(name) is None]
     if missing:
@@ -551,13 +423,13 @@ def load_probe(path: Path, table: Mapping[str, type[Probe]] = PROBES, expected: 
         UserError: the file is missing, damaged, or holds something else.
     """
     state = load_state(path, {"facts": expected or {}})
-    recipe, given = {key: value for key, value in state.recipe.items() if key != "facts"}, {}
+    recipe, known_here = {key: value for key, value in state.recipe.items() if key != "facts"}, {}
     try:
         if recipe["mode"] == "attention":
             columns = zip(*(state.tensors[name] for name in Projections._fields), strict=True)
-            given["projections"] = dict(zip(recipe["layers"], itertools.starmap(Projections, columns), strict=True))
+            known_here["projections"] = dict(zip(recipe["layers"], itertools.starmap(Projections, columns), strict=True))
         axes = {key: recipe[key] for key in ("seeds", "layers", "dim")}
-        probe = build_probe({"mode": recipe["mode"], **recipe["knobs"]}, **axes, table=table, **given)
+        probe = build_probe({"mode": recipe["mode"], **recipe["knobs"]}, **axes, table=table, **known_here)
         probe.load_state_dict(state.tensors)
     except Exception as error:  # whatever a whole file that holds something else leads to
         raise UserError(f"{path} holds no probe this version knows ({error}); name another or repeat the fit") from error

@@ -20,7 +20,7 @@ Shapes: S seeds, L layers, B images, T tokens, D width, Z = T D, K bits, G featu
 import itertools
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -428,30 +428,3 @@ BINDING_PROBES: dict[str, type[BindingProbe]] = {
     "multilinear_concat_reuse": MultilinearConcatReuse,
     "attention_quadratic": AttentionQuadratic,
 }
-KNOBS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "rank": ("a whole number of at least 1", lambda x: type(x) is int and x >= 1),
-    "init_std": ("a number above 0, or null", lambda x: type(x) in (int, float) and 0 < x < math.inf),
-    "dnn_hidden_dim": ("a whole number of at least 1, or null", lambda x: type(x) is int and x >= 1),
-    "dnn_num_layers": ("a whole number of at least 1 (it counts the output layer)", lambda x: type(x) is int and x >= 1),
-    "dnn_dropout": ("a number from 0 to below 1", lambda x: type(x) in (int, float) and 0 <= x < 1),
-    "condition_readout": ("true or false", lambda x: isinstance(x, bool)),
-    "condition_query": ("true or false", lambda x: isinstance(x, bool)),
-    "readout": ("program or paper", lambda x: x in ("program", "paper")),
-}
-
-
-def check_knobs(blocks: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse values no probe can be built with, before anything is extracted.
-
-    Args:
-        blocks: the settings of the Y probe under "", those that differ for F under "F."; null leaves open.
-
-    Raises:
-        UserError: the first knob that does not fit.
-    """
-    for prefix, settings in blocks.items():
-        for knob, (wanted, fits) in KNOBS.items():
-            value = settings[knob]
-            may_be_null = prefix or knob in ("init_std", "dnn_hidden_dim")
-            if not (fits(value) or (value is None and may_be_null)):
-                raise UserError(f"probe.{prefix}{knob}: got {value!r}, expected {wanted}")

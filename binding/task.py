@@ -24,7 +24,8 @@ import trainer
 from activation import PatchSample, fingerprints, open_samples
 from binding.examples import decoded_examples
 from binding.information import bits_per_image, combine, suspicions
-from binding.probes import BINDING_PROBES, check_knobs
+from binding.probes import BINDING_PROBES
+from binding.settings import check_settings, feature_settings, is_reuse
 from binding.tables import information_table, split_table
 from controls import PROBE_ROW, Opened, Subject, build_controls
 from datasets.splits import split_report
@@ -125,29 +126,6 @@ class CodeCollector:
         return [SubsetResult(self.label, "", "images", metrics, {"n_images": bits.shape[1]}, [])]
 
 
-def is_reuse(mode: str) -> bool:
-    """Whether a probe shares weights between conjunctions, which only the object code has."""
-    return mode.endswith("_reuse")
-
-
-def feature_settings(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """What differs for the F probe: all that `probe.F` sets; instead of a *_reuse probe of Y its fallback.
-
-    Raises:
-        UserError: a *_reuse probe is asked for, which needs conjunctions.
-    """
-    differing = {key: value for key, value in changes.items() if value is not None and key != "fallback"}
-    if is_reuse(settings["mode"]):
-        differing.setdefault("mode", changes["fallback"])
-    if is_reuse(differing.get("mode", "")):
-        fitting = ", ".join(name for name in BINDING_PROBES if not is_reuse(name))
-        raise UserError(
-            f"probe.F asks for {differing['mode']}, which shares weights between conjunctions and the feature code has none; "
-            f"take one of {fitting}"
-        )
-    return differing
-
-
 # ------------------------------------------------------------------------------------------------------------- entries
 
 
@@ -190,7 +168,7 @@ def check_probe(cfg: DictConfig) -> None:
     for name, mode in modes_set.items():
         if mode is not None and mode not in BINDING_PROBES:
             raise UserError(f"unknown probe.{name} '{mode}'; valid: {', '.join([LADDER, *BINDING_PROBES])}")
-    check_knobs({"": settings, "F.": settings["F"]})
+    check_settings({"": settings, "F.": settings["F"]})
     modes = {"Y": settings["mode"], "F": (settings | feature_settings(settings, settings["F"]))["mode"]}
     for code, mode in modes.items():
         if mode == "attention_quadratic" and cfg.model.output_mode != "all":

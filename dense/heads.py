@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dense.contract import resize_map, soft_labels
 from errors import UserError
-from probes import fit_generator
+from forms import fit_generator
 
 Target = Callable[[Tensor, Sequence[int]], Tensor]
 Batch = tuple[Tensor, Tensor]  # tokens [L, B, h, w, D], label maps at the input resolution [B, h p, w p]

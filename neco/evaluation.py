@@ -74,13 +74,14 @@ Evaluation = Callable[[Mapping[str, Grids], Mapping[str, LabelMaps], EvaluationO
 
 
 def _retrieval(features: Mapping, labels: Mapping, options: EvaluationOptions, last: bool) -> list[Result]:
-    found = retrieval(features, labels, size="full")
+    found = retrieval(features, labels, size="full", memory_size=None)
     return [result for result in found if result.setting["matching"] == "direct"]
 
 
 def _overcluster(features: Mapping, labels: Mapping, options: EvaluationOptions, last: bool) -> list[Result]:
     counts = ["classes", min(options.n_clusters, features["test"].n_tokens)]
-    settings = {"seeds": options.seeds, "restarts": 3} if last else {"seeds": 1, "restarts": 1, "iterations": 30}
+    quick = {"seeds": 1, "restarts": 1, "iterations": 30}
+    settings = {"seeds": options.seeds, "restarts": 3, "iterations": 100} if last else quick
     components = 50 if features["test"].dim > 50 else None  # published: 50
     found = overcluster(features, labels, n_clusters=counts, size=100, pca=components, **settings)
     return [result for result in mean_over_seeds(found) if result.notes["published"]]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from forms import FormCuts, SymmetricForm, factorise, resolve_matmul_dtype
+from forms import FormCuts, SymmetricForm, factorise, fit_generator, resolve_matmul_dtype
 from pairs.losses import agreement, class_loss, pair_bce
-from probes import PROBES, FitAxes, Probe, Projections, build_probe, fit_generator, load_probe
+from probes import PROBES, FitAxes, Probe, Projections, build_probe, load_probe
 
 GOLDEN = Path(__file__).parent / "golden" / "object_binding"
 SEEDS, LAYERS, DIM = [0, 7], ["embed", 3, 11], 12
