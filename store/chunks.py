@@ -19,7 +19,7 @@ from errors import UserError
 from patches.geometry import plan_geometry
 from patches.windows import cut_windows
 from store.index import Index
-from store.reading import content_id
+from store.reading import ImageItems, content_id
 from store.shards import StackedTokens, TokenStore
 
 T = TypeVar("T")
@@ -48,16 +48,16 @@ class Chunk(NamedTuple):
 class WindowItems(Dataset):
     """Item i of a data set as normalised windows [n, 3, H, W] float32 with its content digest, or its fault in words."""
 
-    def __init__(self, dataset: Any, geometry: dict[str, Any], facts: BackboneFacts) -> None:
-        self.dataset, self.geometry, self.facts = dataset, geometry, facts
+    def __init__(self, images: ImageItems, geometry: dict[str, Any], facts: BackboneFacts) -> None:
+        self.images, self.geometry, self.facts = images, geometry, facts
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[Tensor, bytes] | str:
         facts = self.facts
         try:
-            image = self.dataset[i].image
+            image = self.images.image(i)
             geometry = plan_geometry(
                 tuple(image.shape[-2:]), geometry=self.geometry, patch_size=facts.patch_size, image_size=facts.image_size
             )

@@ -20,7 +20,7 @@ from files import digest, holder, lock, plain, safe_name, wait
 from machine import choose_device, job, rank, resolve_dtype
 from store.chunks import Chunk, WindowItems, cut_chunks, order_of_images, stored_chunks
 from store.index import Index
-from store.reading import load_items, read_ahead
+from store.reading import ImageItems, load_items, read_ahead
 from store.shards import TokenStore
 from store.writing import ShardWriter
 
@@ -197,7 +197,8 @@ def _forward_chunks(
     backbone = load_backbone(cfg.model, device, say)
     orders = order_of_images(store, todo, index)
     numbers = index.tensors["number"][[m for images in orders.values() for m in images]].tolist()
-    items = WindowItems(wanted.dataset, plain(cfg.protocol.geometry), wanted.facts)
+    images = ImageItems(wanted.dataset, index.manifest["facts"], cfg.cache.ram_gb)
+    items = WindowItems(images, plain(cfg.protocol.geometry), wanted.facts)
     loader = iter(load_items(items, numbers, cfg.cache.workers))  # its processes start here, before any thread does
 
     def batches() -> Generator[Chunk]:

@@ -26,7 +26,7 @@ from files import digest, lock, plain, safe_name, sealed, wait, write_atomically
 from machine import rank
 from patches.selection import PRIMARY, primary_label
 from store.labelled import SKIP_HINT, LabelledItems
-from store.reading import load_items
+from store.reading import ImageItems, load_items
 from store.shards import read_manifest
 
 FORMAT = 3  # raise it when the meaning of an indexed number changes: older directories are then left alone
@@ -135,7 +135,7 @@ def open_index(
         with lock(directory / "lock", cache.lock_timeout, say) as beat:
             index = _read(directory, made_from, cache.repair)
             if index is None:
-                items = LabelledItems(dataset, protocol, facts, whole_images)
+                items = LabelledItems(ImageItems(dataset, made_from, cache.ram_gb), protocol, facts, whole_images)
                 index = _build(items, made_from, cache.workers, beat)
                 _write(directory, index)
     _log_left_out(index, dataset, split, say)
@@ -170,7 +170,7 @@ def _build(items: LabelledItems, made_from: dict[str, Any], workers: int, beat: 
         if "dropped" in item:
             dropped.append(item["dropped"])
         elif "fault" in item:
-            if items.dataset.on_error != "skip":
+            if items.images.dataset.on_error != "skip":
                 raise UserError(": ".join(item["fault"]) + item["hint"])
             skipped.append(item["fault"])
         else:

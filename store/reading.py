@@ -1,18 +1,82 @@
-"""Reading a data set item by item: in worker processes, or ahead in a thread."""
+"""Reading a data set: item by item in worker processes or ahead in a thread, and images that stay in memory."""
 
 from __future__ import annotations
 
 import hashlib
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from files import digest
 
 T = TypeVar("T")
+IMAGES_SHARE = 0.25  # of cache.ram_gb that decoded images may take
+
+
+class ImageMemory:
+    """Decoded images of the splits this process reads, so that each scene is rendered or decoded once.
+
+    The pass over labels and the pass over tokens follow each other, and the controls read the same images again. Images
+    that worker processes decode are not kept: decoding is then not what takes the time.
+    """
+
+    def __init__(self) -> None:
+        self._splits: OrderedDict[str, dict[int, Tensor]] = OrderedDict()  # the least recently used first
+        self.nbytes = 0
+
+    def get(self, split: str, i: int) -> Tensor | None:
+        """Image i [3, H, W] uint8 of a split, if it is kept."""
+        return self._splits.get(split, {}).get(i)
+
+    def put(self, split: str, i: int, image: Tensor, budget: float) -> None:
+        """Keep an image within a budget in bytes; images of splits that were not used for longest make room."""
+        if image.nbytes > budget or get_worker_info() is not None:
+            return
+        images = self._splits.setdefault(split, {})
+        self._splits.move_to_end(split)
+        while self.nbytes + image.nbytes > budget and len(self._splits) > 1:
+            _, dropped = self._splits.popitem(last=False)
+            self.nbytes -= sum(old.nbytes for old in dropped.values())
+        if self.nbytes + image.nbytes <= budget and i not in images:
+            images[i] = image.clone()  # of its own: what a data set hands out may be a view of something larger
+            self.nbytes += image.nbytes
+
+
+IMAGES = ImageMemory()
+
+
+class ImageItems:
+    """A split whose images are read through the memory of this process.
+
+    Args:
+        dataset: the items.
+        made_from: what an index was made from: "dataset", "fingerprint" and "split" name the images.
+        ram_gb: `cache.ram_gb`.
+    """
+
+    def __init__(self, dataset: Any, made_from: Mapping[str, Any], ram_gb: float) -> None:
+        self.dataset, self.budget = dataset, IMAGES_SHARE * ram_gb * 1e9
+        self.split = digest({key: made_from[key] for key in ("dataset", "fingerprint", "split")})
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def scene(self, i: int) -> Any:
+        """Scene i, read anew; its image is kept for later."""
+        scene = self.dataset[i]
+        IMAGES.put(self.split, i, scene.image, self.budget)
+        return scene
+
+    def image(self, i: int) -> Tensor:
+        """The image [3, H, W] uint8 of scene i, from memory if it is there."""
+        image = IMAGES.get(self.split, i) if self.budget else None
+        return self.scene(i).image if image is None else image
 
 
 def content_id(image: Tensor) -> bytes:

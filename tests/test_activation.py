@@ -20,6 +20,7 @@ from files import sealed
 from patches.geometry import plan_geometry
 from patches.labels import patch_labels
 from patches.windows import cut_windows
+from store.reading import IMAGES_SHARE, ImageMemory
 from store.shards import StackedTokens
 
 
@@ -426,7 +427,25 @@ def test_an_image_that_changes_under_way_is_noticed(tmp_path: Path, monkeypatch:
     read = Toy.__getitem__
     monkeypatch.setattr(Toy, "__getitem__", lambda self, i: (s := read(self, i))._replace(image=255 - s.image))
     with pytest.raises(UserError, match="train-000: the image changed"):
-        open_sample(toy_config(tmp_path), "train", say=quiet)
+        open_sample(toy_config(tmp_path, "cache.ram_gb=0"), "train", say=quiet)
+
+
+def test_images_are_read_once_while_memory_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, numbers, read = ImageMemory(), [], Toy.__getitem__
+    monkeypatch.setattr("store.reading.IMAGES", memory)
+    monkeypatch.setattr(Toy, "__getitem__", lambda self, i: numbers.append(i) or read(self, i))
+    bytes_each = 3 * 32 * 32
+    first = open_sample(toy_config(tmp_path), "train", say=quiet)
+    random = open_sample(toy_config(tmp_path, "model.seed=1"), "train", say=quiet)  # another backbone, the same images
+    assert numbers == list(range(10)) and memory.nbytes == 10 * bytes_each
+    assert random.meta["bytes_written"] == first.meta["bytes_written"] > 0
+    numbers.clear()
+    alone = open_sample(toy_config(tmp_path / "alone", "cache.ram_gb=0"), "train", say=quiet)
+    assert numbers == [*range(10), *range(10)]  # no room: once for labels, once for tokens
+    assert token_files(Path(alone.meta["directory"])) == token_files(Path(first.meta["directory"]))
+    little = 6.5 * bytes_each / IMAGES_SHARE / 1e9
+    open_sample(toy_config(tmp_path, f"cache.ram_gb={little}"), "val", say=quiet)  # another split takes the room
+    assert memory.nbytes == 6 * bytes_each and numbers[20:] == [*range(10), *range(6, 10)]
 
 
 def test_mode_extract_fills_every_split_and_records_it(tmp_path: Path) -> None:

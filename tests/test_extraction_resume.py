@@ -63,7 +63,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_a_killed_extraction_resumes_to_the_same_bytes(tmp_path: Path, whole: dict[str, str]) -> None:
-    overrides = ["dataset.n=24", "dataset.widths=[32,56]", "dataset.seconds=0.01"]
+    overrides = ["dataset.n=24", "dataset.widths=[32,56]", "dataset.seconds=0.01", "cache.ram_gb=0"]
     moments = random.Random(0)
     shards = lambda: len(list((tmp_path / "tokens").glob("*/shards/*.json")))
     seen, kills = [0], 0
@@ -85,7 +85,7 @@ def test_a_killed_extraction_resumes_to_the_same_bytes(tmp_path: Path, whole: di
 
 def test_an_interrupt_ends_at_once_and_keeps_what_was_done(tmp_path: Path, whole: dict[str, str]) -> None:
     overrides = ["dataset.n=24", "dataset.widths=[32,56]"]
-    process = start(tmp_path, *overrides, "dataset.seconds=0.05")
+    process = start(tmp_path, *overrides, "dataset.seconds=0.05", "cache.ram_gb=0")
     until(lambda: bool(list((tmp_path / "tokens").glob("*/shards/*.json"))))
     os.kill(process.pid, signal.SIGINT)
     process.join(5)
@@ -98,7 +98,7 @@ def test_an_interrupt_ends_at_once_and_keeps_what_was_done(tmp_path: Path, whole
 
 
 def test_ranks_share_the_shards_and_write_the_bytes_of_one_process(tmp_path: Path, whole: dict[str, str]) -> None:
-    overrides = ["dataset.n=24", "dataset.widths=[32,56]", "dataset.seconds=0.002"]
+    overrides = ["dataset.n=24", "dataset.widths=[32,56]", "dataset.seconds=0.002", "cache.ram_gb=0"]
     launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}
     second = start(tmp_path, *overrides, RANK="1", LOCAL_RANK="1", **launch)
     first = start(tmp_path, *overrides, RANK="0", LOCAL_RANK="0", **launch)
@@ -109,7 +109,7 @@ def test_ranks_share_the_shards_and_write_the_bytes_of_one_process(tmp_path: Pat
 
 
 def test_a_rank_whose_partner_dies_gives_up_and_one_process_finishes(tmp_path: Path, whole: dict[str, str]) -> None:
-    overrides = ["dataset.n=24", "dataset.widths=[32,56]", "cache.lock_timeout=1", "dataset.seconds=0.02"]
+    overrides = ["dataset.n=24", "dataset.widths=[32,56]", "cache.lock_timeout=1", "dataset.seconds=0.02", "cache.ram_gb=0"]
     launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29512"}
     first = start(tmp_path, *overrides, RANK="0", **launch)
     second = start(tmp_path, *overrides, RANK="1", **launch)
@@ -123,7 +123,7 @@ def test_a_rank_whose_partner_dies_gives_up_and_one_process_finishes(tmp_path: P
 
 
 def test_a_second_process_waits_for_the_first_and_then_reads(tmp_path: Path, whole: dict[str, str]) -> None:
-    overrides = ["dataset.n=24", "dataset.widths=[32,56]", "dataset.seconds=0.01"]
+    overrides = ["dataset.n=24", "dataset.widths=[32,56]", "dataset.seconds=0.01", "cache.ram_gb=0"]
     processes = [start(tmp_path, *overrides) for _ in range(3)]
     for process in processes:
         process.join(60)
