@@ -130,8 +130,6 @@ def open_sample(cfg: Any, split: str, *, say: Callable[[str], None] = print) -> 
         )
     index = open_index(cfg, dataset, split, facts, whole_images=mode != "patches", say=say)
     position, labels = index.placed(mode, facts.has_class_token)
-    if index.selected_by:  # former names, until every reader names the label it means
-        labels |= {name: labels[f"{index.selected_by}_{name}"] for name in ("valid", "purity")}
     started = time.perf_counter()
     wanted = Extraction(cfg, dataset, split, index, facts, layers, STORED[mode])
     store, n_bytes, n_images = open_store(wanted, say)

@@ -184,8 +184,13 @@ def random(opened: Opened) -> Subject | None:
     return opened.subject("random", _through_model(opened, pretrained=False, weights=None, digest=None))
 
 
-def class_oracle(opened: Opened) -> Subject:
-    """Same object if and only if same true class: what class alone can tell. Tokens are the true classes [M, T, 1]."""
+def class_oracle(opened: Opened) -> Subject | None:
+    """Same object if and only if same true class: what class alone can tell. Tokens are the true classes [M, T, 1].
+
+    None where identities or classes are not known.
+    """
+    if any(not {"identity", "class"} <= sample.labels.keys() for sample in opened.samples.values()):
+        return None
     coded = {}
     for split, sample in opened.samples.items():
         read = lambda images, class_=sample.labels["class"]: class_[images].float()[None, ..., None]

@@ -199,14 +199,14 @@ def layers_per_chunk(task: Task, probe_cfg: Mapping, sample: PatchSample, option
 
 
 def token_statistics(sample: PatchSample, layers: Sequence, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every channel over the valid patches of a (training) sample.
+    """Mean and standard deviation of every channel over the valid patches of a (training) sample, those of its primary label.
 
     Returns:
         two float32 tensors [L, D]; a constant channel gets deviation 1.
     """
     index = [list(sample.tokens.layers).index(layer) for layer in layers]
     n_images = sample.tokens.shape[1]
-    valid = sample.labels.get("valid")
+    valid = sample.valid
     total, square = torch.zeros(2, len(index), sample.tokens.shape[-1], dtype=torch.float64)
     count = 0.0
     for first in range(0, n_images, batch_size):

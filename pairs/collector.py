@@ -11,10 +11,13 @@ from pairs.scores import PairScores, PairStrata, pair_strata
 from tasks import Batch, SubsetResult, visited_tokens
 
 SUBSETS = ("all", "foreground", "same_class", "same_class_matched")
+LABEL_OF = {"is_same_object": "identity", "same_class": "class"}  # the label that answers a question
 
 
 class PairCollector:
     """Pair scores of every image, by question, read-out and variant.
+
+    A question whose label the data lack is not asked: class maps alone give no is_same_object.
 
     Args:
         task: a `pairs.task.PairTask`: its seeds, variants, questions and read-outs.
@@ -24,7 +27,8 @@ class PairCollector:
     def __init__(self, task: Any, sample: PatchSample, n_layers: int, *, count_classes: bool = False) -> None:
         self.task, self.n_layers, self.count_classes = task, n_layers, count_classes
         self.labels, place = _evaluated(sample, task.per_visit)
-        self.strata = {name: _strata(name, self.labels, place) for name in task.questions}
+        questions = [name for name in task.questions if LABEL_OF[name] in self.labels]
+        self.strata = {name: _strata(name, self.labels, place) for name in questions}
         self.scores: dict[tuple[str, str, str], PairScores] = {}  # by question, read-out, variant
         self.right: list[Tensor] = []
 
@@ -40,7 +44,7 @@ class PairCollector:
                         self.scores[key] = PairScores(strata, n_seeds * self.n_layers, threshold=threshold)
                     self.scores[key].add(batch.images, of_variant)
         if self.count_classes:
-            right = (logits.argmax(-1) == batch.labels["class"]) & batch.labels["valid"]  # [S, L, B, T]
+            right = (logits.argmax(-1) == batch.labels["class"]) & batch.labels["class_valid"]  # [S, L, B, T]
             self.right.append(right.sum(-1).flatten(0, 1).cpu())  # [S * L, B]
 
     def results(self) -> list[SubsetResult]:
@@ -61,16 +65,17 @@ class PairCollector:
         return names
 
     def _class_accuracy(self) -> SubsetResult:
-        n_valid = self.labels["valid"].sum(1)  # [M]; an image may have none
+        n_valid = self.labels["class_valid"].sum(1)  # [M]; an image may have none
         accuracy = ratio_estimate(torch.cat(self.right, 1), n_valid)
         counts = {"n_patches": int(n_valid.sum()), "n_images": int((n_valid > 0).sum())}
         return SubsetResult("class", "argmax", "patches", {"accuracy": accuracy}, counts, [])
 
 
 def _evaluated(sample: PatchSample, per_visit: int | None) -> tuple[dict[str, Tensor], Tensor]:
-    """Labels [M, T] of the tokens that are evaluated, and where they lie: [M, T, 3], all in one frame."""
+    """Labels and their validity [M, T] of the evaluated tokens, and where those lie: [M, T, 3], all in one frame."""
     rows = visited_tokens(*sample.position.shape[:2], per_visit, None)
-    labels = {name: sample.labels[name] for name in ("identity", "class", "valid")}
+    names = [name for label in LABEL_OF.values() for name in (label, f"{label}_valid")]
+    labels = {name: sample.labels[name] for name in names if name in sample.labels}
     place = sample.labels["place"]  # [M, T, 2]
     if rows is not None:
         labels = {name: value.gather(1, rows) for name, value in labels.items()}
@@ -81,5 +86,5 @@ def _evaluated(sample: PatchSample, per_visit: int | None) -> tuple[dict[str, Te
 def _strata(question: str, labels: dict[str, Tensor], place: Tensor) -> PairStrata:
     """The kinds of pairs of a question; "same class" asks as if every class were one object, background as background."""
     if question == "same_class":
-        return pair_strata(labels["class"], None, labels["valid"], place)
-    return pair_strata(labels["identity"], labels["class"], labels["valid"], place)
+        return pair_strata(labels["class"], None, labels["class_valid"], place)
+    return pair_strata(labels["identity"], labels.get("class"), labels["identity_valid"], place)

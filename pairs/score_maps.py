@@ -181,7 +181,7 @@ def _labelled(scene: Scene) -> Scene:
 @torch.inference_mode()
 def image_scores(run: FittedRun, sample: Any) -> tuple[list[float | None], int | str]:
     """AUROC of the pairs i < j of every image of a sample, at the layer where the mean over images is highest."""
-    identity, valid = sample.labels["identity"], sample.labels["valid"]
+    identity, valid = sample.labels["identity"], sample.labels["identity_valid"]
     n_images, n_tokens = identity.shape
     first, second = torch.triu_indices(n_tokens, n_tokens, 1)
     best: tuple[float, list[float | None], int | str] = (-1.0, [], "")

@@ -7,7 +7,7 @@
 `run` is the entry of these modes, `run_eval` scores the checkpoints of a finished run again.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,8 +39,8 @@ VARIANTS = ("all", "foreground")
 class PairTask(Task):
     """What tasks share that are scored on pairs of patches."""
 
-    labels = ("identity", "class", "valid")
-    questions = ("is_same_object", "same_class")
+    labels = ("identity", "identity_valid")
+    questions = ("is_same_object", "same_class")  # asked where the data have the label (`collector.LABEL_OF`)
 
     def build_probe(self, probe_cfg: Mapping[str, Any], sample: PatchSample, layers: Sequence) -> Probe:
         """A fresh stack, with one output per class of the data set where the probe reads classes."""
@@ -97,7 +97,7 @@ class Pairwise(PairTask):
 
     def used_tokens(self, batch: Batch) -> Tensor:
         """Which tokens the loss of each variant counts, bool [V, B, T]."""
-        identity, valid = batch.labels["identity"], batch.labels["valid"]  # [B, T]
+        identity, valid = batch.labels["identity"], batch.labels["identity_valid"]  # [B, T]
         return torch.stack([valid & (identity > 0) if variant == "foreground" else valid for variant in self.variants])
 
     def solve(self, probe: Probe, batches: Callable[[], Iterator[tuple[Tensor, Batch]]]) -> dict[str, Any]:
@@ -128,9 +128,11 @@ class Pairwise(PairTask):
 class ClassReadout(PairTask):
     """The class of a patch by a linear read-out; 0 (background, unlabelled) is a class like any other."""
 
+    labels = ("class", "class_valid")
+
     def loss(self, probe: Probe, x: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy [S, L], mean over valid patches."""
-        return class_loss(self.logits(probe, x, batch), batch.labels["class"], valid=batch.labels["valid"])
+        return class_loss(self.logits(probe, x, batch), batch.labels["class"], valid=batch.labels["class_valid"])
 
     def collector(self, sample: PatchSample, n_layers: int) -> Collector:
         """Also counts right classes."""
@@ -142,7 +144,7 @@ class IdentityReadout(PairTask):
 
     def loss(self, probe: Probe, x: Tensor, batch: Batch) -> Tensor:
         """Matched dice and binary cross-entropy [S, L]; 0 for a batch without an object."""
-        return identity_loss(self.logits(probe, x, batch), batch.labels["identity"], valid=batch.labels["valid"])
+        return identity_loss(self.logits(probe, x, batch), batch.labels["identity"], valid=batch.labels["identity_valid"])
 
 
 # ------------------------------------------------------------------------------------------------------------- entries
@@ -152,8 +154,13 @@ ARITY = {"pairwise": "pairwise", "class": "pointwise", "identity": "pointwise"}
 POINTWISE_CONTROLS = [name for name in CONTROLS if name not in ("cosine", "dot_product")]
 
 
-def columns(task: str, accuracy: str) -> list[Column]:
-    """What table and figure show of a task; the first one ranks the layers."""
+def columns(task: str, accuracy: str, questions: Collection[str]) -> list[Column]:
+    """What table and figure show of a task; the first one ranks the layers.
+
+    Args:
+        accuracy: which pairs it counts, a key of ACCURACIES.
+        questions: those that were asked. Without is_same_object (data of class maps alone) the class accuracy leads.
+    """
     if task == "pairwise":
         return [
             Column("is_same_object", "logit", "all", "auroc", "all pairs AUROC"),
@@ -167,8 +174,9 @@ def columns(task: str, accuracy: str) -> list[Column]:
         Column("is_same_object", "inner_product", "same_class_matched", "auroc", "same class, matched AUROC"),
         Column("same_class", "inner_product", "all", "auroc", "same class AUROC"),
     ]
-    patches = [Column("class", "argmax", "patches", "accuracy", "class accuracy")] if task == "class" else []
-    return shared + patches
+    patches = [Column("class", "argmax", "patches", "accuracy", "class accuracy")]
+    in_order = shared + patches if "is_same_object" in questions else patches + shared
+    return [column for column in in_order if column.question in questions]
 
 
 def task_maker(cfg: DictConfig) -> Callable[[Sequence[int]], Task]:
@@ -217,29 +225,42 @@ def check_probe(cfg: DictConfig) -> None:
 
 
 def check_samples(samples: Mapping[str, PatchSample], mode: str, task: str) -> None:
-    """Refuse splits no pair can be scored on.
+    """Refuse splits on which nothing can be scored.
 
     Raises:
-        UserError: a split lacks pairs of one object or pairs of two, or classes where the task needs them.
+        UserError: a split lacks the label the task asks about; it has identities, and no pair of one object or none of two.
     """
     for split, sample in samples.items():
-        if "identity" not in sample.labels:
-            raise UserError(f"{sample.meta['dataset']} has no maps of objects, mode={mode} needs them")
-        identity, valid = sample.labels["identity"], sample.labels["valid"]  # [M, T]
-        low = torch.where(valid, identity, identity.max() + 1).amin(1)
-        high = torch.where(valid, identity, -1).amax(1)
-        differ = bool((low < high).any())
-        # Two patches of one identity: fewer distinct identities than valid patches in some image.
-        ordered = torch.where(valid, identity, -1 - torch.arange(identity.shape[1])).sort(1).values
-        agree = bool((ordered[:, 1:] == ordered[:, :-1]).any())
-        if not (differ and agree):
+        labels = sample.labels
+        if task != "class" and "identity" not in labels:
             raise UserError(
-                f"split {split} has no usable pair: {sample.tokens.shape[1]} images, "
-                f"{'no' if not agree else 'some'} pair of one object and {'no' if not differ else 'some'} pair of two; "
-                "check the labels with mode=check_data, or take more images or patches"
+                f"{sample.meta['dataset']} has no maps of objects and mode={mode} needs them; name another dataset"
+                + (", or ask about classes with mode=train_class" if "class" in labels else "")
             )
-        if task == "class" and not bool((sample.labels["class"] > 0).any()):
+        if task == "class" and not ("class" in labels and bool((labels["class"] > 0).any())):
             raise UserError(f"split {split} carries no class labels; mode={mode} needs class maps")
+        if "identity" in labels:
+            check_pairs(split, labels["identity"], labels["identity_valid"])
+
+
+def check_pairs(split: str, identity: Tensor, valid: Tensor) -> None:
+    """Refuse a split without two patches of one object, or without two of different ones in one image.
+
+    Args:
+        identity, valid: [M, T].
+    """
+    low = torch.where(valid, identity, identity.max() + 1).amin(1)
+    high = torch.where(valid, identity, -1).amax(1)
+    differ = bool((low < high).any())
+    # Two patches of one identity: fewer distinct identities than valid patches in some image.
+    ordered = torch.where(valid, identity, -1 - torch.arange(identity.shape[1])).sort(1).values
+    agree = bool((ordered[:, 1:] == ordered[:, :-1]).any())
+    if not (differ and agree):
+        raise UserError(
+            f"split {split} has no usable pair: {len(identity)} images, "
+            f"{'no' if not agree else 'some'} pair of one object and {'no' if not differ else 'some'} pair of two; "
+            "check the labels with mode=check_data, or take more images or patches"
+        )
 
 
 def check(cfg: DictConfig) -> None:
@@ -320,6 +341,7 @@ def show(results: Sequence[ProbeResult], cfg: DictConfig, run: Run, resampling: 
     """Write the layer curve as table and figure, print the table."""
     from pairs.layer_curve import write_layer_curve  # here: no fit waits for matplotlib
 
-    shown = columns(cfg.task, cfg.protocol.pairs.accuracy)
+    questions = {subset.question for subset in results[0].subsets}
+    shown = columns(cfg.task, cfg.protocol.pairs.accuracy, questions)
     text = table(results, shown, resampling)
     return present(results, shown, resampling, run, draw=write_layer_curve, text=text)

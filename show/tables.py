@@ -93,7 +93,8 @@ def basis(probe: ProbeResult) -> str:
     seeds = f"{len(probe.seeds)} seeds" if len(probe.seeds) > 1 else "one seed"
     text = f"mean over {seeds}, 95 % intervals over {subset.counts['n_images']} images"
     if rate is not None and majority is not None:
-        text += f", {subset.counts['n_pairs']} pairs, {float(rate.value[0]):.3f} of them one object"
+        positive = {"is_same_object": "one object", "same_class": "one class"}.get(subset.question, "positive")
+        text += f", {subset.counts['n_pairs']} pairs, {float(rate.value[0]):.3f} of them {positive}"
         text += f" (majority rate {float(majority.value[0]):.3f})"
     return text
 

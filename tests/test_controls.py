@@ -37,8 +37,8 @@ def test_pixels_stand_beside_tokens_of_whole_images(tmp_path: Path) -> None:
         patches = pixels(Opened(cfg.copy(), samples)).samples["test"]
     for control in (alone, both):
         found, of_probe = control.samples["test"], samples["test"]
-        assert torch.equal(found.position, of_probe.position) and torch.equal(found.labels["valid"], of_probe.labels["valid"])
+        assert torch.equal(found.position, of_probe.position) and torch.equal(found.valid, of_probe.valid)
         assert found.tokens.shape[1:3] == of_probe.tokens.shape[1:3]
     x = patches.tokens.gather(torch.arange(8))[0]  # [B, 1 + N, D]
     assert not x[:, 0].any() and x[:, 1:].abs().sum(-1).gt(0).all()  # the class token shows nothing
-    assert not samples["test"].labels["valid"][:, 0].any()  # and is asked nothing
+    assert not samples["test"].labels["identity_valid"][:, 0].any()  # and is asked nothing

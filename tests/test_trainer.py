@@ -256,7 +256,7 @@ def test_schedules_at_half_time(schedule: str, expected: float) -> None:
 
 def test_statistics_are_those_of_the_valid_tokens() -> None:
     sample = planted_sample(n_images=5, n_tokens=9)
-    sample.labels["valid"][:, 4:] = False
+    sample.labels["identity_valid"][:, 4:] = False
     mean, std = trainer.token_statistics(sample, sample.tokens.layers, batch_size=2)
     x = sample.tokens.gather(torch.arange(5), None)[:, :, :4].flatten(1, 2)
     torch.testing.assert_close(mean, x.mean(1), atol=1e-5, rtol=1e-5)
@@ -278,7 +278,7 @@ def test_tokens_of_a_visit_are_redrawn_in_training_and_fixed_in_evaluation() -> 
 
 def test_an_image_without_a_valid_patch_has_no_part_in_the_class_accuracy() -> None:
     sample = planted_sample(n_images=4)
-    sample.labels["valid"][0], sample.labels["valid"][1, :8] = False, False
+    sample.labels["class_valid"][0], sample.labels["class_valid"][1, :8] = False, False
     task = make_task(configure("mode=train_class", "trainer.seeds=[0]"))
     collector = task.collector(sample, 1)
     right = torch.nn.functional.one_hot(sample.labels["class"], 3).float()[None, None]  # [S, L, M, T, K]
