@@ -170,7 +170,7 @@ def _build(items: LabelledItems, made_from: dict[str, Any], workers: int, beat: 
         if "dropped" in item:
             dropped.append(item["dropped"])
         elif "fault" in item:
-            if items.images.dataset.on_error != "skip":
+            if items.dataset.on_error != "skip":
                 raise UserError(": ".join(item["fault"]) + item["hint"])
             skipped.append(item["fault"])
         else:

@@ -17,7 +17,7 @@ from files import plain
 from patches.geometry import DroppedImage, Geometry, plan_geometry
 from patches.labels import label_patches
 from patches.selection import owned_patches, primary_label, select_patches
-from store.reading import ImageItems, content_id
+from store.reading import content_id
 
 SKIP_HINT = "; repair it, or leave it out with dataset.on_error=skip"
 
@@ -30,22 +30,21 @@ class LabelledItems(Dataset):
     "position" and "label.<name>", as `Index` has them, of one image.
 
     Args:
-        images: the data set, its images kept in memory.
         protocol: its sections geometry, labels and selection.
         whole_images: keep every patch; else those that the protocol selects.
     """
 
-    def __init__(self, images: ImageItems, protocol: Any, facts: BackboneFacts, whole_images: bool) -> None:
-        self.images, self.whole_images = images, whole_images
+    def __init__(self, dataset: Any, protocol: Any, facts: BackboneFacts, whole_images: bool) -> None:
+        self.dataset, self.whole_images = dataset, whole_images
         self.protocol = plain(protocol)
         self.sizes = {"patch_size": facts.patch_size, "image_size": facts.image_size}
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.dataset)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         try:
-            scene = self.images.scene(i)
+            scene = self.dataset[i]
         except UserError as error:  # a data set raises it for the one item it was asked for
             reason = getattr(error, "reason", str(error))
             return {"fault": (getattr(error, "key", f"item {i}"), reason), "hint": SKIP_HINT}

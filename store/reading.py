@@ -51,8 +51,8 @@ class ImageMemory:
 IMAGES = ImageMemory()
 
 
-class ImageItems:
-    """A split whose images are read through the memory of this process.
+class ImageItems(Dataset):
+    """A split whose images are read through the memory of this process; else the data set itself.
 
     Args:
         dataset: the items.
@@ -67,7 +67,12 @@ class ImageItems:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def scene(self, i: int) -> Any:
+    @property
+    def on_error(self) -> str:
+        """What the caller does with an unreadable item."""
+        return self.dataset.on_error
+
+    def __getitem__(self, i: int) -> Any:
         """Scene i, read anew; its image is kept for later."""
         scene = self.dataset[i]
         IMAGES.put(self.split, i, scene.image, self.budget)
@@ -76,7 +81,7 @@ class ImageItems:
     def image(self, i: int) -> Tensor:
         """The image [3, H, W] uint8 of scene i, from memory if it is there."""
         image = IMAGES.get(self.split, i) if self.budget else None
-        return self.scene(i).image if image is None else image
+        return self[i].image if image is None else image
 
 
 def content_id(image: Tensor) -> bytes:
