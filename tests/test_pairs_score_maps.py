@@ -90,7 +90,7 @@ def test_best_and_worst_are_those_by_the_images_own_score(finished, tmp_path):
     form, at = runs[0].forms()[runs[0].layers.index(layer)], sample.keys.index(best.key)
     x = sample.tokens.gather(torch.tensor([at]), [sample.tokens.layers.index(layer)])[0, 0].float()
     first, second = torch.triu_indices(len(x), len(x), 1)
-    identity, valid = sample.labels["identity"][at], sample.labels["valid"][at]
+    identity, valid = sample.labels["identity"][at], sample.labels["identity_valid"][at]
     used = valid[first] & valid[second]
     with torch.no_grad():
         mine = auroc(form.scores(x, x)[first, second][used].numpy(), (identity[first] == identity[second])[used].numpy())
