@@ -87,8 +87,9 @@ def _prepare(subjects: Subjects, train: PatchSample, seed: int) -> _Data:
     pairs = [_swapped_pairs(of_window, torch.Generator().manual_seed(seed + i)) for i, of_window in enumerate(ids)]
     readouts = {}
     for position in later:
-        tokens, _, valid = kept_pairs(train, position, READOUT_IMAGES)
-        known = train.labels.get("class", train.labels["identity"])[: len(tokens)]
+        tokens, *_ = kept_pairs(train, position, READOUT_IMAGES)
+        name = "class" if "class" in train.labels else "identity"
+        known, valid = (train.labels[column][: len(tokens)] for column in (name, f"{name}_valid"))
         readouts[position] = act.ridge_classes(tokens[valid], known[valid], int(known.max()) + 1)
     plain, _ = act.run_blocks(fitted.backbone, torch.cat(windows), [fitted.layers[p] for p in later])
     before = {p: [subjects.forms[p].logits(h, h).mean(0) for h in x] for p, x in zip(later, plain, strict=True)}

@@ -63,10 +63,16 @@ def pair_accuracy(form: PairForm, tokens: Tensor, identity: Tensor, valid: Tenso
 
 
 def kept_pairs(sample: PatchSample, at: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens [M, T, D], identities and validity [M, T] of one layer of a sample, of at most some images."""
+    """Tokens [M, T, D], identities and validity [M, T] of one layer of a sample, of at most some images.
+
+    Raises:
+        UserError: images without identities.
+    """
+    if "identity" not in sample.labels:
+        raise UserError(f"mode=analyze needs identity maps and {sample.meta['dataset']} has none; name another dataset")
     images = torch.arange(min(most, len(sample.keys)))
     tokens = sample.tokens.gather(images, [at])[0].float()
-    return tokens, sample.labels["identity"][images], sample.labels["valid"][images]
+    return tokens, sample.labels["identity"][images], sample.labels["identity_valid"][images]
 
 
 def kept_rank_rows(
