@@ -1,9 +1,9 @@
-"""Run the frozen backbone once over each split, every asked layer to disk; later runs read and build no backbone.
+"""Run the frozen backbone once over each split, every wanted layer to disk; later runs read and build no backbone.
 
 Two passes, each skipped when its result is there: the index of labels and selected patches (`index.py`), then the
 tokens of those patches. A token directory is named by a hash of everything that decides its content — weights digest,
 preprocessing, geometry, norm, dtypes, positions, image contents — which its `manifest.json` shows in readable form.
-Labels are not part of it, layers are files in it: asking for another layer extracts that layer only. A killed run
+Labels are not part of it, layers are files in it: another layer is extracted alone. A killed run
 resumes at the next missing shard and ends with the same bytes; the ranks of a `torchrun` launch share the shards.
 """
 

@@ -20,17 +20,17 @@ def anchor_at(pixel: Sequence[int], geometry: Geometry, image_hw: Sequence[int])
     if len(pixel) != 2 or not all(0 <= int(p) < n for p, n in zip(pixel, image_hw, strict=True)):
         raise UserError(f"vis.pixel={list(pixel)} lies outside the image, expected [y, x] within {list(image_hw)}")
     place = [(int(p) + 0.5) * s / n for p, s, n in zip(pixel, geometry.scaled, image_hw, strict=True)]
-    owned, found = owned_patches(geometry), []
+    owned, candidates = owned_patches(geometry), []
     for window, start in enumerate(geometry.starts):
         inside = [p - s for p, s in zip(place, start, strict=True)]
         if all(0 <= p < n for p, n in zip(inside, geometry.window, strict=True)):
             before = geometry.pad[2], geometry.pad[0]
             row, column = (int((p + b) // geometry.patch) for p, b in zip(inside, before, strict=True))
             off_centre = sum((p - n / 2) ** 2 for p, n in zip(inside, geometry.window, strict=True))
-            found.append((not bool(owned[window, row, column]), off_centre, (window, row, column)))
-    if not found:
+            candidates.append((not bool(owned[window, row, column]), off_centre, (window, row, column)))
+    if not candidates:
         raise UserError(f"vis.pixel={list(pixel)} lies where this protocol has no window; choose another pixel")
-    return min(found)[2]
+    return min(candidates)[2]  # an owned patch first, then the one nearest to the middle of its window
 
 
 def default_anchor(identity: Tensor, labels: PatchLabels, geometry: Geometry) -> tuple[int, int, int]:

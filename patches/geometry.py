@@ -1,7 +1,7 @@
 """Where windows and patches lie in an image.
 
-The rules come from the `geometry` block of a protocol (`cfgs/protocol/*.yaml`); nothing here asks for a protocol by
-name. Published rules: "Does Object Binding Naturally Emerge in Large Pretrained Vision Transformers?" (arXiv
+The rules come from the `geometry` block of a protocol (`cfgs/protocol/*.yaml`); no rule here depends on the name of
+a protocol. Published rules: "Does Object Binding Naturally Emerge in Large Pretrained Vision Transformers?" (arXiv
 2510.24709) and its two public programs of 2025 and 2026.
 """
 
@@ -85,9 +85,9 @@ def _cover(image_hw: tuple[int, int], patch: int, image_size: tuple[int, int]) -
 
 
 def _stretch(image_hw: tuple[int, int], patch: int, image_size: tuple[int, int]) -> Geometry:
-    """One window that holds the whole image, its aspect bent to that of the backbone's input.
+    """One window that holds the entire image, its aspect bent to that of the backbone's input.
 
-    For what is asked of whole images, as published for binding information; of square images it is `cover`.
+    For questions about images as one piece, as published for binding information; for square images it equals `cover`.
     """
     h, w = _patches_of(image_hw, patch, image_size)
     return Geometry((h * patch, w * patch), ((0, 0),), (h * patch, w * patch), (0, 0, 0, 0), (h, w), patch)
@@ -201,7 +201,7 @@ GEOMETRIES: dict[str, Callable[..., Geometry]] = {
 
 
 def call_kind(table: Mapping[str, Callable], key: str, options: Mapping[str, Any], *args: Any) -> Any:
-    """Call the entry of a table that `options["kind"]` names with the other options; what it does not know is named."""
+    """Call the entry of a table that `options["kind"]` names with the other options; unknown options are named in the error."""
     options = dict(options)
     kind = options.pop("kind", None)
     if kind not in table:

@@ -1,13 +1,10 @@
-"""Patches of an image: what each one is called (labels) and which ones are kept (selection).
+"""The labels of patches, by a vote of their pixels.
 
     label_patches    label maps of a scene -> identity and class of every patch
-    patch_labels     one label map -> one label per patch, with its purity
-    owned_patches    of overlapping windows, whose patch stands for an area
-    select_patches   the patches of an image that are kept, from labels alone
+    patch_labels     one label map -> one label per patch, with its purity and whether it is valid
 
-The rules come from the `labels` and `selection` blocks of a protocol (`cfgs/protocol/*.yaml`), where the patches lie
-from its `geometry` (`windows.py`, whose names are offered here as well). Published rules: arXiv 2510.24709 and its two
-public programs of 2025 and 2026.
+The rules come from the section `labels` of a protocol (`cfgs/protocol/*.yaml`), the places of the patches from its
+`geometry`. Published rules: arXiv 2510.24709 and its two public programs of 2025 and 2026.
 """
 
 from __future__ import annotations
@@ -45,7 +42,7 @@ def label_patches(maps: Mapping[str, Tensor], geometry: Geometry, *, labels: Map
 
     Args:
         maps: integer "identity" and "class" [H, W]; "raw_class" [H, W] with "class_of_raw" [n], the class of every raw
-            class, where a data set has finer classes than it is asked for.
+            class, where a data set has finer classes than its own list.
         labels: as for `patch_labels`; `class_from`: "class" (pixels are mapped to classes before the vote: clean,
             published 2026) or "raw_class" (the winner is mapped: published 2025). They differ where several raw classes
             without a class share a patch. Data sets without raw classes give the same either way.
@@ -55,14 +52,14 @@ def label_patches(maps: Mapping[str, Tensor], geometry: Geometry, *, labels: Map
     """
     if labels["class_from"] not in ("class", "raw_class"):
         raise UserError(f"unknown protocol.labels.class_from={labels['class_from']}; valid: class, raw_class")
-    found = {}
+    of_maps = {}
     if "identity" in maps:
-        found["identity"] = patch_labels(maps["identity"], geometry, labels=labels)
+        of_maps["identity"] = patch_labels(maps["identity"], geometry, labels=labels)
     if labels["class_from"] == "raw_class" and "raw_class" in maps:
-        found["class"] = patch_labels(maps["raw_class"], geometry, labels=labels, class_map=maps["class_of_raw"])
+        of_maps["class"] = patch_labels(maps["raw_class"], geometry, labels=labels, class_map=maps["class_of_raw"])
     elif "class" in maps:
-        found["class"] = patch_labels(maps["class"], geometry, labels=labels)
-    return found
+        of_maps["class"] = patch_labels(maps["class"], geometry, labels=labels)
+    return of_maps
 
 
 def patch_labels(
@@ -82,14 +79,14 @@ def patch_labels(
     """
     if labels["vote"] not in VOTES:
         raise UserError(f"unknown protocol.labels.vote={labels['vote']}; valid: {', '.join(VOTES)}")
-    found = VOTES[labels["vote"]](label_map, geometry, [int(i) for i in labels["ignore"]])
+    winner = VOTES[labels["vote"]](label_map, geometry, [int(i) for i in labels["ignore"]])
     if class_map is None:
-        return found
+        return winner
     names = torch.as_tensor(class_map, dtype=torch.int32)
-    low, high = int(found.label.min()), int(found.label.max())
+    low, high = int(winner.label.min()), int(winner.label.max())
     if low < 0 or high >= len(names):
         raise UserError(f"label {low if low < 0 else high} is outside the class map of {len(names)} entries; complete it")
-    return found._replace(label=torch.where(found.valid, names[found.label.long()], 0))
+    return winner._replace(label=torch.where(winner.valid, names[winner.label.long()], 0))
 
 
 def _vote_area(label_map: Tensor, geometry: Geometry, ignore: Sequence[int]) -> PatchLabels:

@@ -62,8 +62,8 @@ def cut(x: Tensor, starts: Sequence[tuple[int, int]], window: tuple[int, int]) -
 def merge_scores(maps: Tensor, valid: Tensor, geometry: Geometry, image_hw: Sequence[int]) -> Tensor:
     """One map of the image from one value per patch and window.
 
-    Each window is scaled up bilinearly, freed of its padding and put in its place; overlaps are averaged, and the whole
-    is scaled to the image (bilinear, antialias). Which windows count is said, not guessed from their values. Areas that
+    Each window is scaled up bilinearly, freed of its padding and put in its place; overlaps are averaged, and the result
+    is scaled to the image (bilinear, antialias). The caller states which windows count; a window of zeros does. Areas that
     no valid window sees are 0; the few pixels beyond the last of uniform crops repeat its edge.
 
     Args:

@@ -45,7 +45,7 @@ class LabelledItems(Dataset):
     def __getitem__(self, i: int) -> dict[str, Any]:
         try:
             scene = self.dataset[i]
-        except UserError as error:  # a data set raises it for the one item it was asked for
+        except UserError as error:  # a data set raises it for this item alone
             reason = getattr(error, "reason", str(error))
             return {"fault": (getattr(error, "key", f"item {i}"), reason), "hint": SKIP_HINT}
         size = tuple(scene.image.shape[-2:])

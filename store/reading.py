@@ -23,7 +23,7 @@ class ImageMemory:
     """Decoded images of the splits this process reads, so that each scene is rendered or decoded once.
 
     The pass over labels and the pass over tokens follow each other, and the controls read the same images again. Images
-    that worker processes decode are not kept: decoding is then not what takes the time.
+    that worker processes decode are not kept: they would have to be sent to this process first.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class ImageMemory:
             _, dropped = self._splits.popitem(last=False)
             self.nbytes -= sum(old.nbytes for old in dropped.values())
         if self.nbytes + image.nbytes <= budget and i not in images:
-            images[i] = image.clone()  # of its own: what a data set hands out may be a view of something larger
+            images[i] = image.clone()  # of its own: a data set may return a view of something larger
             self.nbytes += image.nbytes
 
 

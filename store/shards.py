@@ -35,7 +35,7 @@ class StackedTokens:
         self.layers = list(layers)
         self.shape = tuple(shape)  # (L, M, T, D)
         self.nbytes = 0
-        self._whole: Tensor | None = None
+        self._held: Tensor | None = None
         self._store: TokenStore | None = None
         self._part = slice(None)
         self._preload = False
@@ -44,7 +44,7 @@ class StackedTokens:
     def from_tensor(cls, x: Tensor, layers: Sequence[int | str]) -> StackedTokens:
         """Wrap tokens [L, M, T, D] that are in memory already."""
         self = cls(layers, tuple(x.shape))
-        self._whole, self.nbytes = x, x.numel() * x.element_size()
+        self._held, self.nbytes = x, x.numel() * x.element_size()
         return self
 
     @classmethod
@@ -63,21 +63,21 @@ class StackedTokens:
 
     def to(self, device: torch.device | str) -> StackedTokens:
         """The same tokens held in the memory of a device, where they must fit; `gather` then answers there."""
-        whole = self._read_all() if self._whole is None else self._whole
-        return StackedTokens.from_tensor(whole.to(device), self.layers)
+        held = self._read_all() if self._held is None else self._held  # [L, M, T, D]
+        return StackedTokens.from_tensor(held.to(device), self.layers)
 
     def gather(self, images: Tensor | Sequence[int], layers: Sequence[int] | None = None) -> Tensor:
         """Tokens of some images at some layers (indices into `layers`; all if None): [L, B, T, D] float32."""
         images = torch.as_tensor(images, dtype=torch.long)
         chosen = range(self.shape[0]) if layers is None else list(layers)
         if self._preload:
-            self._whole = self._read_all()
-        if self._whole is not None:
-            images, exact = images.to(self._whole.device), self._whole.dtype == torch.float32
-            out = torch.empty(len(chosen), len(images), *self.shape[2:], device=images.device)
-            stored = torch.empty(0 if exact else out.shape[1:], dtype=self._whole.dtype, device=images.device)
+            self._held = self._read_all()
+        if self._held is not None:
+            images, exact = images.to(self._held.device), self._held.dtype == torch.float32
+            out = torch.empty(len(chosen), len(images), *self.shape[2:], device=images.device)  # [l, B, T, D]
+            stored = torch.empty(0 if exact else out.shape[1:], dtype=self._held.dtype, device=images.device)
             for row, layer in enumerate(chosen):  # one buffer for all layers: fresh memory costs more than the copy
-                torch.index_select(self._whole[layer], 0, images, out=out[row] if exact else stored)
+                torch.index_select(self._held[layer], 0, images, out=out[row] if exact else stored)
                 if not exact:
                     out[row] = stored
             return out
@@ -96,13 +96,14 @@ class StackedTokens:
 
     def _read_all(self) -> Tensor:
         self._preload = False
-        whole = torch.empty(self.shape, dtype=self._store.dtype)
+        """All tokens [L, M, T, D] in the dtype of the store."""
+        held = torch.empty(self.shape, dtype=self._store.dtype)
         for number in range(self._store.n_shards):
             start, stop = self._store.span(number)
             for layer in range(self.shape[0]):
-                whole[layer, start:stop] = self._shard(layer, number)
+                held[layer, start:stop] = self._shard(layer, number)
         self._store.close()
-        return whole
+        return held
 
 
 class TokenStore:
@@ -184,8 +185,8 @@ class TokenStore:
             record = read_sealed(path, "delete it or set cache.repair=true to extract it again")
             layers = record.get("layers")
             described = {"store": self.digest, "images": list(self.span(number)), "layers": layers}
-            whole = isinstance(layers, dict) and all(_describes(layers[key], self.file_bytes(number)) for key in layers)
-            if record != described or not whole:
+            complete = isinstance(layers, dict) and all(_describes(layers[key], self.file_bytes(number)) for key in layers)
+            if record != described or not complete:
                 raise UserError(f"{path} is of another store or shard, delete it or set cache.repair=true to extract it again")
             return layers
         except FileNotFoundError:
@@ -286,10 +287,10 @@ def read_manifest(path: Path, facts: Mapping[str, Any], repair: bool) -> dict[st
         if repair:
             return None
         raise
-    found = manifest.get("facts")
-    if found != facts:
-        found = found if isinstance(found, dict) else {}
-        other = sorted(key for key in {*found, *facts} if found.get(key) != facts.get(key))
+    recorded = manifest.get("facts")
+    if recorded != facts:
+        recorded = recorded if isinstance(recorded, dict) else {}
+        other = sorted(key for key in {*recorded, *facts} if recorded.get(key) != facts.get(key))
         raise UserError(
             f"{path.parent} holds another configuration ({', '.join(other)} differ), delete it or set another cache.dir"
         )
@@ -297,4 +298,4 @@ def read_manifest(path: Path, facts: Mapping[str, Any], repair: bool) -> dict[st
 
 
 def _remedy(manifest: Path) -> str:
-    return f"delete {manifest.parent} or set cache.repair=true to make it again"
+    return f"delete {manifest.parent} or set cache.repair=true to build it again"

@@ -1,4 +1,4 @@
-"""From chunks to shards on disk: what is kept of each token, the check that it is a number, and the writing threads."""
+"""From chunks to shards on disk: the tokens that are kept, the check that it is a number, and the writing threads."""
 
 from __future__ import annotations
 
