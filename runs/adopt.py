@@ -27,6 +27,7 @@ def complete(stored: DictConfig, path: Path) -> DictConfig:
     Raises:
         UserError: a section or an option that the run's mode had is missing or of another kind: the file is damaged.
     """
+    before = set(stored)  # sections of the run; those added since are filled from their defaults as a whole
     choices = {"config": "", "model/_defaults": "model.", f"protocol/{stored.protocol.get('name')}": ""}
     for name, prefix in (choices | {f"mode/{stored.mode}": ""}).items():
         file = CONFIGS / f"{name}.yaml"
@@ -35,7 +36,7 @@ def complete(stored: DictConfig, path: Path) -> DictConfig:
         for key, default in leaves(OmegaConf.to_container(OmegaConf.load(file)), prefix):
             section, _, option = key.rpartition(".")
             inside = OmegaConf.select(stored, section) if section else stored
-            if not isinstance(inside, DictConfig) and (inside is not None or section.partition(".")[0] in stored):
+            if not isinstance(inside, DictConfig) and (inside is not None or section.partition(".")[0] in before):
                 raise UserError(f"{path} is damaged (it has no section {section}); name another run with run=…")
             if inside is None or option not in inside:  # added since then
                 OmegaConf.update(stored, key, default, force_add=True)
