@@ -12,23 +12,32 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from backbones.attention import check_attention
-from backbones.contract import Tokens
+from backbones.contract import Layer, Tokens
 from backbones.load import backbone_facts, resolve_layers
 from errors import UserError
 from files import check_folder
 from machine import choose_device, rank
 from store.extract import STORED, Extraction, open_store
 from store.index import build_dataset, open_index
+from store.plan import check_extraction, check_index
 from store.shards import DTYPES, StackedTokens
 
 __all__ = ["PatchSample", "StackedTokens", "Tokens", "build_dataset", "open_sample", "run"]
 SPLITS = ("train", "val", "test")
+
+
+class PlannedTokens(NamedTuple):
+    """Tokens that are not read yet: which layers, and the shape [L, M, T, D] they will have."""
+
+    layers: list[Layer]
+    shape: tuple[int, int, int, int]
 
 
 class PatchSample(NamedTuple):
@@ -46,7 +55,7 @@ class PatchSample(NamedTuple):
         "selected_by", the label map that patches were selected by (None: codes).
     """
 
-    tokens: StackedTokens
+    tokens: StackedTokens | PlannedTokens
     position: Tensor
     labels: dict[str, Tensor]
     info: dict[str, float]
@@ -86,9 +95,21 @@ def run(cfg: Any, run: Any) -> dict[str, Any]:
     return {"splits": records}
 
 
-def open_samples(cfg: Any, say: Callable[[str], None], splits: Sequence[str] = SPLITS) -> dict[str, PatchSample]:
-    """The tokens and labels of several splits."""
-    return {split: open_sample(cfg, split, say=say) for split in splits}
+def open_samples(
+    cfg: Any,
+    say: Callable[[str], None],
+    splits: Sequence[str] = SPLITS,
+    check: Callable[[dict[str, PatchSample]], None] | None = None,
+) -> dict[str, PatchSample]:
+    """The tokens and labels of several splits.
+
+    Args:
+        check: looks at all splits while their tokens are only planned, and refuses what labels and sizes show to be wrong.
+    """
+    labelled = {split: open_labels(cfg, split, say=say) for split in splits}
+    if check is not None:
+        check({split: found.sample for split, found in labelled.items()})
+    return {split: open_tokens(found, say=say) for split, found in labelled.items()}
 
 
 def fingerprints(sample: PatchSample) -> dict[str, str]:
@@ -104,9 +125,24 @@ def open_sample(cfg: Any, split: str, *, say: Callable[[str], None] = print) -> 
     """The tokens and labels of a split; if they are cached, no backbone is built and no image is opened.
 
     Raises:
+        UserError: as `open_labels` and `open_tokens`.
+    """
+    return open_tokens(open_labels(cfg, split, say=say), say=say)
+
+
+class Labelled(NamedTuple):
+    """A split whose labels are known and whose tokens are only planned, and what extracts them."""
+
+    sample: PatchSample
+    wanted: Extraction
+
+
+def open_labels(cfg: Any, split: str, *, say: Callable[[str], None] = print) -> Labelled:
+    """The labels of a split and the plan of its tokens.
+
+    Raises:
         UserError: an output mode the model or the data cannot give; unreadable images (`dataset.on_error`) or no usable
-            one; a cache that would pass `cache.disk_gb`, is damaged, or is held by another process; a full disk;
-            non-finite tokens.
+            one; more images, patches or pixels than memory or `cache.disk_gb` can hold.
     """
     mode = cfg.model.output_mode
     if mode not in STORED:
@@ -120,7 +156,6 @@ def open_sample(cfg: Any, split: str, *, say: Callable[[str], None] = print) -> 
         say = _silent
     for folder in ("", "index", "tokens", "architectures"):
         check_folder(Path(cfg.cache.dir) / folder, "cache.dir")
-    dataset = build_dataset(cfg, split)
     facts = backbone_facts(cfg.model, Path(cfg.cache.dir) / "architectures")
     check_attention(cfg.model, choose_device(cfg.device))
     layers = resolve_layers(cfg.model.layers, facts.depth)
@@ -128,16 +163,16 @@ def open_sample(cfg: Any, split: str, *, say: Callable[[str], None] = print) -> 
         raise UserError(
             f"model.output_mode={mode} needs a class token and {facts.name} has none, use mean_spatial, all or patches"
         )
-    index = open_index(cfg, dataset, split, facts, whole_images=mode != "patches", say=say)
+    named = cfg.dataset.get(f"n_{split}")  # an absurd number is refused before the data set is built
+    if isinstance(named, int):
+        check_index(cfg, split, named, facts)
+    dataset = build_dataset(cfg, split)
+    check_index(cfg, split, len(dataset), facts)
+    plan = partial(check_extraction, cfg, split, len(dataset), facts, len(layers))
+    index = open_index(cfg, dataset, split, facts, whole_images=mode != "patches", say=say, plan=plan)
     position, labels = index.placed(mode, facts.has_class_token)
-    started = time.perf_counter()
-    wanted = Extraction(cfg, dataset, split, index, facts, layers, STORED[mode])
-    store, n_bytes, n_images = open_store(wanted, say)
-    seconds = time.perf_counter() - started
-    tokens = StackedTokens.from_store(store, layers, mode, cfg.cache.ram_gb)
+    tokens = PlannedTokens(layers, (len(layers), len(index.keys), position.shape[1], facts.dim))
     meta = {
-        "fingerprint": store.digest,
-        "directory": str(store.directory),
         "index": index.manifest["digest"],
         "numbers": index.tensors["number"],  # [M] item of the data set behind every image
         "dataset": type(dataset).__name__,
@@ -153,9 +188,28 @@ def open_sample(cfg: Any, split: str, *, say: Callable[[str], None] = print) -> 
         "facts": facts.as_dict(),
         "model": cfg.model,
         "norm": bool(cfg.model.norm),
-        "bytes": store.layer_bytes * len(layers),
+    }
+    sample = PatchSample(tokens, position, labels, dict(dataset.info()), index.keys, index.grids.long(), meta)
+    return Labelled(sample, Extraction(cfg, dataset, split, index, facts, layers, STORED[mode]))
+
+
+def open_tokens(labelled: Labelled, *, say: Callable[[str], None] = print) -> PatchSample:
+    """The tokens of a split whose labels are open: what is not cached is extracted first.
+
+    Raises:
+        UserError: a cache that would pass `cache.disk_gb`, is damaged, or is held by another process; a full disk;
+            non-finite tokens.
+    """
+    (sample, wanted), started = labelled, time.perf_counter()
+    store, n_bytes, n_images = open_store(wanted, _silent if rank()[0] else say)
+    seconds = time.perf_counter() - started
+    meta = {
+        "fingerprint": store.digest,
+        "directory": str(store.directory),
+        "bytes": store.layer_bytes * len(wanted.layers),
         "bytes_written": n_bytes,
         "seconds": seconds,
         "images_per_second": n_images / seconds,
     }
-    return PatchSample(tokens, position, labels, dict(dataset.info()), index.keys, index.grids.long(), meta)
+    tokens = StackedTokens.from_store(store, wanted.layers, wanted.cfg.model.output_mode, wanted.cfg.cache.ram_gb)
+    return sample._replace(tokens=tokens, meta=sample.meta | meta)

@@ -138,8 +138,12 @@ def cpu_name() -> str:
     return name.group(1) if name else platform.processor() or platform.machine()
 
 
-def free_memory() -> int:
-    """Bytes of main memory that can be taken without swapping."""
+def free_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes that can be taken: of a GPU its free memory, else main memory without swapping."""
+    if str(device).startswith("cuda"):
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
     available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     return int(available.group(1)) * 1024 if available else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 

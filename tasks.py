@@ -21,7 +21,7 @@ from torch import Tensor
 from activation import PatchSample
 from errors import UserError
 from metrics.bootstrap import Estimate
-from probes import PROBES, Probe
+from probes import PROBES, Probe, knobs_of
 
 # Evaluation draws the tokens of a visit with this seed, so that every probe, layer and epoch is judged on the same ones.
 VISIT_SEED = 0
@@ -180,6 +180,64 @@ def read_seeds(seeds: Any) -> list[int]:
     if len(set(listed)) < len(listed):
         raise UserError(f"trainer.seeds names a seed twice, got {listed}; the fits of one seed are equal")
     return listed
+
+
+def stack_bytes(task: Task, probe_cfg: Mapping[str, Any], sample: PatchSample, batch_images: int) -> tuple[int, int]:
+    """About how many bytes one layer of a stack takes while it is fitted: what all fits share, and all fits together.
+
+    Shared are the tokens of a batch; each fit has its own copy of them, its logits and five copies of its weights.
+    """
+    dim = sample.tokens.shape[-1]
+    batch = next(task.batches(sample, batch_images, None))
+    n_tokens = sample.tokens.shape[2] if batch.visited is None else batch.visited.shape[1]
+    alone, n_fits = task.build_probe(probe_cfg, sample, sample.tokens.layers[:1]), len(task.fits())
+    tokens = batch_images * n_tokens * dim * 4
+    logits = batch_images * n_tokens * alone.outputs_per_token(n_tokens) * 4 * 4
+    return tokens, n_fits * (tokens + logits) + 5 * 4 * alone.n_parameters
+
+
+def check_rank(settings: Mapping[str, Any], table: Mapping[str, type[Probe]], dim: int) -> None:
+    """Refuse a probe of more rank than its tokens have channels: a form of that many channels has no more.
+
+    Raises:
+        UserError: naming the largest rank.
+    """
+    if "rank" in knobs_of(table[settings["mode"]]) and settings["rank"] > dim:
+        raise UserError(f"probe.rank={settings['rank']} and tokens have {dim} channels; at most probe.rank={dim} fits")
+
+
+def check_stack(
+    build_task: Callable[[Sequence[int]], Task],
+    seeds: Sequence[int],
+    probe_cfg: Mapping[str, Any],
+    sample: PatchSample,
+    batch_images: int,
+    free: int,
+) -> None:
+    """Refuse fits that do not fit in memory one layer at a time.
+
+    Args:
+        build_task: the task with some seeds.
+        sample: the training split; its tokens may be planned only.
+        free: bytes of memory.
+
+    Raises:
+        UserError: naming the largest value that fits.
+    """
+    one = build_task(seeds[:1])
+    shared, each = stack_bytes(one, probe_cfg, sample, batch_images)
+    needed = shared + each * len(seeds)
+    if needed <= free:
+        return
+    most, gb = (free - shared) // each, f"about {needed / 1e9:.3g} GB of memory a layer ({free / 1e9:.3g} GB are free)"
+    if most >= 1:
+        raise UserError(f"the fits of trainer.seeds={len(seeds)} take {gb}; at most trainer.seeds={most} fits")
+    images = max(1, int(batch_images * free / (shared + each)))
+    patches = int(sample.tokens.shape[2] * (free / (shared + each)) ** 0.5)  # pairs grow with their square
+    raise UserError(
+        f"one seed takes {gb}; at most about trainer.batch_images={images} fits, or protocol.selection.patches={patches} with "
+        f"trainer.batch_images={batch_images}"
+    )
 
 
 TASKS = {

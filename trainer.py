@@ -34,7 +34,7 @@ from runs.finished import check_fit
 from runs.fit_state import Progress, load_fit, save_fit
 from runs.run import Run, checkpoint_files, checkpoint_path, identify, read_config, read_facts
 from runs.signals import stop_later
-from tasks import Batch, ProbeResult, SubsetResult, Task, find_question
+from tasks import Batch, ProbeResult, SubsetResult, Task, find_question, stack_bytes
 
 OPTIMIZERS = ("adamw", "adam")
 CHECKPOINTS = ("best", "last")
@@ -188,14 +188,8 @@ def rests_on_run(run: Run, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 def layers_per_chunk(task: Task, probe_cfg: Mapping, sample: PatchSample, options: FitOptions) -> int:
     """How many layers fit into `stack_gb` at once (at least one): tokens, logits and four copies of the weights."""
-    n_layers, _, n_tokens, dim = sample.tokens.shape
-    batch = next(task.batches(sample, options.batch_images, None))
-    n_tokens = n_tokens if batch.visited is None else batch.visited.shape[1]
-    alone, n_fits = task.build_probe(probe_cfg, sample, sample.tokens.layers[:1]), len(task.fits())
-    tokens = options.batch_images * n_tokens * dim * 4 * (1 + n_fits)
-    logits = n_fits * options.batch_images * n_tokens * alone.outputs_per_token(n_tokens) * 4 * 4
-    weights = 5 * 4 * alone.n_parameters
-    return max(1, min(n_layers, int(options.stack_gb * 1e9 // (tokens + logits + weights))))
+    shared, fits = stack_bytes(task, probe_cfg, sample, options.batch_images)
+    return max(1, min(sample.tokens.shape[0], int(options.stack_gb * 1e9 // (shared + fits))))
 
 
 def token_statistics(sample: PatchSample, layers: Sequence, batch_size: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,13 +32,14 @@ from controls import PROBE_ROW, Opened, Subject, build_controls
 from datasets.splits import split_report
 from errors import UserError
 from files import write_atomically
+from machine import free_memory
 from metrics.bootstrap import mean_estimate
 from probes import Probe, build_probe
 from runs.records import read_records
 from runs.run import Run
 from show.records import Column, Resampling, write_records
 from show.tables import present
-from tasks import Batch, Collector, ProbeResult, SubsetResult, Task, read_seeds
+from tasks import Batch, Collector, ProbeResult, SubsetResult, Task, check_rank, check_stack, read_seeds
 
 LADDER = "ladder"
 LABELS = {"Y": ("object_code",), "F": ("feature_code",), "Y_given_F": ("feature_code", "object_code")}
@@ -193,6 +195,15 @@ def check_samples(samples: Mapping[str, PatchSample], cfg: DictConfig) -> None:
             )
 
 
+def check_plan(cfg: DictConfig, options: trainer.FitOptions, planned: Mapping[str, PatchSample]) -> None:
+    """Refuse, before anything is extracted, what labels and sizes show to be wrong or too large."""
+    check_samples(planned, cfg)
+    train, seeds = planned["train"], read_seeds(cfg.trainer.seeds)
+    for part in parts_of(cfg):
+        check_rank(Code(seeds, part).settings(cfg.probe), BINDING_PROBES, train.tokens.shape[-1])
+        check_stack(partial(Code, name=part), seeds, cfg.probe, train, options.batch_images, free_memory(options.device))
+
+
 def report_splits(samples: Mapping[str, PatchSample], run: Run) -> None:
     """Print and record what decides whether scores of splits can be compared."""
     labels = {split: {k: v.numpy() for k, v in sample.labels.items()} for split, sample in samples.items()}
@@ -269,8 +280,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     whole_first = sorted(rows, key=lambda name: rows[name].model.output_mode != "all")
     samples: dict[str, dict[str, PatchSample]] = {}
     for name in whole_first:
-        samples[name] = open_samples(rows[name], run.say)
-        check_samples(samples[name], rows[name])
+        samples[name] = open_samples(rows[name], run.say, check=partial(check_plan, rows[name], options[name]))
     run.rest_on({name: {split: fingerprints(s) for split, s in of_row.items()} for name, of_row in samples.items()})
     report_splits(samples[next(iter(rows))], run)
     controls = {name: build_controls(Opened(rows[name], samples[name], name), CONTROLS, run.say) for name in whole_first}

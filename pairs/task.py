@@ -21,6 +21,7 @@ from backbones.attention import next_block_query_key
 from backbones.load import backbone_facts, load_backbone, resolve_layers
 from controls import CONTROLS, PROBE_ROW, Opened, Subject, build_controls
 from errors import UserError
+from machine import free_memory
 from pairs import newton
 from pairs.collector import PairCollector
 from pairs.form_loss import form_bce, pair_terms
@@ -30,7 +31,7 @@ from probes import PROBES, Probe, Projections, build_probe
 from runs.run import Run
 from show.records import Column, Resampling, write_records
 from show.tables import present, table
-from tasks import Batch, Collector, ProbeResult, Task, find_task, read_seeds
+from tasks import Batch, Collector, ProbeResult, Task, check_rank, check_stack, find_task, read_seeds
 
 ACCURACIES = {"upper": "accuracy", "upper_diagonal": "accuracy_upper_diagonal", "all": "accuracy_all"}
 VARIANTS = ("all", "foreground")
@@ -283,8 +284,15 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         UserError: a mistake in command, data or weights, in one sentence.
     """
     make, seeds, options = task_maker(cfg), read_seeds(cfg.trainer.seeds), trainer.FitOptions.read(cfg)
-    samples = open_samples(cfg, run.say)
-    check_samples(samples, cfg.mode, cfg.task)
+
+    def check_plan(planned: Mapping[str, PatchSample]) -> None:
+        check_samples(planned, cfg.mode, cfg.task)
+        train = planned["train"]
+        check_rank(cfg.probe, PROBES, train.tokens.shape[-1])
+        if cfg.probe.mode != "attention":  # it fits two numbers; its projections are read from the backbone
+            check_stack(make, seeds, cfg.probe, train, options.batch_images, free_memory(options.device))
+
+    samples = open_samples(cfg, run.say, check=check_plan)
     run.rest_on({PROBE_ROW: {split: fingerprints(sample) for split, sample in samples.items()}})
     subjects = [
         Subject(PROBE_ROW, "", cfg.probe, samples, seeds),
@@ -339,9 +347,13 @@ def check_loaded(probe: Probe, fitted: DictConfig, sample: PatchSample) -> None:
 
 def show(results: Sequence[ProbeResult], cfg: DictConfig, run: Run, resampling: Resampling) -> dict[str, Any]:
     """Write the layer curve as table and figure, print the table."""
-    from pairs.layer_curve import write_layer_curve  # here: no fit waits for matplotlib
+
+    def draw(*figure: Any) -> None:
+        from pairs.layer_curve import write_layer_curve  # here: nothing waits for matplotlib but the figure
+
+        write_layer_curve(*figure)
 
     questions = {subset.question for subset in results[0].subsets}
     shown = columns(cfg.task, cfg.protocol.pairs.accuracy, questions)
     text = table(results, shown, resampling)
-    return present(results, shown, resampling, run, draw=write_layer_curve, text=text)
+    return present(results, shown, resampling, run, draw=draw, text=text)

@@ -111,13 +111,17 @@ def open_records(path: Path, report: Callable[[str], None]) -> set[str]:
     return {record_key(record) for record in lines.records}
 
 
-def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows (equal keys) as CSV."""
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Write rows (equal keys) as CSV; whether that changed the file."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(path, text.getvalue())
+    content = text.getvalue().encode()
+    if path.is_file() and path.read_bytes() == content:
+        return False
+    write_atomically(path, content)
+    return True
 
 
 def _record(line: bytes) -> dict[str, Any]:

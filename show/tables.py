@@ -33,10 +33,12 @@ def present(
     Returns:
         {"objective": the headline score of the probe's best layer}.
     """
-    rows = curve_rows(run, results)
-    write_table(run.dir / "layers.csv", rows)
+    rows, figure = curve_rows(run, results), run.dir / "layers.png"
+    if write_table(run.dir / "layers.csv", rows):
+        figure.unlink(missing_ok=True)
     run.mirror_curve(rows)
-    draw(rows, columns, run.dir / "layers.png")
+    if not figure.exists():  # a finished run that is shown again has its figure
+        draw(rows, columns, figure)
     run.finishing()  # all is written: what follows is only shown
     run.say(text)
     run.say(f"\nrecords, curve and checkpoints: {run.dir}")

@@ -99,9 +99,19 @@ class Index(NamedTuple):
 
 
 def open_index(
-    cfg: Any, dataset: Any, split: str, facts: BackboneFacts, *, whole_images: bool, say: Callable[[str], None]
+    cfg: Any,
+    dataset: Any,
+    split: str,
+    facts: BackboneFacts,
+    *,
+    whole_images: bool,
+    say: Callable[[str], None],
+    plan: Callable[[], None] = lambda: None,
 ) -> Index:
     """The index of a split, from the cache or built in one pass over its images; `whole_images` keeps every patch.
+
+    Args:
+        plan: refuses what is too large; called where there is no index yet, before the pass.
 
     Raises:
         UserError: no usable image, an unreadable one under `dataset.on_error=raise`, data unfit for the output mode.
@@ -135,6 +145,7 @@ def open_index(
         with lock(directory / "lock", cache.lock_timeout, say) as beat:
             index = _read(directory, made_from, cache.repair)
             if index is None:
+                plan()
                 items = LabelledItems(ImageItems(dataset, made_from, cache.ram_gb), protocol, facts, whole_images)
                 index = _build(items, made_from, cache.workers, beat)
                 _write(directory, index)

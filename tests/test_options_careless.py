@@ -85,6 +85,23 @@ CARELESS = [
     ("mode=vis vis.split=5", r"vis.split: got 5, expected a text, such as test"),
     ("cache.lock_timeout=null", r"cache.lock_timeout: got null, expected a number of at least 0"),
     ("protocol=clean protocol.selection=5", r"protocol.selection is a section of options, got 5"),
+    # Too large: a plan before any work, and the largest value that fits.
+    ("dataset.n_train=1000000000", r"split train has 1000000000 images and the labels .* GB .*; at most \d+ images fit"),
+    ("dataset.n_train=1000000 cache.disk_gb=1", r"\(1000000 images × 3 layers × 64 tokens × 32 × 2 bytes\).* at most \d+ "),
+    ("protocol.selection.patches=100000", r"at most about trainer.batch_images=\d+ fits, or protocol.selection.patches=\d+"),
+    ("protocol.selection.patches=100000 cache.disk_gb=0.1", r"at most 5 images fit, or protocol.selection.patches=32552;"),
+    ("model.image_size=100000", r"100000 x 100000: a batch of 32 windows takes about .* at most model.image_size=\d+ fits"),
+    ("trainer.seeds=1000000", r"at most trainer.seeds=\d+ fits"),
+    ("probe.mode=quadratic_fixed_rank probe.rank=99999", r"probe.rank=99999 and .* 32 channels; at most probe.rank=32 fits"),
+    # Wrong for these data or this model: seen on the labels, before any token.
+    ("mode=train_binding dataset=scenes dataset.n_train=4 model.layers=-1", r"split train carries no object and feature codes"),
+    ("dataset=balancedcolorshape_small dataset.n_train=4 model.output_mode=all", r"has no maps of objects, mode=train needs"),
+    (
+        "mode=train_binding model.name=vit_base_patch16_siglip_224 model.layers=-1 model.output_mode=all "
+        "probe.mode=attention_quadratic",
+        r"probe.mode=attention_quadratic reads the class token and vit_base_patch16_siglip_224 has none",
+    ),
+    ("protocol.selection.patches=1", r"split train has no usable pair"),
     ("wandb=off", r"wandb is a section of options, got 'off'"),
 ]  # fmt: skip
 
@@ -97,4 +114,4 @@ def test_a_careless_command_is_answered_in_one_sentence(
     sentence = answer(tmp_path, monkeypatch, *TINY, *words)
     assert re.search(rf"^error: .*{said}", sentence), sentence
     assert "\n" not in sentence and not re.search(r"defect|Traceback|Error\b|hydra\.cc|full_key", sentence)
-    assert not list(tmp_path.rglob("*.safetensors")), "refused before any work"
+    assert not list(tmp_path.glob("cache/tokens/*")), "refused before anything is extracted"
