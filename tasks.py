@@ -21,7 +21,7 @@ from torch import Tensor
 from activation import PatchSample
 from errors import UserError
 from metrics.bootstrap import Estimate
-from probes import PROBES, Probe, knobs_of
+from probes import PROBES, Probe, options_of
 
 # Evaluation draws the tokens of a visit with this seed, so that every probe, layer and epoch is judged on the same ones.
 VISIT_SEED = 0
@@ -202,7 +202,7 @@ def check_rank(settings: Mapping[str, Any], table: Mapping[str, type[Probe]], di
     Raises:
         UserError: naming the largest rank.
     """
-    if "rank" in knobs_of(table[settings["mode"]]) and settings["rank"] > dim:
+    if "rank" in options_of(table[settings["mode"]]) and settings["rank"] > dim:
         raise UserError(f"probe.rank={settings['rank']} and tokens have {dim} channels; at most probe.rank={dim} fits")
 
 
