@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from program import configured
 from toys import toy_config
 
 from backbones.load import load_backbone
@@ -88,7 +89,10 @@ def finished_run(folder: Path, name: str = "toy-1", seed_offset: int = 0) -> Sim
     cfg.update(task="pairwise", mode="train", probe={"mode": "quadratic"}, trainer={"n_boot": 10})
     directory = folder / "outputs/train" / name
     (directory / "checkpoints/probe").mkdir(parents=True)
-    (directory / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
+    with configured("mode=train") as whole:  # a run keeps every option
+        stored = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(whole)), cfg)
+    stored.dataset, stored.model.kwargs = cfg.dataset, cfg.model.kwargs
+    (directory / "config.yaml").write_text(OmegaConf.to_yaml(stored))
     (directory / "run.json").write_text(json.dumps({"status": "finished"}))
     probe_stack("quadratic", ["embed", 0], 16).save(directory / "checkpoints/probe/best.00.safetensors")
     probe_stack("quadratic", [1], 16).save(directory / "checkpoints/probe/best.01.safetensors")
