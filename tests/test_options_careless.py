@@ -95,7 +95,7 @@ CARELESS = [
     ("probe.mode=quadratic_fixed_rank probe.rank=99999", r"probe.rank=99999 and .* 32 channels; at most probe.rank=32 fits"),
     # Wrong for these data or this model: seen on the labels, before any token.
     ("mode=train_binding dataset=scenes dataset.n_train=4 model.layers=-1", r"split train carries no object and feature codes"),
-    ("dataset=balancedcolorshape_small dataset.n_train=4 model.output_mode=all", r"has no maps of objects and mode=train needs"),
+    ("dataset=balancedcolorshape_small dataset.n_train=4 model.output_mode=all", r"has no maps of objects and mode=train"),
     (
         "mode=train_binding model.name=vit_base_patch16_siglip_224 model.layers=-1 model.output_mode=all "
         "probe.mode=attention_quadratic",
