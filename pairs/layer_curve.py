@@ -57,6 +57,7 @@ def draw_layer_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[Sequen
 
 
 def _draw_panel(axes: Axes, rows: Sequence[Mapping], majority: Sequence[Mapping], metric: str) -> None:
+    """One score by layer: a line per name, the line of chance or of the majority answer, labels at the right."""
     series: dict[str, list[Mapping]] = {}
     for row in rows:
         if row["value"] is not None and math.isfinite(row["value"]):
@@ -66,33 +67,41 @@ def _draw_panel(axes: Axes, rows: Sequence[Mapping], majority: Sequence[Mapping]
         axes.text(0.5, 0.5, "undefined: no such pairs", ha="center", va="center", transform=axes.transAxes, color=GREY)
         axes.set_xticks([]), axes.set_yticks([])
         return
-    layers = [row["layer"] for row in sorted(series.get("probe", rows), key=lambda row: row["layer_index"])]
-    layers = list(dict.fromkeys(layers))
-    last = max(len(layers) - 1, 1)
-    ends: list[tuple[float, str, str]] = []
-    for name in sorted(series, key=lambda n: (n == "probe", n)):  # the probe lies on top
-        label, color, dashes = LINES.get(name, (name.replace("_", " "), GREY, "-."))
-        points = sorted(series[name], key=lambda row: row["layer_index"])
-        values, low, high = (np.array([row[k] for row in points], float) for k in ("value", "low", "high"))
-        level = len(points) == 1 and name != "probe"
-        if level:
-            x, values, low, high = np.array([0, last]), *(np.repeat(v, 2) for v in (values, low, high))
-        else:
-            x = np.array([layers.index(row["layer"]) for row in points if row["layer"] in layers])
-        order = {"probe": 4}.get(name, 3)
-        if len(points) == 1 and not level:
-            axes.errorbar(x, values, [values - low, high - values], color=color, marker="o", capsize=3, zorder=order)
-        else:
-            width = 2.2 if name == "probe" else 1.3
-            axes.fill_between(x, low, high, color=color, alpha=0.18, lw=0, zorder=order - 1)
-            style = {"marker": None if level else "o", "ms": 4 if name == "probe" else 2.5}
-            axes.plot(x, values, color=color, ls=dashes, lw=width, zorder=order, **style)
-        ends.append((values[-1], label, color))
+    in_order = sorted(series.get("probe", rows), key=lambda row: row["layer_index"])
+    layers = list(dict.fromkeys(row["layer"] for row in in_order))
+    names = sorted(series, key=lambda name: (name == "probe", name))  # the probe lies on top
+    ends = [_draw_series(axes, name, series[name], layers) for name in names]
     base = majority[0]["value"] if metric.startswith("accuracy") and majority else 0.5 if metric == "auroc" else None
     if base is not None:
         axes.axhline(base, color="black", ls=(0, (1, 3)), lw=0.9, zorder=1)
         ends.append((base, "chance" if metric == "auroc" else "majority", "black"))
-    step = max(1, math.ceil(len(layers) / 13))
+    _finish_axes(axes, layers, ends)
+
+
+def _draw_series(axes: Axes, name: str, rows: Sequence[Mapping], layers: Sequence) -> tuple[float, str, str]:
+    """The line of the probe or of a control with its intervals; value, label and colour of its right end."""
+    label, color, dashes = LINES.get(name, (name.replace("_", " "), GREY, "-."))
+    points = sorted(rows, key=lambda row: row["layer_index"])
+    values, low, high = (np.array([row[k] for row in points], float) for k in ("value", "low", "high"))
+    is_probe, last = name == "probe", max(len(layers) - 1, 1)
+    level = len(points) == 1 and not is_probe  # one layer of its own: a level line across the panel
+    if level:
+        x, values, low, high = np.array([0, last]), *(np.repeat(v, 2) for v in (values, low, high))
+    else:
+        x = np.array([layers.index(row["layer"]) for row in points if row["layer"] in layers])
+    order = 4 if is_probe else 3
+    if len(points) == 1 and not level:
+        axes.errorbar(x, values, [values - low, high - values], color=color, marker="o", capsize=3, zorder=order)
+    else:
+        axes.fill_between(x, low, high, color=color, alpha=0.18, lw=0, zorder=order - 1)
+        style = {"marker": None if level else "o", "ms": 4 if is_probe else 2.5, "lw": 2.2 if is_probe else 1.3}
+        axes.plot(x, values, color=color, ls=dashes, zorder=order, **style)
+    return values[-1], label, color
+
+
+def _finish_axes(axes: Axes, layers: Sequence, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Ticks at layers, a grid, and a label at the right end of every line, moved apart where they would touch."""
+    step, last = max(1, math.ceil(len(layers) / 13)), max(len(layers) - 1, 1)
     axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     axes.set_xlim(-0.03 * last, last * 1.03)
     axes.grid(axis="y", color="0.9", lw=0.6)
