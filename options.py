@@ -167,7 +167,7 @@ def _check_controls(controls: Any) -> None:
 
 
 def _check_sweep() -> None:
-    """Refuse to run one job where a file names a sweep: nobody asked for that job."""
+    """Refuse to run one job where a file names a sweep: the user did not name that job."""
     if not HydraConfig.initialized() or HydraConfig.get().mode == RunMode.MULTIRUN:
         return
     swept = (HydraConfig.get().sweeper or {}).get("params")
