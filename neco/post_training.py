@@ -173,14 +173,14 @@ class _Session:
             self.score(self.training.result)
         with stop_later() as stopping:
             since, first = time.monotonic(), self.training.done
-            told = since
+            reported = since
             for parts in steps:
                 step = self.training.step(parts)
                 self.record(step)
                 done = self.training.done
-                if time.monotonic() - told > 30:
-                    told = time.monotonic()
-                    pace = (told - since) / (done - first)
+                if time.monotonic() - reported > 30:
+                    reported = time.monotonic()
+                    pace = (reported - since) / (done - first)
                     left = pace * (self.training.total - done)
                     place = f"step {done} of {self.training.total}"
                     self.say(f"{place}: loss {step.loss:.3f}, {pace:.2f} s a step, {left:.0f} s left")

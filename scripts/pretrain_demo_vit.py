@@ -245,7 +245,7 @@ class Pretraining(nn.Module):
         """Cross-entropy of "these two patches share their fate", mean over pairs of encoded patches and episodes.
 
         Two weights are our choice. An episode in which neither patch moved tells little and is the common case: 1/4. Two
-        patches that both moved at some time are two places on things, the pairs in which one thing is told from another and
+        patches that both moved at some time are two places on things, the pairs in which one thing differs from another and
         no more than a tenth of all: x 4.
 
         Args:

@@ -175,7 +175,7 @@ def _draw_windows(axes: Axes, image: Looked) -> None:
         (y, x), (h, w) = (
             [v * n / s for v, n, s in zip(pair, image_hw, geometry.scaled, strict=True)] for pair in (start, geometry.window)
         )
-        inset = 0.006 * max(image_hw) * (number + 1)  # so that windows that share an edge can be told apart
+        inset = 0.006 * max(image_hw) * (number + 1)  # so that windows that share an edge stay distinguishable
         axes.add_patch(
             Rectangle(
                 (x + inset, y + inset), w - 2 * inset, h - 2 * inset, fill=False, lw=1.4, ec=PALETTE[number % len(PALETTE)]

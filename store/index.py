@@ -1,4 +1,4 @@
-"""The index of a split: which images are used, how their patches are labelled and which are kept. No backbone in sight.
+"""The index of a split: which images are used, how their patches are labelled and which are kept. No backbone is needed for it.
 
 One pass over the data set, cached under `<cache.dir>/index`; selection comes from labels, image name and seed alone, so
 every backbone of one patch size and image size sees the same patches.

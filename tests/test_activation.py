@@ -346,7 +346,7 @@ def test_damage_is_named_and_repaired_on_request(tmp_path: Path) -> None:
     check("00001.safetensors.*checksum", "cache.verify=true", "cache.ram_gb=0")
     (directory / "shards" / "00002.json").write_text("{")
     check("00002.json is damaged")
-    file.unlink()  # deleting is the other way to mend
+    file.unlink()  # deleting is the other remedy
     open_sample(toy_config(tmp_path), "train", say=quiet)
     assert token_files(directory) == before
 

@@ -300,7 +300,7 @@ def test_root_may_be_the_release_or_its_parent(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("folders", "told"),
+    ("folders", "message"),
     [
         (["images/training", "annotations/training"], "ADEChallengeData2016"),
         (["ADEChallengeData2016/images/training", "ADEChallengeData2016/annotations/training"], "ADEChallengeData2016"),
@@ -309,17 +309,17 @@ def test_root_may_be_the_release_or_its_parent(tmp_path: Path) -> None:
         (["something"], "no images/ADE"),
     ],
 )
-def test_other_trees_are_named(tmp_path: Path, folders: list[str], told: str) -> None:
+def test_other_trees_are_named(tmp_path: Path, folders: list[str], message: str) -> None:
     for folder in folders:
         (tmp_path / folder).mkdir(parents=True)
-    with pytest.raises(UserError, match=told) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         Ade20k("train", root=tmp_path)
     assert RELEASE in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_wrong_knobs_are_refused(tmp_path: Path) -> None:
     write_ade20k_tree(tmp_path, 1, 0, 0)
-    for knobs, told in (
+    for knobs, message in (
         ({"split": "dev"}, "train, val, test"),
         ({"root": tmp_path / "nowhere"}, "no folder"),
         ({"split_rule": "mine"}, "object_binding_2025"),
@@ -329,7 +329,7 @@ def test_wrong_knobs_are_refused(tmp_path: Path) -> None:
         ({"split": "test"}, "validation is missing"),
         ({"split": "val"}, "partial"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             Ade20k(**{"split": "train", "root": tmp_path, **knobs})
 
 

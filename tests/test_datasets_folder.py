@@ -145,7 +145,7 @@ def test_fingerprint_follows_the_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (lambda root: (root / "identity/b.png").unlink(), "identity/b.png is missing"),
         (lambda root: (root / "identity/b.png").write_bytes(b"\x89PNG broken"), "identity/b.png"),
@@ -157,14 +157,14 @@ def test_fingerprint_follows_the_files(tmp_path: Path) -> None:
         (lambda root: Image.new("F", (16, 12)).save(root / "images/b.jpg", "TIFF"), "floating-point"),
     ],
 )
-def test_damaged_scene_is_named(tmp_path: Path, damage, told: str) -> None:
+def test_damaged_scene_is_named(tmp_path: Path, damage, message: str) -> None:
     rng = np.random.default_rng(0)
     for key in ("a", "b"):
         write(tmp_path, key, rng.integers(0, 9, (12, 16)).astype(np.uint8), ".jpg")
     damage(tmp_path)
     data = all_train(tmp_path)
     assert data[0].key == "a"
-    with pytest.raises(UnreadableScene, match=told) as caught:
+    with pytest.raises(UnreadableScene, match=message) as caught:
         data[1]
     assert caught.value.key == "b" and "\n" not in str(caught.value)
 
@@ -179,14 +179,14 @@ def test_wrong_layouts_and_knobs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no folder"):
         Folder("train", root=tmp_path / "nowhere")
     write(tmp_path, "a", map_of([0, 1]))
-    for knobs, told in (
+    for knobs, message in (
         ({"split": "dev"}, "train, val, test"),
         ({"on_error": "pass"}, "raise or skip"),
         ({"val_fraction": 0.7, "test_fraction": 0.7}, "val_fraction"),
         ({"limit": 0.5}, "limit"),
         ({"val_fraction": 0.0, "split": "val"}, "split val: none of the 1 images"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             Folder(**{"split": "train", "root": tmp_path, **knobs})
     write(tmp_path, "a", map_of([0, 1]), ".jpg")
     with pytest.raises(UserError, match="share a name"):

@@ -1,4 +1,4 @@
-"""Runs and their files: nothing torn, nothing twice, the end of a run is told truly."""
+"""Runs and their files: nothing torn, nothing twice, the end of a run is recorded truly."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Figures of mode=train_binding: what a reader must be able to tell apart is told apart."""
+"""Figures of mode=train_binding: a reader can distinguish every line and label."""
 
 import math
 
@@ -72,6 +72,6 @@ def test_examples_stay_readable_where_a_code_has_hundreds_of_bits() -> None:
     examples = [{"key": "a", "layer": 3, "true": many[:2], "predicted": many[1:], "image": image},
                 {"key": "b", "layer": 3, "true": [], "predicted": [], "image": image}]  # fmt: skip
     figure = draw_examples(examples)
-    told = [text.get_text() for text in figure.axes[1].texts]
-    assert told[0] == "2 objects, 299 read" and told[1:3] == ["thing 1", "thing 0  (missed)"]
-    assert told[-1] == f"and {300 - N_NAMES} more" and len(told) == N_NAMES + 2 and figure.get_figheight() < 8
+    shown = [text.get_text() for text in figure.axes[1].texts]
+    assert shown[0] == "2 objects, 299 read" and shown[1:3] == ["thing 1", "thing 0  (missed)"]
+    assert shown[-1] == f"and {300 - N_NAMES} more" and len(shown) == N_NAMES + 2 and figure.get_figheight() < 8
