@@ -18,13 +18,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from binding.tables import CONTROL_LABELS
 from files import write_atomically
-from show.style import STYLE, png_bytes
+from show.style import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE, png_bytes
 
 # Okabe and Ito's colours, which every reader can distinguish.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-FOUND, MISSED, INVENTED = "#009E73", "#777777", "#D55E00"
-CONTROLS = {"random": "random weights", "pixels": "raw pixels"}
+COLORS = (BLUE, RED, GREEN, PINK, ORANGE, SKY, "#000000")
+FOUND, MISSED, INVENTED = GREEN, GREY, RED
 CODES = {"Y": "objects Y", "F": "features F", "Y_given_F": "objects Y, the features F known"}
 N_NAMES = 24  # of one example; a code may have hundreds of bits
 N_PANELS = 4  # of the layer curve: the first columns, losses say the same once more
@@ -79,7 +79,7 @@ def _draw_line(
     of_rows = list(dict.fromkeys(name for name, _ in names))
     color = COLORS[of_rows.index(row) % len(COLORS)]
     style = {"": "-", "random": "--"}.get(control, ":")
-    parts = (row if not control or len(of_rows) > 1 else "", CONTROLS.get(control, control))
+    parts = (row if not control or len(of_rows) > 1 else "", CONTROL_LABELS.get(control, control))
     label = ", ".join(part for part in parts if part).replace("_", " ")
     axes.errorbar(x, value, error, color=color, ls=style, marker="o", ms=4, capsize=2, lw=1.4, elinewidth=0.9, label=label)
 

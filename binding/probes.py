@@ -98,6 +98,15 @@ class BindingProbe(Probe):
         z = x.flatten(2)  # [L, B, Z]
         return widen(torch.matmul(z, weight.flatten(3).to(x.dtype))).unflatten(-1, weight.shape[3:])
 
+    def from_factors(self, factors: Tensor, code: Tensor) -> Tensor:
+        """Logits [S, L, B, K] of a quadratic form: what the image adds to its factors [S, L, B, 2, r, K], and the bits seen."""
+        if self.weight_bits is not None:
+            factors = factors + self.from_bits(code, self.weight_bits)
+        if self.factor_bias is not None:
+            factors = factors + self.factor_bias[:, :, None]
+        first, second = factors.unbind(3)
+        return (first * second).sum(3) * self.n_inputs**-0.5 + self.bias[:, :, None]
+
     def from_bits(self, code: Tensor, weight: Tensor, head_axis: int = -1) -> Tensor:
         """Bits [B, K] through weight [S, L, K, ...], of which head k reads the rows i < k -> float32 [S, L, B, ...].
 
@@ -213,12 +222,7 @@ class QuadraticConcat(BindingProbe):
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
         """See the module."""
         factors = self.from_image(self.prepare(x), self.weight_image)  # [S, L, B, 2, r, K]
-        if self.weight_bits is not None:
-            factors = factors + self.from_bits(code, self.weight_bits)
-        if self.factor_bias is not None:
-            factors = factors + self.factor_bias[:, :, None]
-        first, second = factors.unbind(3)
-        return (first * second).sum(3) * self.n_inputs**-0.5 + self.bias[:, :, None]
+        return self.from_factors(factors, code)
 
 
 class MultilinearConcatReuse(BindingProbe):
@@ -411,12 +415,7 @@ class AttentionQuadratic(BindingProbe):
         factors = torch.stack(fits).unflatten(0, (-1, n_layers)).transpose(3, 4).unflatten(3, (2, self.rank))
         if self.weight_class is not None:
             factors = factors + self.from_image(self.prepare(x[:, :, :1]), self.weight_class)  # [S, L, B, 2, r, K]
-        if self.weight_bits is not None:
-            factors = factors + self.from_bits(code, self.weight_bits)
-        if self.factor_bias is not None:
-            factors = factors + self.factor_bias[:, :, None]
-        first, second = factors.unbind(3)
-        return (first * second).sum(3) * self.n_inputs**-0.5 + self.bias[:, :, None]
+        return self.from_factors(factors, code)
 
 
 BINDING_PROBES: dict[str, type[BindingProbe]] = {
