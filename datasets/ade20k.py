@@ -264,6 +264,8 @@ class Ade20k:
         nameless = [int(value) for value in present.nonzero()[0] if value and int(value) not in annotation.names]
         if nameless:
             remarks.append(f"classes {nameless} of the mask have no name in the JSON: class 0")
+        files = {level: self._file(i, f"_parts_{level}.png") for level in annotation.part_levels}
+        remarks += [f"{file} is missing, the JSON lists parts of level {n}" for n, file in files.items() if not file.exists()]
         try:
             parts = self.parts(i)
         except UnreadableScene as error:

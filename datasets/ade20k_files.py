@@ -145,11 +145,16 @@ def build_class_map(names: Mapping[int, str], numbers: Mapping[str, int]) -> Ten
 
 
 class Annotation(NamedTuple):
-    """What a scene's JSON file says: name of each raw class (the first, if several), whole objects, contradictions."""
+    """What a scene's JSON file says.
+
+    names: of each raw class, the first if several. n_objects: whole objects. remarks: contradictions. part_levels: those
+    above 0 that an object is listed at (1: parts of objects, 2: parts of parts …), ascending.
+    """
 
     names: dict[int, str]
     n_objects: int | None
     remarks: list[str]
+    part_levels: list[int]
 
 
 def read_annotation(path: Path, key: str) -> Annotation:
@@ -187,7 +192,8 @@ def read_annotation(path: Path, key: str) -> Annotation:
             remarks.append(f"{path.name}: object[{place}] has no usable name and name_ndx")
         elif names.setdefault(raw, name) != name:
             remarks.append(f"{path.name}: class {raw} is called both {names[raw]!r} and {name!r}")
-    return Annotation(names, None if None in levels else levels.count(0), remarks)
+    part_levels = sorted({level for level in levels if level})
+    return Annotation(names, None if None in levels else levels.count(0), remarks, part_levels)
 
 
 def _whole(value: Any) -> int | None:

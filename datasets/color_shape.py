@@ -32,7 +32,7 @@ from datasets.scene import Scene, UnreadableScene, check_choice, check_whole
 from datasets.splits import SPLITS, pack, parse_buckets, split_codes, split_name
 from errors import UserError
 
-GENERATOR_VERSION = 1  # part of the fingerprint: raise it with every change that alters a code, a box or a pixel
+GENERATOR_VERSION = 2  # part of the fingerprint: raise it with every change that alters a code, a box or a pixel
 COLORS = {
     "red": (220, 20, 60),
     "blue": (30, 144, 255),
@@ -113,7 +113,8 @@ def draw_shape(pen: ImageDraw.ImageDraw, shape: str, box: Box, color: tuple[int,
         pen.rectangle((x0, int(y - bar / 2), x1, int(y + bar / 2)), fill=color)
     else:  # regular polygons and the star: first corner up, then clockwise on the screen
         radii = [r, 0.45 * r] * 5 if shape == "star" else [r] * CORNERS[shape]
-        turns = [math.radians(-90 + 360 / len(radii) * k) for k in range(len(radii))]
+        # In this very order of operations: the last bit of a corner decides whether Pillow fills a row of pixels.
+        turns = [-math.pi / 2 + 2 * math.pi * k / len(radii) for k in range(len(radii))]
         corners = [(x + q * math.cos(t), y + q * math.sin(t)) for q, t in zip(radii, turns, strict=True)]
         pen.polygon(corners, fill=color)
 

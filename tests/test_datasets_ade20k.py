@@ -217,6 +217,20 @@ def test_codes_that_fit_no_count_are_ranked(tmp_path: Path) -> None:
     assert "object codes do not fit 1 objects" in remarks[0] and "classes [2420]" in remarks[1]
 
 
+def test_missing_maps_of_parts_are_named(tmp_path: Path) -> None:
+    tree = write_ade20k_tree(tmp_path, 2, 0, 0)
+    data, (first, second) = Ade20k("train", root=tmp_path), tree.values()
+    assert data.inspect(0)["remarks"] == []
+    first.file("_parts_1.png").unlink()
+    (remark,) = data.inspect(0)["remarks"]
+    assert "_parts_1.png is missing" in remark and "level 1" in remark and data.inspect(1)["remarks"] == []
+    content = json.loads(second.file(".json").read_text())
+    content["annotation"]["object"] = [thing for thing in content["annotation"]["object"] if thing["parts"]["part_level"] == 0]
+    second.file(".json").write_text(json.dumps(content))
+    second.file("_parts_1.png").unlink()
+    assert data.inspect(1)["remarks"] == []  # no parts listed, none expected
+
+
 def test_parts_are_whole_numbers(tmp_path: Path) -> None:
     write_ade20k_tree(tmp_path, 1, 0, 0)
     (parts,) = Ade20k("train", root=tmp_path).parts(0)
@@ -230,13 +244,13 @@ def test_loose_json_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     lone = {"name": "sky", "name_ndx": "2420", "parts": {"part_level": "0", "hasparts": 3, "ispartof": []}}
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"annotation": {"object": lone}}).encode())
-    assert read_annotation(path, "a") == ({2420: "sky"}, 1, [])
+    assert read_annotation(path, "a") == ({2420: "sky"}, 1, [], [])
     text = json.dumps({"annotation": {"object": [lone, {"name": "x"}], "f": "caf\xe9"}}, ensure_ascii=False)
     path.write_bytes(text.encode("latin-1"))
     found = read_annotation(path, "a")
     assert found.names == {2420: "sky"} and found.n_objects is None and "object[1]" in found.remarks[0]
     path.write_text(json.dumps({"annotation": {"object": []}}))
-    assert read_annotation(path, "a") == ({}, 0, [])
+    assert read_annotation(path, "a") == ({}, 0, [], [])
     path.write_text(json.dumps({"annotation": {"object": [lone, {**lone, "name": "Sky"}]}}))
     assert "'sky' and 'Sky'" in read_annotation(path, "a").remarks[0]
 

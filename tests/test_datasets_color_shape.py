@@ -61,6 +61,18 @@ def test_shapes_are_the_published_pixels(case):
     assert rows == case["mask_rows"]
 
 
+@pytest.mark.parametrize(("shape", "pixels"), [("triangle", 278), ("pentagon", 507), ("hexagon", 552)])
+def test_corners_are_the_published_ones_to_the_last_bit(shape, pixels):
+    # Reference: corners at -pi/2 + 2 pi k / n in float64. Degrees turned into radians gave 297 and 560 for 3 and 6 corners.
+    picture = Image.new("L", (48, 48))
+    draw_shape(ImageDraw.Draw(picture), shape, (6, 9, 34, 37), 1)
+    assert int(np.asarray(picture).sum()) == pixels
+    n, reference = {"triangle": 3, "pentagon": 5, "hexagon": 6}[shape], Image.new("L", (48, 48))
+    turns = [-math.pi / 2 + 2 * math.pi * k / n for k in range(n)]
+    ImageDraw.Draw(reference).polygon([(20 + 14 * math.cos(t), 23 + 14 * math.sin(t)) for t in turns], fill=1)
+    assert np.array_equal(np.asarray(picture), np.asarray(reference))
+
+
 @pytest.mark.parametrize("case", golden("rendering")["scenes"])
 def test_scenes_are_the_published_pixels(case):
     assert {name: list(rgb) for name, rgb in COLORS.items()} == golden("rendering")["colors_rgb"]

@@ -82,6 +82,21 @@ def test_constants_of_the_golden_cases(tmp_path):
             assert data.entropies["vg_merged"][0] == pytest.approx(case["alternative_H_over_distinct_Y"], abs=1e-7)
 
 
+@pytest.mark.parametrize("kind", ["color", "topattr"])
+def test_a_file_with_both_tables_is_read_by_its_own_kind(tmp_path, kind):
+    folder = tmp_path / "deprecated" / f"meta_filtered_{kind}_coco"
+    folder.mkdir(parents=True)
+    times = {"color": 5, "topk": 7}
+    stats = {"selected_object_classes": ["car"], f"selected_{kind}_attributes": ["red"]}
+    stats |= {f"object_to_{name}_attribute_occurrences": {"car": {"red": n}} for name, n in times.items()}
+    record = {"image_id": 1, "image_url": "h/VG_100K/1.jpg"}
+    record["attributes"] = [{"object_class": "car", f"attributes_{kind}": ["red"]}]
+    (folder / f"vg_stats_filtered_{kind}.json").write_text(json.dumps(stats))
+    (folder / f"attributes_filtered_{kind}.json").write_text(json.dumps([record]))
+    data = VisualGenome("train", attributes=kind, root=str(tmp_path), n_train=1, n_val=0, n_test=0)
+    assert data.counts.sum() == times["color" if kind == "color" else "topk"]
+
+
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_golden_fixture(root, split):
     data, expected = VisualGenome(split, root=str(root), **KNOBS), FIXTURE["splits"][split]
