@@ -24,6 +24,7 @@ from backbones.load import backbone_facts, resolve_layers
 from errors import UserError
 from files import check_folder
 from machine import choose_device, rank
+from runs.progress import stage, stages
 from store.extract import STORED, Extraction, open_store
 from store.index import build_dataset, open_index
 from store.plan import check_extraction, check_index
@@ -75,7 +76,9 @@ def run(cfg: Any, run: Any) -> dict[str, Any]:
     first, share = rank()[0] == 0, f" (new GB and images/s: of 1 of {rank()[1]} ranks)" if rank()[1] > 1 else ""
     lines = [f"{'split':6}{'images':>8}{'layers':>8}{'GB':>9}{'new GB':>9}{'seconds':>9}{'images/s':>10}  left out{share}"]
     records = []
+    stages(*SPLITS)
     for split in SPLITS:
+        stage(split, parts=2)
         sample = open_sample(cfg, split, say=run.say)
         meta, n_skipped = sample.meta, len(sample.meta["skipped"])
         cost = {name: meta[name] for name in ("bytes", "bytes_written", "seconds", "images_per_second")}

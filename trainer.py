@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
-from tqdm import tqdm
 
 from activation import PatchSample
 from controls import Subject, control_names
@@ -32,6 +31,7 @@ from probes import Probe, load_probe
 from runs.adopt import adopt
 from runs.finished import check_fit
 from runs.fit_state import Progress, load_fit, save_fit
+from runs.progress import count, track
 from runs.run import Run, checkpoint_files, checkpoint_path, identify, read_config, read_facts
 from runs.signals import stop_later
 from tasks import Batch, ProbeResult, SubsetResult, Task, find_question, stack_bytes
@@ -257,8 +257,8 @@ def fit(probe: Probe, task: Task, subject: Subject, options: FitOptions, run: Ru
         progress = load_fit(state_file, probe, optimizer, best, identity, options.epochs)
     save = lambda: save_fit(state_file, probe, optimizer, best, progress, identity)
     saved = time.monotonic()
-    bar = tqdm(total=options.epochs, initial=progress.epoch, desc=f"fit {name}", unit="epoch", disable=None, leave=False)
-    with stop_later() as stopping:  # a signal waits for the end of a batch, then the state is saved
+    counted = count("fitting", options.epochs, "epoch", progress.epoch)
+    with counted as step, stop_later() as stopping:  # a signal waits for the end of a batch, then the state is saved
         while progress.epoch < options.epochs:
             progress, rate, complete = _fit_epoch(probe, task, train, layer_rows, optimizer, options, progress, name, stopping)
             if not complete:
@@ -274,14 +274,12 @@ def fit(probe: Probe, task: Task, subject: Subject, options: FitOptions, run: Ru
                  "train_loss": train_loss.tolist(), "val_loss": val_loss.tolist()},
                 file="history.jsonl",
             )  # fmt: skip
-            bar.set_postfix(train=f"{train_loss.mean():.4f}", val=f"{val_loss.mean():.4f}")
-            bar.update()
+            step.update(note=f"loss {val_loss.mean():.4f}")
             if stopping() or time.monotonic() - saved > options.checkpoint_seconds or progress.epoch == options.epochs:
                 save()
                 saved = time.monotonic()
             if stopping():
                 break
-    bar.close()
     facts = _fitted_on(train, identity)
     probe.save(checkpoint_path(run.dir, name, f"last.{number:02d}"), **facts)
     with torch.no_grad():
@@ -386,7 +384,7 @@ def evaluate(task: Task, probes: Sequence[Probe], subject: Subject, options: Fit
         layer_rows = [list(sample.tokens.layers).index(layer) for layer in probe.layers]
         collector = task.collector(sample, len(layer_rows))
         batches = list(task.batches(sample, options.batch_images, None))
-        for batch in tqdm(batches, desc=f"evaluate {subject.name}", disable=None, leave=False):
+        for batch in track(batches, "scoring", "batch"):
             x, batch = batch.tokens(sample, layer_rows, options.device), batch.to(options.device)  # [L, B, T, D]
             collector.add(batch, task.logits(probe, x, batch))
         chunks.append(collector.results())

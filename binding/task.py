@@ -35,6 +35,7 @@ from files import write_atomically
 from machine import free_memory
 from metrics.bootstrap import mean_estimate
 from probes import Probe, build_probe
+from runs.progress import stage, stages
 from runs.records import read_records
 from runs.run import Run
 from show.records import Column, Resampling, write_records
@@ -278,15 +279,19 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     options = {name: trainer.FitOptions.read(of_row) for name, of_row in rows.items()}
     # Whole images first, here and for the controls: class and pooled tokens are then taken from what is stored.
     whole_first = sorted(rows, key=lambda name: rows[name].model.output_mode != "all")
+    stages(("activations", 3), ("activations of controls", 3), *[(name, 4) for name in rows], "table and figure")
+    stage("activations", parts=6 * len(rows))
     samples: dict[str, dict[str, PatchSample]] = {}
     for name in whole_first:
         samples[name] = open_samples(rows[name], run.say, check=partial(check_plan, rows[name], options[name]))
     run.rest_on({name: {split: fingerprints(s) for split, s in of_row.items()} for name, of_row in samples.items()})
     report_splits(samples[next(iter(rows))], run)
+    stage("activations of controls", parts=9 * len(rows))
     controls = {name: build_controls(Opened(rows[name], samples[name], name), CONTROLS, run.say) for name in whole_first}
     results, resampling = [], Resampling.read(cfg)
     for name, of_row in rows.items():
         subjects = [Subject(name, "", of_row.probe, samples.pop(name), read_seeds(of_row.trainer.seeds)), *controls.pop(name)]
+        stage(name, parts=2 * len(subjects) * len(parts_of(of_row)))
         for subject in subjects:
             sample, stacks, answers = subject.samples["test"], {}, {}
             for part in parts_of(of_row):
@@ -297,6 +302,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             write_records(run, results[-1], resampling, split="test", flags=flags)
             if not subject.control:
                 illustrate(results[-1], stacks["Y"], sample, of_row, run)
+    stage("table and figure")
     return show(results, cfg, run, resampling)
 
 

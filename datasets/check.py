@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from datasets.scene import Scene, UnreadableScene, build
 from errors import UserError
 from files import write_atomically
+from runs.progress import stage, stages, track
 
 SPLITS = ("train", "val", "test")
 LISTED = 10  # how many names the terminal gets; the file has all
@@ -214,7 +214,7 @@ def walk(dataset: Any, split: str, workers: int) -> Tally:
     """Read every scene of a split, with a progress bar; nothing but counts is kept."""
     tally = Tally()
     loader = DataLoader(_Walked(dataset), batch_size=None, num_workers=workers, collate_fn=_same)
-    for facts in tqdm(loader, desc=f"{split}: checking", unit="img", mininterval=0.5, leave=False):
+    for facts in track(loader, f"{split}: checking", "image", len(dataset)):
         tally.add(facts)
     return tally
 
@@ -232,7 +232,9 @@ def run(cfg: Any, run: Any) -> dict[str, Any]:
     """
     facts: dict[str, dict[str, Any]] = {}
     keys: dict[str, set[str]] = {}
+    stages(*SPLITS)
     for split in SPLITS:
+        stage(split)
         facts[split], keys[split] = check_split(cfg, split)
     closed = {split: facts[split]["cannot_be_opened"] for split in SPLITS if "cannot_be_opened" in facts[split]}
     if len(closed) == len(SPLITS):

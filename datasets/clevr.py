@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 import datasets.priors as priors
 from datasets.codes import CodeScenes, Groups
@@ -29,6 +28,7 @@ from datasets.pictures import read_image
 from datasets.scene import Scene, UnreadableScene, check_choice, check_whole
 from datasets.splits import SPLITS, split_name
 from errors import UserError
+from runs.progress import track
 
 VALUES = {
     "color": ["blue", "red", "purple", "cyan", "gray", "brown", "green", "yellow"],
@@ -173,7 +173,7 @@ class Clevr(CodeScenes):
         """Scene numbers that could be read and their object codes [M, K]; several files at once, for slow disks."""
         rows = {}
         with ThreadPoolExecutor(8) as pool:
-            for scene_id, row in tqdm(zip(ids, pool.map(self._code, ids), strict=True), "clevr", len(ids), disable=None):
+            for scene_id, row in track(zip(ids, pool.map(self._code, ids), strict=True), "clevr: scenes", "file", len(ids)):
                 if not isinstance(row, UnreadableScene):
                     rows[scene_id] = row
                 elif self.on_error == "skip":

@@ -27,7 +27,6 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from datasets.codes import CodeScenes, Groups
 from datasets.listings import data_root, file_fingerprint, inside
@@ -37,6 +36,7 @@ from datasets.scene import Scene, UnreadableScene, build, check_choice
 from datasets.splits import split_name, split_report
 from errors import UserError
 from files import write_atomically
+from runs.progress import track
 
 FORMAT = 1
 REDO = "delete it and export again"
@@ -92,7 +92,7 @@ def _export(dataset: CodeScenes, target: Path, fingerprint: dict, workers: int) 
     writer = _Writer(dataset, target / "images")
     loader = DataLoader(writer, batch_size=None, num_workers=int(workers))
     rows, unreadable = [], []
-    for index, key, reason in tqdm(loader, desc=f"export {dataset.split}", disable=None):
+    for index, key, reason in track(loader, f"{dataset.split}: writing", "image", len(dataset)):
         if reason is None:
             rows.append((index, key))
         elif dataset.on_error == "skip":

@@ -24,13 +24,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from datasets.listings import inside
 from datasets.metadata import Entry
 from datasets.scene import check_choice, check_whole
 from errors import UserError
 from files import lock, write_atomically
+from runs.progress import Step, count
 
 FORMAT = 1
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "generate_occlusion_clevr.py"
@@ -365,7 +364,8 @@ def _run_all(jobs: Sequence[tuple[list[str], dict[str, str]]], total: int, show:
     """
     running: list[subprocess.Popen] = []
     tails: list[list[str]] = [[] for _ in jobs]
-    bar = tqdm(total=total, desc="blender", disable=None if show else True)
+    counted = contextlib.ExitStack()
+    bar = counted.enter_context(count("blender", total, "image") if show else contextlib.nullcontext(Step("", total, "")))
 
     def follow(process: subprocess.Popen, tail: list[str]) -> None:
         done = 0
@@ -406,7 +406,7 @@ def _run_all(jobs: Sequence[tuple[list[str], dict[str, str]]], total: int, show:
     except OSError as error:
         raise UserError(f"Blender cannot be started: {error}; set BLENDER_PATH to the executable") from error
     finally:
-        bar.close()
+        counted.close()
         for process in running:
             if process.poll() is None:
                 process.terminate()

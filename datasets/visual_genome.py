@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from datasets.arrangements import BUDGET, ArrangementEntropy, arrangement_entropy
 from datasets.codes import CodeScenes, Groups
@@ -30,6 +29,7 @@ from datasets.pictures import read_image
 from datasets.scene import Scene, check_choice, check_whole
 from datasets.splits import SPLITS, split_name
 from errors import UserError
+from runs.progress import track
 
 FLOOR = 1e-12  # added to every pair's probability, as published: pairs never counted are possible
 PRIORS = ("vg_assignment", "vg_merged")
@@ -244,7 +244,7 @@ class VisualGenome(CodeScenes):
         log_p = np.log(self.counts / (self.counts.sum() or 1) + FLOOR)
         known: dict[tuple, ArrangementEntropy] = {}
         entropies = []
-        for row in tqdm(pairs, f"vg{self.kind} entropies", disable=None):
+        for row in track(pairs, f"vg{self.kind}: entropies", "pair"):
             margins = (tuple(sorted(c for c, _ in row)), tuple(sorted(a for _, a in row)))
             if margins not in known:
                 known[margins] = arrangement_entropy(row, log_p, budget=self.budget)

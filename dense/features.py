@@ -16,7 +16,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from activation import PatchSample, build_dataset, open_sample
 from backbones.attention import check_class_attention, class_attention
@@ -28,6 +27,7 @@ from files import digest, lock, plain, safe_name
 from machine import choose_device
 from patches.geometry import plan_geometry
 from patches.windows import cut_windows
+from runs.progress import track
 from runs.states import load_state, save_state
 
 FORMAT = 1  # raise it when the meaning of a cached map changes
@@ -243,7 +243,7 @@ def _fill(folder: Path, n_images: int, write: Callable[[range], dict[str, Tensor
     files = [folder / f"{part.start:07d}.safetensors" for part in parts]
     with lock(folder / "lock", cfg.cache.lock_timeout, print) as beat:
         missing = [(file, part) for file, part in zip(files, parts, strict=True) if not file.exists()]
-        for file, part in tqdm(missing, desc=title, unit=f"{SHARD} img", disable=None, leave=False):
+        for file, part in track(missing, title, f"{SHARD} images,"):
             save_state(file, write(part), {"images": [part.start, part.stop]})
             beat()
     return files

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
 
 from activation import build_dataset
 from backbones.attention import check_class_attention
@@ -34,6 +33,7 @@ from errors import UserError
 from files import digest, plain
 from machine import choose_device, set_threads
 from metrics.bootstrap import resample
+from runs.progress import count, stage, stages
 from runs.run import Run
 
 
@@ -104,6 +104,8 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     names = check(cfg)
     train, test = cfg.dense.train_split, cfg.dense.test_split
     attention = any(EVALUATIONS[name].attention for name in names)
+    stages(("features", 2), ("evaluations", 4), "table and figures")
+    stage("features", parts=4)
     opened: dict[str, dict[str, Split]] = {}
     for subject, own in subjects(cfg):
         reads = attention and subject in (BACKBONE, "random")
@@ -118,11 +120,15 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     test_maps = opened[BACKBONE]["test"].maps
     counts = resample(test_maps.n_images, int(cfg.trainer.n_boot), int(cfg.seed))
     jobs = list(plan(names, opened))
-    for name, subject, layer in tqdm(jobs, desc="dense evaluations", disable=None, leave=False):
-        found = evaluate(cfg, run, name, subject, layer, opened[subject], str(device))
+    stage("evaluations", parts=len(jobs))
+    for name, subject, layer in jobs:
+        with count(f"{name} of {subject}" + ("" if layer is None else f", layer {layer}"), 1, "evaluation") as step:
+            found = evaluate(cfg, run, name, subject, layer, opened[subject], str(device))
+            step.update()
         results[name].setdefault(subject, []).extend(found)
         for record in records(name, subject, found, test, test_maps.classes, counts):
             run.write(record)
+    stage("table and figures")
     features, labels = contents(opened[BACKBONE])
     size = cfg.dense.reference_size
     references = ceiling(features, labels, size=size) + majority(features, labels, size=size)

@@ -37,6 +37,7 @@ from neco.patch_ordering import World
 from neco.recipe import Recipe, read_recipe
 from neco.student_teacher import PatchEncoder, ProjectionHead
 from neco.training import Step, Training, load_vit
+from runs.progress import count, stage, stages
 from runs.provenance import provenance
 from runs.records import read_records
 from runs.run import Run
@@ -169,21 +170,16 @@ class _Session:
     def train(self, steps: Iterable[list[CropBatch]]) -> None:
         """Take all steps; Ctrl-C ends it after the step at hand, with its state saved."""
         every, epochs = self.recipe.evaluate.every, self.recipe.epochs
+        stages(("training", 8), ("before and after", 2))
+        stage("training")
         if every and not self.rows:
             self.score(self.training.result)
-        with stop_later() as stopping:
-            since, first = time.monotonic(), self.training.done
-            reported = since
+        with count("patch ordering", self.training.total, "step", self.training.done) as bar, stop_later() as stopping:
             for parts in steps:
                 step = self.training.step(parts)
                 self.record(step)
                 done = self.training.done
-                if time.monotonic() - reported > 30:
-                    reported = time.monotonic()
-                    pace = (reported - since) / (done - first)
-                    left = pace * (self.training.total - done)
-                    place = f"step {done} of {self.training.total}"
-                    self.say(f"{place}: loss {step.loss:.3f}, {pace:.2f} s a step, {left:.0f} s left")
+                bar.update(note=f"loss {step.loss:.3f}")
                 if done % self.steps == 0:
                     epoch = done // self.steps
                     if every and (epoch % every == 0 or epoch == epochs):
@@ -259,6 +255,7 @@ class _Session:
 
     def finish(self) -> dict[str, Any]:
         """Compare on the test split, draw, print."""
+        stage("before and after")
         history = [row for row in read_records(self.run.dir / "history.jsonl") if row["kind"] == "neco_step"]
         history = list({row["step"]: row for row in history}.values())
         write_atomically(self.run.dir / "training.png", png_bytes(figures.draw_training(history)))

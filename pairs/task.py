@@ -19,7 +19,7 @@ import trainer
 from activation import PatchSample, fingerprints, open_samples
 from backbones.attention import next_block_query_key
 from backbones.load import backbone_facts, load_backbone, resolve_layers
-from controls import CONTROLS, PROBE_ROW, Opened, Subject, build_controls
+from controls import CONTROLS, PROBE_ROW, Opened, Subject, build_controls, control_names
 from errors import UserError
 from machine import free_memory
 from pairs import newton
@@ -28,6 +28,7 @@ from pairs.form_loss import form_bce, pair_terms
 from pairs.losses import agreement, class_loss, identity_loss, pair_bce, pair_mask
 from pairs.newton import PairBatch
 from probes import PROBES, Probe, Projections, build_probe
+from runs.progress import stage, stages
 from runs.run import Run
 from show.records import Column, Resampling, write_records
 from show.tables import present, table
@@ -292,16 +293,21 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         if cfg.probe.mode != "attention":  # it fits two numbers; its projections are read from the backbone
             check_stack(make, seeds, cfg.probe, train, options.batch_images, free_memory(options.device))
 
+    fitting = CONTROLS if cfg.task == "pairwise" else POINTWISE_CONTROLS
+    names = [name for name in control_names(cfg.controls) if name in fitting]
+    stages(("activations", 3), ("activations of controls", 3), (PROBE_ROW, 3 + len(seeds)), *names, "table and figure")
+    stage("activations", parts=6)
     samples = open_samples(cfg, run.say, check=check_plan)
     run.rest_on({PROBE_ROW: {split: fingerprints(sample) for split, sample in samples.items()}})
-    subjects = [
-        Subject(PROBE_ROW, "", cfg.probe, samples, seeds),
-        *build_controls(Opened(cfg, samples), CONTROLS if cfg.task == "pairwise" else POINTWISE_CONTROLS, run.say),
-    ]
+    stage("activations of controls", parts=9)
+    controls = build_controls(Opened(cfg, samples), fitting, run.say)
+    stages((PROBE_ROW, 3 + len(seeds)), *(control.title for control in controls), "table and figure")
     results, resampling = [], Resampling.read(cfg)
-    for subject in subjects:
+    for subject in [Subject(PROBE_ROW, "", cfg.probe, samples, seeds), *controls]:
+        stage(subject.title, parts=2)
         results.append(trainer.probe(run, make(subject.seeds), subject, options))
         write_records(run, results[-1], resampling, split="test")
+    stage("table and figure")
     return show(results, cfg, run, resampling)
 
 

@@ -1,6 +1,6 @@
 """Runs and their files: the only module that knows file names inside a run directory.
 
-    outputs/<mode>/<model>-<dataset>-<protocol>-<probe>-<hash>/
+    outputs/<mode>/<timm name or weights file>-<dataset>-<protocol>-<probe>-<hash>/
         config.yaml     the composed configuration            run.json       provenance and status
         metrics.jsonl   a record per layer, seed and subset   history.jsonl  losses per epoch and fit
         layers.csv      the layer curve, means over seeds     checkpoints/   probes, best and last
@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from errors import UserError
 from files import cannot_write, write_atomically
 from machine import torch_facts
+from runs import progress
 from runs.finished import newest_run, read_config, read_facts, source_run
 from runs.mirror import WANDB_MODES, open_mirror
 from runs.provenance import code_digest, provenance
@@ -46,6 +48,8 @@ _NOT_IN_HASH = ("debug", "resume", "output_dir", "wandb", "threads", "run", "loo
 _NOT_OF_A_FIT = ("mode", "entry", "controls", "device", "eval", "vis", "export")
 # Of these a restart takes over what is there.
 RESULT_FILES = ("metrics.jsonl", "history.jsonl", "layers.csv", "layers.png", "checkpoints")
+DATA_MODES = ("check_data", "export_data")  # which know no backbone
+OPENING_FILES = {"config.yaml", "run.json", "log.txt", ".lock"}  # of a run that has not computed anything yet
 SHARED_MODES = ("extract", "neco")  # whose work torchrun shares between processes
 
 
@@ -90,7 +94,17 @@ class Run:
 
     def say(self, text: str) -> None:
         """Print a line and keep it in log.txt."""
-        print(text, flush=True)
+        with progress.aside():
+            print(text, flush=True)
+        self._keep(text)
+
+    def note(self, text: str) -> None:
+        """Keep a line of progress in log.txt; print it where output goes to a file, since no bar is seen there."""
+        if not sys.stdout.isatty():
+            print(text, flush=True)
+        self._keep(text)
+
+    def _keep(self, text: str) -> None:
         self._log.write(text + "\n")
         self._log.flush()
 
@@ -144,6 +158,7 @@ class Run:
     def finishing(self) -> None:
         """All results are written: from here to the end of the run Ctrl-C and SIGTERM no longer make it an unfinished one."""
         self.ending.enter_context(ignored())
+        progress.end()
 
     def close(self) -> None:
         """Close the files."""
@@ -165,19 +180,33 @@ def identify(cfg: DictConfig) -> dict[str, str]:
         "mode": cfg.mode,
         "task": cfg.task or "",
         "protocol": cfg.protocol.name,
-        "model": _choice("model", str(cfg.model.name)),
+        "model": str(cfg.model.name) if _choice("model", "timm") == "timm" else _choice("model", ""),
         "dataset": _choice("dataset", str(cfg.dataset._target_).rpartition(".")[0].rpartition(".")[2]),
         "probe": cfg.probe.mode,
     }
+
+
+def first_line(cfg: DictConfig, source: Path | None = None) -> str:
+    """What a run will do, from its configuration alone: said at once, before anything that takes time."""
+    if source is not None:
+        return f"{cfg.mode} of {source}"
+    names = identify(cfg)
+    sizes = [f"{cfg.dataset[f'n_{s}']} {s}" for s in ("train", "val", "test") if isinstance(cfg.dataset.get(f"n_{s}"), int)]
+    parts = [f"{cfg.mode}: {names['model']} on {names['dataset']}" + (f" ({', '.join(sizes)})" if sizes else "")]
+    parts.append(f"protocol {cfg.protocol.name}")
+    if cfg.task is not None:
+        seeds = cfg.trainer.seeds if isinstance(cfg.trainer.seeds, int) else len(cfg.trainer.seeds)
+        layers = cfg.model.layers if isinstance(cfg.model.layers, str | int) else ",".join(map(str, cfg.model.layers))
+        controls = cfg.controls if isinstance(cfg.controls, str) else ",".join(cfg.controls)
+        parts += [f"probe {cfg.probe.mode} × {seeds} seeds", f"layers {layers}", f"controls {controls}"]
+    return "; ".join(parts)
 
 
 def run_directory(cfg: DictConfig, source: Path | None = None) -> Path:
     """Where a configuration's results live: readable names and a hash of configuration and code."""
     numbers = deciding(cfg) if source is None else {**deciding(cfg), "run": str(source.resolve())}
     fingerprint = hashlib.sha256((json.dumps(numbers, sort_keys=True, default=str) + code_digest()).encode()).hexdigest()
-    label = "-".join(re.sub(r"[^\w.]+", "_", identify(cfg)[k])[:60] for k in ("model", "dataset", "protocol", "probe"))
-    if source is not None:
-        label = source.name
+    label = source.name if source is not None else "-".join(re.sub(r"[^\w.]+", "_", name)[:60] for name in label_parts(cfg))
     directory = Path(cfg.output_dir) / cfg.mode / f"{label}-{fingerprint[:8]}"
     if cfg.resume:
         return directory
@@ -186,6 +215,23 @@ def run_directory(cfg: DictConfig, source: Path | None = None) -> Path:
         directory = directory.with_name(f"{label}-{fingerprint[:8]}-{number}")
         number += 1
     return directory
+
+
+def label_parts(cfg: DictConfig) -> list[str]:
+    """What a run directory is called: backbone, data, protocol and probe, as far as the mode has them."""
+    names, weights = identify(cfg), cfg.model.weights
+    if not cfg.model.pretrained:
+        backbone = f"{cfg.model.name}_random"
+    elif weights is None:
+        backbone = str(cfg.model.name)
+    else:
+        file = Path(str(weights))
+        general = file.stem in ("student", "teacher", "model", "checkpoint", "pytorch_model")  # the folder says more
+        backbone = f"{file.parent.name}_{file.stem}" if general else file.stem
+    if cfg.mode in DATA_MODES:
+        return [names["dataset"]]
+    parts = [backbone, names["dataset"], names["protocol"]]
+    return parts if cfg.task is None else [*parts, names["probe"]]
 
 
 def deciding(cfg: DictConfig) -> dict[str, Any]:
@@ -236,8 +282,10 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
         _write_facts(run)
         run.start_mirror = None if rank else functools.partial(open_mirror, cfg, run.dir, run.say)
         status = "failed"
-        with run.ending:
+        with progress.shown(run.note) if not rank else contextlib.nullcontext(), run.ending:
             try:
+                if not rank:
+                    run.say(first_line(cfg, source))
                 yield run
                 run.finishing()
                 status = "finished"
@@ -253,6 +301,8 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
                     if run.mirror is not None:
                         run.mirror.finish(exit_code=0 if status == "finished" else 1)
                     run.close()
+                    if status == "failed" and {path.name for path in directory.iterdir()} <= OPENING_FILES:
+                        shutil.rmtree(directory)  # nothing was computed: it would only be in the way
 
 
 def _write_facts(run: Run) -> None:

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from backbones.contract import BackboneFacts, Layer
 from backbones.load import load_backbone
 from errors import UserError
 from files import digest, holder, lock, plain, safe_name, wait
 from machine import choose_device, job, rank, resolve_dtype
+from runs.progress import count
 from store.chunks import Chunk, WindowItems, cut_chunks, order_of_images, stored_chunks
 from store.index import Index
 from store.reading import ImageItems, load_items, read_ahead
@@ -173,16 +173,15 @@ def _fill(
         chunks = _forward_chunks(wanted, store, todo, say)
     else:
         chunks = stored_chunks(all_tokens, store, todo, wanted.facts.has_class_token)
-    title, is_first = f"{wanted.split}: tokens", rank()[0] == 0
     with (
         ShardWriter(store, wanted.index.keys, wanted.facts.has_class_token) as writer,
-        tqdm(total=n_images, desc=title, unit="img", mininterval=0.5, disable=not is_first, leave=False) as bar,
+        count(f"{wanted.split}: tokens", n_images, "image") as step,
         torch.inference_mode(),
         closing(chunks),
     ):
         for chunk in chunks:
             writer.add(chunk)
-            bar.update(chunk.images)
+            step.update(chunk.images)
             beat()
         writer.wait(beat)
     return n_images if all_tokens is None else 0

@@ -17,7 +17,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
-from tqdm import tqdm
 
 from backbones.contract import BackboneFacts
 from datasets.scene import build
@@ -25,6 +24,7 @@ from errors import UserError
 from files import digest, lock, plain, safe_name, sealed, wait, write_atomically
 from machine import rank
 from patches.selection import PRIMARY, primary_label
+from runs.progress import track
 from store.labelled import SKIP_HINT, LabelledItems
 from store.reading import ImageItems, load_items
 from store.shards import read_manifest
@@ -174,7 +174,7 @@ def _build(items: LabelledItems, made_from: dict[str, Any], workers: int, beat: 
     columns: dict[str, list] = {}
     dropped, skipped = [], []
     split, loader = made_from["split"], load_items(items, range(len(items)), workers)
-    for item in tqdm(loader, desc=f"{split}: labels", total=len(items), unit="img", mininterval=0.5, leave=False):
+    for item in track(loader, f"{split}: labels", "image", len(items)):
         beat()
         if "fatal" in item:
             raise UserError(item["fatal"])

@@ -18,7 +18,7 @@ ROOT_IMPORTS = {
     "files": set(),
     "machine": set(),
     "forms": {"machine", "runs.states"},
-    "activation": {"store", "backbones", "machine", "datasets.scene", "files"},
+    "activation": {"store", "backbones", "machine", "datasets.scene", "files", "runs.progress"},
     "probes": {"forms", "machine", "runs.states", "files"},
     "tasks": {"activation", "probes", "metrics"},
     "controls": {"activation", "forms", "probes", "tasks"},

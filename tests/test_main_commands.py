@@ -131,7 +131,7 @@ def test_a_sweep_extracts_once_mirrors_every_job_and_survives_one_that_fails(tmp
     assert len(errors(done)) == 1 and "Traceback" not in done.err
     assert done.out.count("extracting") == 3  # a split each, by the first job
     status = {directory.name.split("-")[3]: read_facts(directory)["status"] for directory in run_directories(tmp_path)}
-    assert status == {"linear": "finished", "nonsense": "failed", "cosine": "finished"}
+    assert status == {"linear": "finished", "cosine": "finished"}  # the job that failed at once leaves no directory
     for directory in run_directories(tmp_path):
         mirrors = list((directory / "wandb").glob("offline-run-*/*.wandb"))
         assert len(mirrors) == (read_facts(directory)["status"] == "finished")  # the failed one has nothing to mirror

@@ -50,6 +50,10 @@ def test_a_run_tells_how_it_ended(tmp_path: Path) -> None:
     assert status() == "finished"
     with pytest.raises(RuntimeError), open_run(configure(tmp_path)) as run:
         raise RuntimeError
+    assert not run.dir.exists()  # nothing was computed
+    with pytest.raises(RuntimeError), open_run(configure(tmp_path)) as run:
+        run.write({"kind": "score", "name": "probe"})
+        raise RuntimeError
     assert status() == "failed"
     with pytest.raises(KeyboardInterrupt), open_run(configure(tmp_path)) as run:
         raise KeyboardInterrupt
