@@ -20,7 +20,7 @@ from torch import Tensor
 
 from binding.tables import CONTROL_LABELS
 from files import write_atomically
-from show.style import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE, png_bytes
+from show.style import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE, layer_places, note_below, png_bytes
 
 # Okabe and Ito's colours, which every reader can distinguish.
 COLORS = (BLUE, RED, GREEN, PINK, ORANGE, SKY, "#000000")
@@ -30,16 +30,17 @@ N_NAMES = 24  # of one example; a code may have hundreds of bits
 N_PANELS = 4  # of the layer curve: the first columns, losses say the same once more
 
 
-def draw_layer_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[Sequence[str]]) -> Figure:
+def draw_layer_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[Sequence[str]], about: str = "") -> Figure:
     """Information by layer with intervals, one panel per column; a colour per probe, its controls broken in that colour.
 
     Args:
         rows: "row", "control", "layer", "layer_index", "question", "readout", "subset", "metric", "value", "low", "high".
         columns: (question, readout, subset, metric, title) per panel.
+        about: what is shown, in one small line at the bottom.
     """
     columns = [c for c in columns if any(row["metric"] == c[3] for row in rows)][:N_PANELS]
     names = list(dict.fromkeys((row["row"], row["control"]) for row in rows))
-    layers = sorted({row["layer"] for row in rows}, key=lambda layer: -1 if layer == "embed" else int(layer))
+    layers = layer_places(sorted({row["layer"] for row in rows}, key=lambda layer: -1 if layer == "embed" else int(layer)))
     across, down = min(len(columns), 2), math.ceil(len(columns) / 2)
     below = math.ceil(len(names) / 2)  # lines of the legend
     with matplotlib.rc_context(STYLE):
@@ -54,25 +55,26 @@ def draw_layer_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[Sequen
             axes.axhline(0, color="0.6", lw=0.6, zorder=0)
             axes.set_title(title, loc="left", fontweight="bold")
             step = math.ceil(len(layers) / 14)
-            shown = range(len(layers) - 1, -1, -step)  # the last one always
-            axes.set_xticks(shown, [str(layers[i]) for i in shown])
+            shown = list(layers)[::-1][::step]  # the last one always
+            axes.set_xticks([layers[layer] for layer in shown], [str(layer) for layer in shown])
             axes.set_xlabel("layer (block whose output is read)")
             axes.margins(x=0.08)
         # Filled column by column: those in full lines left, controls right of them.
         lines = sorted(zip(*figure.axes[0].get_legend_handles_labels(), names, strict=True), key=lambda line: line[2][1] != "")
         handles, labels, _ = zip(*lines, strict=True)
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 2), frameon=False, fontsize=8)
+        note_below(figure, about)
     return figure
 
 
 def _draw_line(
-    axes: Axes, rows: Sequence[Mapping[str, Any]], layers: Sequence[int | str], names: Sequence[tuple[str, str]], number: int
+    axes: Axes, rows: Sequence[Mapping[str, Any]], layers: Mapping, names: Sequence[tuple[str, str]], number: int
 ) -> None:
     rows = [row for row in rows if row["value"] is not None and math.isfinite(row["value"])]
     rows = sorted(rows, key=lambda row: row["layer_index"])
     spread = min(0.24, 0.08 * max(1, len(layers) - 1))  # about as wide on paper for few layers as for many
     apart = spread / max(1, len(names) - 1) * (number - (len(names) - 1) / 2)  # so that no interval hides another
-    x = [layers.index(row["layer"]) + apart for row in rows]
+    x = [layers[row["layer"]] + apart for row in rows]
     value = [row["value"] for row in rows]
     error = [[row["value"] - row["low"] for row in rows], [row["high"] - row["value"] for row in rows]]
     row, control = names[number]
@@ -162,9 +164,11 @@ def draw_examples(examples: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def write_layer_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[Sequence[str]], path: Path) -> None:
+def write_layer_curve(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[Sequence[str]], path: Path, about: str = ""
+) -> None:
     """Draw the layer curve into a PNG file."""
-    write_atomically(Path(path), png_bytes(draw_layer_curve(rows, columns)))
+    write_atomically(Path(path), png_bytes(draw_layer_curve(rows, columns, about)))
 
 
 def write_training_curves(history: Sequence[Mapping[str, Any]], n_bits: Mapping[str, int], path: Path) -> None:

@@ -11,21 +11,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from files import write_atomically
-from show.style import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE, png_bytes
+from show.style import BLUE, GREEN, GREY, ORANGE, PINK, PURPLE, RED, SKY, STYLE, layer_places, note_below, png_bytes
 
 LINES = {
     "probe": ("probe", BLUE, "-"),
     "random": ("random weights", RED, "-"),
     "position": ("position only", GREEN, "--"),
     "pixels": ("raw pixels", PINK, "--"),
-    "pixels_position": ("pixels + position", PINK, "-."),
+    "pixels_position": ("pixels + position", PURPLE, "-."),
     "class_oracle": ("true class", GREY, "--"),
     "cosine": ("cosine", ORANGE, ":"),
     "dot_product": ("dot product", SKY, ":"),
 }
 
 
-def draw_layer_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[Sequence[str]] | None = None) -> Figure:
+def draw_layer_curve(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[Sequence[str]] | None = None, about: str = ""
+) -> Figure:
     """Score by layer: the probe and its controls with intervals, one panel per column.
 
     A control with one layer of its own (position, pixels, class oracle) is a level line across the panel.
@@ -35,6 +37,7 @@ def draw_layer_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[Sequen
             "metric", "value", "low", "high"; "question" and "readout" where there are several. Undefined values (nan,
             None) are left out.
         columns: (question, readout, subset, metric, title) per panel; None: one panel per AUROC in the rows.
+        about: what is shown (model, data, probe, images, seeds), in one small line at the bottom.
     """
     keys = ("question", "readout", "subset", "metric")
     if columns is None:
@@ -53,6 +56,7 @@ def draw_layer_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[Sequen
             axes.set_title(column[4], loc="left", fontweight="bold")
             if panel >= len(columns) - n_columns:
                 axes.set_xlabel("layer (block whose output is read)")
+        note_below(figure, about)
     return figure
 
 
@@ -68,27 +72,31 @@ def _draw_panel(axes: Axes, rows: Sequence[Mapping], majority: Sequence[Mapping]
         axes.set_xticks([]), axes.set_yticks([])
         return
     in_order = sorted(series.get("probe", rows), key=lambda row: row["layer_index"])
-    layers = list(dict.fromkeys(row["layer"] for row in in_order))
+    layers = layer_places(row["layer"] for row in in_order)
     names = sorted(series, key=lambda name: (name == "probe", name))  # the probe lies on top
     ends = [_draw_series(axes, name, series[name], layers) for name in names]
     base = majority[0]["value"] if metric.startswith("accuracy") and majority else 0.5 if metric == "auroc" else None
     if base is not None:
         axes.axhline(base, color="black", ls=(0, (1, 3)), lw=0.9, zorder=1)
         ends.append((base, "chance" if metric == "auroc" else "majority", "black"))
-    _finish_axes(axes, layers, ends)
+    widest = max((row["high"] - row["low"] for name in series for row in series[name] if row["high"] is not None), default=0.0)
+    _finish_axes(axes, layers, ends, 0.0 if math.isnan(widest) else 2 * widest)
 
 
-def _draw_series(axes: Axes, name: str, rows: Sequence[Mapping], layers: Sequence) -> tuple[float, str, str]:
-    """The line of the probe or of a control with its intervals; value, label and colour of its right end."""
+def _draw_series(axes: Axes, name: str, rows: Sequence[Mapping], layers: Mapping) -> tuple[float, str, str]:
+    """The line of the probe or of a control with its intervals; value, label and colour of its right end.
+
+    layers: where on the axis each of them stands.
+    """
     label, color, dashes = LINES.get(name, (name.replace("_", " "), GREY, "-."))
     points = sorted(rows, key=lambda row: row["layer_index"])
     values, low, high = (np.array([row[k] for row in points], float) for k in ("value", "low", "high"))
-    is_probe, last = name == "probe", max(len(layers) - 1, 1)
+    is_probe, ends = name == "probe", [min(layers.values()), max(layers.values())]
     level = len(points) == 1 and not is_probe  # one layer of its own: a level line across the panel
     if level:
-        x, values, low, high = np.array([0, last]), *(np.repeat(v, 2) for v in (values, low, high))
+        x, values, low, high = np.array(ends), *(np.repeat(v, 2) for v in (values, low, high))
     else:
-        x = np.array([layers.index(row["layer"]) for row in points if row["layer"] in layers])
+        x = np.array([layers[row["layer"]] for row in points if row["layer"] in layers])
     order = 4 if is_probe else 3
     if len(points) == 1 and not level:
         axes.errorbar(x, values, [values - low, high - values], color=color, marker="o", capsize=3, zorder=order)
@@ -99,19 +107,28 @@ def _draw_series(axes: Axes, name: str, rows: Sequence[Mapping], layers: Sequenc
     return values[-1], label, color
 
 
-def _finish_axes(axes: Axes, layers: Sequence, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Ticks at layers, a grid, and a label at the right end of every line, moved apart where they would touch."""
-    step, last = max(1, math.ceil(len(layers) / 13)), max(len(layers) - 1, 1)
-    axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
-    axes.set_xlim(-0.03 * last, last * 1.03)
+def _finish_axes(axes: Axes, layers: Mapping, ends: Sequence[tuple[float, str, str]], least: float) -> None:
+    """Ticks at layers, a grid, and a label at the right end of every line, moved apart where they would touch.
+
+    least: height of the scale; a narrower one would make noise look like an effect.
+    """
+    step, first, last = max(1, math.ceil(len(layers) / 13)), min(layers.values()), max(layers.values())
+    length = max(last - first, 1)
+    shown = list(layers)[::-1][::step]  # the last one always
+    axes.set_xticks([layers[layer] for layer in shown], [str(layer) for layer in shown])
+    axes.set_xlim(first - 0.03 * length, first + length * 1.03)
     axes.grid(axis="y", color="0.9", lw=0.6)
     axes.tick_params(length=2, width=0.6)
     axes.margins(y=0.08)
     low, high = axes.get_ylim()
+    missing = max(0.0, least - (high - low)) / 2
+    low, high = low - missing, high + missing
     axes.set_ylim(low, high)
+    edge = first + length
     for (value, label, color), y in zip(ends, _apart([end[0] for end in ends], (high - low) * 0.072), strict=True):
         axes.annotate(
-            label, (last * 1.03, value), (last * 1.08, y), color=color, va="center", fontsize=8, annotation_clip=False,
+            label, (edge + 0.03 * length, value), (edge + 0.08 * length, y),
+            color=color, va="center", fontsize=8, annotation_clip=False,
             fontweight="bold" if label == "probe" else None,
             arrowprops={"arrowstyle": "-", "color": color, "lw": 0.5, "shrinkA": 0, "shrinkB": 0},
         )  # fmt: skip
@@ -137,6 +154,8 @@ def _apart(values: Sequence[float], gap: float) -> list[float]:
     return [places[i] for i in range(len(values))]
 
 
-def write_layer_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[Sequence[str]] | None, path: Path) -> None:
+def write_layer_curve(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[Sequence[str]] | None, path: Path, about: str = ""
+) -> None:
     """Draw the layer curve into a PNG file."""
-    write_atomically(Path(path), png_bytes(draw_layer_curve(rows, columns)))
+    write_atomically(Path(path), png_bytes(draw_layer_curve(rows, columns, about)))

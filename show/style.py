@@ -1,6 +1,7 @@
 """One style for every figure: colours, fonts, and how a figure becomes pixels."""
 
 import io
+from collections.abc import Iterable
 
 import matplotlib
 import numpy as np
@@ -14,6 +15,21 @@ DPI = 160
 BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#777777",
 )  # fmt: skip
+PURPLE = "#5D3A9B"  # a ninth one, darker than all of these
+
+
+def layer_places(layers: Iterable[int | str]) -> dict[int | str, int]:
+    """Where layers stand on an axis of depth: `embed` at 0, the output of block i at i + 1; others in their order."""
+    named = list(dict.fromkeys(layers))
+    if all(layer == "embed" or isinstance(layer, int) for layer in named):
+        return {layer: 0 if layer == "embed" else int(layer) + 1 for layer in named}
+    return {layer: i for i, layer in enumerate(named)}
+
+
+def note_below(figure: Figure, text: str) -> None:
+    """One small grey line below a figure: what it shows."""
+    if text:
+        figure.supxlabel(text, fontsize=6.5, color="0.45", x=0.01, ha="left")
 
 
 def scale_colors(n: int) -> np.ndarray:

@@ -20,14 +20,14 @@ def present(
     resampling: Resampling,
     run: Run,
     *,
-    draw: Callable[[list[dict], Sequence[Column], Path], None],
+    draw: Callable[[list[dict], Sequence[Column], Path, str], None],
     text: str,
 ) -> dict[str, Any]:
     """Write layers.csv, draw the layer curve, mirror it, print the table.
 
     Args:
         results: the probe first, then its controls.
-        draw: writes the figure of the rows of layers.csv to a path.
+        draw: writes the figure of the rows of layers.csv to a path, with one line that says what it shows.
         text: the table.
 
     Returns:
@@ -38,12 +38,19 @@ def present(
         figure.unlink(missing_ok=True)
     run.mirror_curve(rows)
     if not figure.exists():  # a finished run that is shown again has its figure
-        draw(rows, columns, figure)
+        draw(rows, columns, figure, about(run, results[0]))
     run.finishing()  # all is written: what follows is only shown
     run.say(text)
     run.say(f"\nrecords, curve and checkpoints: {run.dir}")
     best = best_layer(results[0], columns[0])
     return {"objective": None if best is None else best[1]}
+
+
+def about(run: Run, probe: ProbeResult) -> str:
+    """What a figure of a run shows, in one line."""
+    names, n_images, n_seeds = run.identity, probe.subsets[0].counts["n_images"], len(probe.seeds)
+    parts = [names["model"], names["dataset"], f"protocol {names['protocol']}", f"probe {names['probe']}"]
+    return " · ".join([*parts, f"{n_images} images", f"{n_seeds} seeds" if n_seeds > 1 else "one seed"])
 
 
 def table(results: Sequence[ProbeResult], columns: Sequence[Column], resampling: Resampling) -> str:

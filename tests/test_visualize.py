@@ -61,17 +61,30 @@ def test_the_curve_plots_values_intervals_controls_and_base_rates():
     assert [axes.get_title(loc="left") for axes in figure.axes] == [column[4] for column in COLUMNS]
     for axes, column in zip(figure.axes, COLUMNS, strict=True):
         lines = lines_of(axes)
-        assert lines["probe"] == ([0, 1, 2, 3], [0.6, 0.65, 0.7, 0.75])
-        assert lines["random"] == ([0, 1, 2, 3], [0.58] * 4)
-        assert lines["position"] == ([0, 3], [0.63, 0.63])  # one layer of its own: a level line
+        assert lines["probe"] == ([0, 1, 2, 6], [0.6, 0.65, 0.7, 0.75])  # at their true depth
+        assert lines["random"] == ([0, 1, 2, 6], [0.58] * 4)
+        assert lines["position"] == ([0, 6], [0.63, 0.63])  # one layer of its own: a level line
         assert "pixels" not in lines  # undefined
         assert lines["base"][1] == ([0.5, 0.5] if column[3] == "auroc" else [0.6, 0.6])  # chance or majority
-        assert [t.get_text() for t in axes.get_xticklabels()] == ["embed", "0", "1", "5"]
+        assert {t.get_text(): t.get_position()[0] for t in axes.get_xticklabels()} == {"embed": 0, "0": 1, "1": 2, "5": 6}
         ribbons = [np.asarray(c.get_paths()[0].vertices) for c in axes.collections]
-        assert any(np.isclose(r, [0, 0.58]).all(1).any() and np.isclose(r, [3, 0.76]).all(1).any() for r in ribbons)
+        assert any(np.isclose(r, [0, 0.58]).all(1).any() and np.isclose(r, [6, 0.76]).all(1).any() for r in ribbons)
         assert {t.get_text() for t in axes.texts} == {
             "probe", "random weights", "position only", "chance" if column[3] == "auroc" else "majority",
         }  # fmt: skip
+
+
+def test_noise_does_not_fill_the_panel_and_the_figure_says_what_it_shows():
+    rows = [{**row, "low": 0.4, "high": 0.8} for row in curve_rows() if row["name"] == "probe"]
+    figure = draw_layer_curve(rows, COLUMNS[:1], about="demo_vit · scenes · 300 images · 3 seeds")
+    low, high = figure.axes[0].get_ylim()
+    assert high - low >= 4 * 0.2  # half-widths
+    assert figure.get_supxlabel() == "demo_vit · scenes · 300 images · 3 seeds"
+
+
+def test_no_two_lines_look_alike():
+    looks = [(color, dashes) for _, color, dashes in LINES.values()]
+    assert len({color for color, _ in looks}) == len(looks)
 
 
 def test_the_curve_without_columns_has_a_panel_per_auroc():
