@@ -292,16 +292,19 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
             except KeyboardInterrupt:
                 status = "interrupted"
                 raise
+            except UserError:
+                status = "refused"
+                raise
             finally:
                 run.finishing()  # a second signal finds the last writes under way, and does no harm
-                run.facts |= {"status": status, **torch_facts()}
+                run.facts |= {"status": "failed" if status == "refused" else status, **torch_facts()}
                 try:
                     _write_facts(run)
                 finally:
                     if run.mirror is not None:
                         run.mirror.finish(exit_code=0 if status == "finished" else 1)
                     run.close()
-                    if status == "failed" and {path.name for path in directory.iterdir()} <= OPENING_FILES:
+                    if status == "refused" and {path.name for path in directory.iterdir()} <= OPENING_FILES:
                         shutil.rmtree(directory)  # nothing was computed: it would only be in the way
 
 

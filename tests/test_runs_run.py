@@ -50,10 +50,13 @@ def test_a_run_tells_how_it_ended(tmp_path: Path) -> None:
     assert status() == "finished"
     with pytest.raises(RuntimeError), open_run(configure(tmp_path)) as run:
         raise RuntimeError
+    assert status() == "failed"
+    with pytest.raises(UserError), open_run(configure(tmp_path)) as run:
+        raise UserError("a mistake")
     assert not run.dir.exists()  # nothing was computed
-    with pytest.raises(RuntimeError), open_run(configure(tmp_path)) as run:
+    with pytest.raises(UserError), open_run(configure(tmp_path)) as run:
         run.write({"kind": "score", "name": "probe"})
-        raise RuntimeError
+        raise UserError("a mistake")
     assert status() == "failed"
     with pytest.raises(KeyboardInterrupt), open_run(configure(tmp_path)) as run:
         raise KeyboardInterrupt
