@@ -20,7 +20,7 @@ from torch import Tensor
 
 from activation import PatchSample
 from errors import UserError
-from metrics.bootstrap import Estimate
+from metrics.bootstrap import Estimate, mean_over_seeds
 from probes import PROBES, Probe, options_of
 
 # Evaluation draws the tokens of a visit with this seed, so that every probe, layer and epoch is judged on the same ones.
@@ -78,6 +78,9 @@ class ProbeResult(NamedTuple):
 
     row: which row of the run, "probe" where it has one. control: which control of that row; "" for the probe itself.
     name: both in one word, as records, checkpoints and figures call it.
+    validation: what layers are chosen by: the mean over seeds on the validation split, per layer, of every metric by
+        (question, readout, subset, metric). None: no layer is chosen.
+    n_train: images the probe was fitted on, where that is known.
     """
 
     row: str
@@ -86,6 +89,17 @@ class ProbeResult(NamedTuple):
     layers: list[int | str]
     seeds: list[int]
     subsets: list[SubsetResult]
+    validation: Mapping[tuple[str, str, str, str], list[float]] | None = None
+    n_train: int | None = None
+
+
+def mean_scores(result: ProbeResult) -> dict[tuple[str, str, str, str], list[float]]:
+    """The mean over seeds of every metric by (question, readout, subset, metric), a value per layer."""
+    return {
+        (subset.question, subset.readout, subset.subset, metric): mean_over_seeds(e, len(result.seeds)).value.tolist()
+        for subset in result.subsets
+        for metric, e in subset.metrics.items()
+    }
 
 
 class Collector(Protocol):

@@ -34,7 +34,7 @@ from runs.fit_state import Progress, load_fit, save_fit
 from runs.progress import count, track
 from runs.run import Run, checkpoint_files, checkpoint_path, identify, read_config, read_facts
 from runs.signals import stop_later
-from tasks import Batch, ProbeResult, SubsetResult, Task, find_question, stack_bytes
+from tasks import Batch, ProbeResult, SubsetResult, Task, find_question, mean_scores, stack_bytes
 
 OPTIMIZERS = ("adamw", "adam")
 CHECKPOINTS = ("best", "last")
@@ -100,8 +100,15 @@ class FitOptions:
 
 
 def probe(run: Run, task: Task, subject: Subject, options: FitOptions, *, split: str = "test") -> ProbeResult:
-    """Fit a probe or a control on every layer and score it on a split; fits that are complete already are only read."""
-    return evaluate(task, fit_stack(run, task, subject, options), subject, options, split=split)
+    """Fit a probe or a control on every layer and score it on a split; fits that are complete already are only read.
+
+    The validation split is scored too, for layers are chosen on it; a control of one layer has nothing to choose.
+    """
+    stack = fit_stack(run, task, subject, options)
+    result = evaluate(task, stack, subject, options, split=split)
+    if subject.control and len(result.layers) == 1:
+        return result
+    return result._replace(validation=mean_scores(evaluate(task, stack, subject, options, split="val")))
 
 
 def fit_stack(run: Run, task: Task, subject: Subject, options: FitOptions) -> list[Probe]:
@@ -390,7 +397,8 @@ def evaluate(task: Task, probes: Sequence[Probe], subject: Subject, options: Fit
         chunks.append(collector.results())
     subsets = [concatenate(parts, len(subject.seeds)) for parts in zip(*chunks, strict=True)]
     layers = [layer for probe in probes for layer in probe.layers]
-    return ProbeResult(subject.row, subject.control, subject.title, layers, list(subject.seeds), subsets)
+    n_train = len(subject.samples["train"].keys) if "train" in subject.samples else None
+    return ProbeResult(subject.row, subject.control, subject.title, layers, list(subject.seeds), subsets, n_train=n_train)
 
 
 def concatenate(chunks: Sequence[SubsetResult], n_seeds: int) -> SubsetResult:

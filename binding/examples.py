@@ -10,10 +10,8 @@ from torch import Tensor
 from activation import PatchSample
 from datasets.codes import Groups
 from errors import UserError
-from metrics.bootstrap import mean_over_seeds
 from probes import Probe
 from store.index import build_dataset
-from tasks import ProbeResult
 
 N_EXAMPLES = 4
 
@@ -34,14 +32,12 @@ def decode(probe: Probe, x: Tensor, fit: int, layer: int) -> Tensor:
     return code.to(torch.uint8).cpu()
 
 
-def decoded_examples(result: ProbeResult, stack: Sequence[Probe], sample: PatchSample, cfg: DictConfig) -> list[dict[str, Any]]:
-    """The first test images with their true objects and those the best layer's Y probe (first seed) reads.
+def decoded_examples(layer: int | str, stack: Sequence[Probe], sample: PatchSample, cfg: DictConfig) -> list[dict[str, Any]]:
+    """The first test images with their true objects and those the Y probe of a layer (first seed) reads.
 
     Returns:
         key, layer, "true" and "predicted" lists of names, and the "image" [3, H, W] uint8.
     """
-    best = int(mean_over_seeds(result.subsets[0].metrics["ratio"], len(result.seeds)).value.argmax())
-    layer = result.layers[best]
     probe = next(probe for probe in stack if layer in probe.layers)
     images = torch.arange(min(N_EXAMPLES, len(sample.keys)))
     index = [list(sample.tokens.layers).index(name) for name in probe.layers]

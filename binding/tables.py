@@ -6,7 +6,8 @@ from typing import Any
 from binding.information import suspicions
 from controls import PROBE_ROW
 from metrics.bootstrap import mean_over_seeds
-from show.records import Resampling, mean_interval
+from show.choice import best_layer
+from show.records import Column, Resampling, mean_interval
 from show.text import format_table
 from tasks import ProbeResult
 
@@ -15,6 +16,7 @@ SHOWN = {
     "loss_Y": "L_Y", "loss_F": "L_F", "information_Y": "I(Y;Z)", "information_F": "I(F;Z)",
     "binding_information": "binding inf.", "ratio": "ratio",
 }  # fmt: skip
+RATIO = Column("binding", "", "images", "ratio", "binding ratio")  # the headline, by which layers are chosen
 CONDITIONAL = {"lower_bound": "lower bound", "ratio_lower": "ratio ≥"}
 
 
@@ -37,13 +39,17 @@ def split_table(rows: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]]
 
 
 def information_table(results: Sequence[ProbeResult], resampling: Resampling, *, conditional: bool) -> str:
-    """Every row and layer; ± is half of the 95 % interval. Below: what the numbers rest on, and what is doubtful."""
+    """Every row and layer; ± is half of the 95 % interval, * the layer of the best ratio on validation, of each row.
+
+    Below: what the numbers rest on, and what is doubtful.
+    """
     shown = SHOWN | CONDITIONAL if conditional else SHOWN
     body: list[list[str]] = []
     doubts: dict[str, dict[str, list[str]]] = {}  # sentence -> label of the row -> layers
     for result in results:
         subset, n_seeds, counts = result.subsets[0], len(result.seeds), resampling.counts(result)
         means = {key: mean_over_seeds(e, n_seeds).value for key, e in subset.metrics.items()}
+        chosen = best_layer(result, RATIO)
         ends = {key: mean_interval(subset.metrics[key], subset, n_seeds, counts) for key in shown if key in means}
         for index, layer in enumerate(result.layers):
             cells = []
@@ -54,7 +60,8 @@ def information_table(results: Sequence[ProbeResult], resampling: Resampling, *,
                     cells.append(f"{float(means[key][index]):.{digits}f} ±{half:.{digits}f}")
                 else:
                     cells.append("–")
-            body.append([row_label(result), str(layer), *cells])
+            mark = " *" if len(result.layers) > 1 and index == chosen else ""
+            body.append([row_label(result), f"{layer}{mark}", *cells])
             for sentence in suspicions({key: float(v[index]) for key, v in means.items()}, subset.notes["H_F"]):
                 doubts.setdefault(sentence, {}).setdefault(row_label(result), []).append(str(layer))
     table = format_table(["tokens and probe", "layer", *shown.values()], body)
@@ -73,7 +80,8 @@ def _basis(results: Sequence[ProbeResult]) -> str:
     )
     readers = {(r.subsets[0].notes["probe"], r.subsets[0].notes["probe_F"]) for r in results}
     swapped = [f"F is read by {other}, Y by {mode}" for mode, other in sorted(readers) if mode != other]
-    return "; ".join([text, *swapped])
+    several = ["* chosen on validation"] if any(len(result.layers) > 1 for result in results) else []
+    return "; ".join([text, *swapped, *several])
 
 
 def _warnings(doubts: Mapping[str, Mapping[str, Sequence[str]]], n_rows: int) -> list[str]:

@@ -27,7 +27,7 @@ from binding.examples import decoded_examples
 from binding.information import bits_per_image, combine, suspicions
 from binding.probes import BINDING_PROBES
 from binding.settings import check_settings, feature_settings, is_reuse
-from binding.tables import information_table, split_table
+from binding.tables import RATIO, information_table, split_table
 from controls import PROBE_ROW, Opened, Subject, build_controls
 from datasets.splits import split_report
 from errors import UserError
@@ -38,18 +38,18 @@ from probes import Probe, build_probe
 from runs.progress import stage, stages
 from runs.records import read_records
 from runs.run import Run
+from show.choice import best_layer, read_validation
 from show.records import Column, Resampling, write_records
 from show.tables import present
-from tasks import Batch, Collector, ProbeResult, SubsetResult, Task, check_rank, check_stack, read_seeds
+from tasks import Batch, Collector, ProbeResult, SubsetResult, Task, check_rank, check_stack, mean_scores, read_seeds
 
 LADDER = "ladder"
 LABELS = {"Y": ("object_code",), "F": ("feature_code",), "Y_given_F": ("feature_code", "object_code")}
 NAME = re.compile(r"[\w=+-][\w .=+-]*")  # of a row of the ladder
 CONTROLS = ("pixels", "random")  # those that mean something for whole images
-COLUMNS = [
+COLUMNS = [RATIO] + [
     Column("binding", "", "images", metric, title)
     for metric, title in (
-        ("ratio", "binding ratio"),
         ("binding_information", "binding information, bits"),
         ("information_Y", "I(Y;Z), bits"),
         ("information_F", "I(F;Z), bits"),
@@ -270,7 +270,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     """Fit and score every row and its controls on every layer, write, show.
 
     Returns:
-        {"objective": the best layer's binding ratio of the first row (mean over seeds)}
+        {"objective": the first row's binding ratio on validation, at the layer chosen there (mean over seeds)}
 
     Raises:
         UserError: a mistake in command, data or weights, in one sentence.
@@ -293,17 +293,19 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         subjects = [Subject(name, "", of_row.probe, samples.pop(name), read_seeds(of_row.trainer.seeds)), *controls.pop(name)]
         stage(name, parts=2 * len(subjects) * len(parts_of(of_row)))
         for subject in subjects:
-            sample, stacks, answers = subject.samples["test"], {}, {}
+            stacks, answers = {}, {"test": {}, "val": {}}
             for part in parts_of(of_row):
                 task, of_part = Code(subject.seeds, part), subject._replace(part=part)
                 stacks[part] = trainer.fit_stack(run, task, of_part, options[name])
-                answers[part] = trainer.evaluate(task, stacks[part], of_part, options[name], split="test")
-            results.append(combine(answers, sample, notes_of(of_row, sample)))
+                for split, of_split in answers.items():
+                    of_split[part] = trainer.evaluate(task, stacks[part], of_part, options[name], split=split)
+            scored = {s: combine(a, subject.samples[s], notes_of(of_row, subject.samples[s])) for s, a in answers.items()}
+            results.append(scored["test"]._replace(validation=mean_scores(scored["val"])))
             write_records(run, results[-1], resampling, split="test", flags=flags)
             if not subject.control:
-                illustrate(results[-1], stacks["Y"], sample, of_row, run)
+                illustrate(results[-1], stacks["Y"], subject.samples["test"], of_row, run)
     stage("table and figure")
-    return show(results, cfg, run, resampling)
+    return show(results, cfg, run, resampling, "test")
 
 
 def run_eval(fitted: DictConfig, cfg: DictConfig, run: Run) -> dict[str, Any]:
@@ -331,9 +333,10 @@ def run_eval(fitted: DictConfig, cfg: DictConfig, run: Run) -> dict[str, Any]:
             check_loaded(stack[0], task, sample)
             stack = [probe.to(options.device) for probe in stack]
             answers[part] = trainer.evaluate(task, stack, of_part, options, split=split)
-        results.append(combine(answers, sample, notes_of(of_row, sample)))
+        result = combine(answers, sample, notes_of(of_row, sample))
+        results.append(result._replace(validation=read_validation(run.source, result.name)))
         write_records(run, results[-1], resampling, split=split, flags=flags)
-    return show(results, fitted, run, resampling)
+    return show(results, fitted, run, resampling, split)
 
 
 def check_loaded(probe: Probe, task: Code, sample: PatchSample) -> None:
@@ -346,23 +349,23 @@ def check_loaded(probe: Probe, task: Code, sample: PatchSample) -> None:
         )
 
 
-def show(results: Sequence[ProbeResult], cfg: DictConfig, run: Run, resampling: Resampling) -> dict[str, Any]:
+def show(results: Sequence[ProbeResult], cfg: DictConfig, run: Run, resampling: Resampling, split: str) -> dict[str, Any]:
     """Write the layer curve as table and figure, print the table."""
     from binding.figures import write_layer_curve  # here: no fit waits for matplotlib
 
     text = information_table(results, resampling, conditional=bool(cfg.binding.conditional))
-    return present(results, COLUMNS, resampling, run, draw=write_layer_curve, text=text)
+    return present(results, COLUMNS, resampling, run, split=split, draw=write_layer_curve, text=text)
 
 
 def illustrate(result: ProbeResult, stack: Sequence[Probe], sample: PatchSample, cfg: DictConfig, run: Run) -> None:
-    """Training curves of a row, and what its best layer reads from a few test images."""
+    """Training curves of a row, and what its chosen layer reads from a few test images."""
     from binding.figures import write_examples, write_training_curves
 
     # A finished run that is shown again has the epochs of its controls in its history too.
     mine = [r for r in read_records(run.dir / "history.jsonl") if (r["row"], r["control"]) == (result.row, "")]
     n_bits = {part: sample.labels[LABELS[part][-1]].shape[1] for part in parts_of(cfg)}
     write_training_curves(mine, n_bits, run.dir / f"training-{result.row}.png")
-    examples = decoded_examples(result, stack, sample, cfg)
+    examples = decoded_examples(result.layers[best_layer(result, COLUMNS[0])], stack, sample, cfg)
     plain = [{k: v for k, v in example.items() if k != "image"} for example in examples]
     write_atomically(run.dir / f"decoded-{result.row}.json", json.dumps(plain, indent=1) + "\n")
     write_examples(examples, run.dir / f"decoded-{result.row}.png")

@@ -53,6 +53,25 @@ def resample(n_images: int, n_boot: int = 1000, seed: int = 0) -> Tensor:
     return torch.from_numpy(generator.multinomial(n_images, np.full(n_images, 1 / n_images), n_boot).astype(np.float64))
 
 
+def draws_of(estimate: Estimate, counts: Tensor) -> Tensor:
+    """The score of F fits in every resample (first order in the weights of the images), [F, n_boot]."""
+    return estimate.value[:, None] + estimate.influence @ counts.T
+
+
+def draws_over_seeds(estimate: Estimate, n_seeds: int, counts: Tensor) -> Tensor:
+    """The mean over seeds of fits [S * L], every draw resampling images and seeds: [L, n_boot]."""
+    weight = resample(n_seeds, len(counts), 1)[:, :, None] / n_seeds  # [n_boot, S, 1]
+    draws = draws_of(estimate, counts).T.unflatten(1, (n_seeds, -1))  # [n_boot, S, L]
+    return (draws * weight).sum(1).T
+
+
+def percentiles(draws: Tensor, bounds: tuple[float, float] = (0.0, 1.0), level: float = 0.95) -> tuple[Tensor, Tensor]:
+    """Ends of the percentile interval of draws [F, n_boot]: low and high, float64 [F]; nan where a draw is."""
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = torch.quantile(draws, ends, dim=1).clamp(*bounds)
+    return low, high
+
+
 def interval(
     estimate: Estimate, counts: Tensor, level: float = 0.95, bounds: tuple[float, float] = (0.0, 1.0)
 ) -> tuple[Tensor, Tensor]:
@@ -66,18 +85,32 @@ def interval(
     Returns:
         low and high, float64 [F]; nan where the value is.
     """
-    draws = estimate.value[:, None] + estimate.influence @ counts.T  # [F, n_boot]
-    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = torch.quantile(draws, ends, dim=1).clamp(*bounds)
-    return low, high
+    return percentiles(draws_of(estimate, counts), bounds, level)
 
 
 def interval_over_seeds(
     estimate: Estimate, n_seeds: int, counts: Tensor, bounds: tuple[float, float] = (0.0, 1.0)
 ) -> tuple[Tensor, Tensor]:
     """As `interval`, of the mean over seeds of fits [S * L], every draw resampling images and seeds: two tensors [L]."""
-    weight = resample(n_seeds, len(counts), 1)[:, :, None] / n_seeds  # [n_boot, S, 1]
-    draws = (estimate.value[:, None] + estimate.influence @ counts.T).T.unflatten(1, (n_seeds, -1))  # [n_boot, S, L]
-    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    low, high = torch.quantile((draws * weight).sum(1), ends, dim=0).clamp(*bounds)
-    return low, high
+    return percentiles(draws_over_seeds(estimate, n_seeds, counts), bounds)
+
+
+def p_value(draws: Tensor) -> Tensor:
+    """Two-sided p-value of "this difference is 0", from its paired bootstrap draws [F, n_boot]: float64 [F].
+
+    p = min(1, 2 (1 + min(k, l)) / (n_boot + 1)), k draws being at most 0 and l at least 0 (Davison and Hinkley, *Bootstrap
+    Methods*, 1997, chapter 4, doubled for two sides): up to the 1, the level at which the percentile interval reaches 0. It
+    cannot fall below 2 / (n_boot + 1). nan where a draw is.
+    """
+    side = torch.minimum((draws <= 0).sum(1), (draws >= 0).sum(1)).double()
+    p = (2 * (1 + side) / (draws.shape[1] + 1)).clamp(max=1.0)
+    return torch.where(draws.isnan().any(1), torch.nan, p)
+
+
+def holm(p: Tensor) -> Tensor:
+    """p-values [F] corrected for asking F questions (Holm, Scand. J. Statist. 6, 1979); undefined ones are no question."""
+    corrected, known = p.clone(), (~p.isnan()).nonzero().flatten()
+    order = known[p[known].argsort()]
+    left = torch.arange(len(order), 0, -1, dtype=torch.float64)
+    corrected[order] = (p[order] * left).clamp(max=1.0).cummax(0).values if len(order) else p[order]
+    return corrected

@@ -35,7 +35,7 @@ def draw_layer_curve(
     Args:
         rows: "name" (the probe's is "probe"), "layer" ("embed" or a block), "layer_index", "subset",
             "metric", "value", "low", "high"; "question" and "readout" where there are several. Undefined values (nan,
-            None) are left out.
+            None) are left out; "chosen", true at the layer chosen on validation, which gets a ring.
         columns: (question, readout, subset, metric, title) per panel; None: one panel per AUROC in the rows.
         about: what is shown (model, data, probe, images, seeds), in one small line at the bottom.
     """
@@ -104,6 +104,9 @@ def _draw_series(axes: Axes, name: str, rows: Sequence[Mapping], layers: Mapping
         axes.fill_between(x, low, high, color=color, alpha=0.18, lw=0, zorder=order - 1)
         style = {"marker": None if level else "o", "ms": 4 if is_probe else 2.5, "lw": 2.2 if is_probe else 1.3}
         axes.plot(x, values, color=color, ls=dashes, zorder=order, **style)
+        ringed = [] if level else [i for i, row in enumerate(points) if row.get("chosen") and row["layer"] in layers]
+        if ringed:
+            axes.plot(x[ringed], values[ringed], "o", ms=9 if is_probe else 7, mfc="none", mec=color, mew=1.2, zorder=order + 1)
     return values[-1], label, color
 
 

@@ -30,6 +30,7 @@ from pairs.newton import PairBatch
 from probes import PROBES, Probe, Projections, build_probe
 from runs.progress import stage, stages
 from runs.run import Run
+from show.choice import read_validation
 from show.records import Column, Resampling, write_records
 from show.tables import present, table
 from tasks import Batch, Collector, ProbeResult, Task, check_rank, check_stack, find_task, read_seeds
@@ -157,7 +158,7 @@ POINTWISE_CONTROLS = [name for name in CONTROLS if name not in ("cosine", "dot_p
 
 
 def columns(task: str, accuracy: str, questions: Collection[str]) -> list[Column]:
-    """What table and figure show of a task; the first one ranks the layers.
+    """What table and figure show of a task; the first one is the headline.
 
     Args:
         accuracy: which pairs it counts, a key of ACCURACIES.
@@ -279,7 +280,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     """mode=train, train_class, train_identity: fit and score the probe and its controls on every layer, write, show.
 
     Returns:
-        {"objective": the best layer's headline score (mean over seeds)}
+        {"objective": the headline score on validation, at the layer chosen there (mean over seeds)}
 
     Raises:
         UserError: a mistake in command, data or weights, in one sentence.
@@ -308,11 +309,13 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         results.append(trainer.probe(run, make(subject.seeds), subject, options))
         write_records(run, results[-1], resampling, split="test")
     stage("table and figure")
-    return show(results, cfg, run, resampling)
+    return show(results, cfg, run, resampling, "test")
 
 
 def run_eval(fitted: DictConfig, cfg: DictConfig, run: Run) -> dict[str, Any]:
     """mode=eval: score the probe of a finished run on `eval.split`, without controls.
+
+    The layer is the one that run chose on its validation split.
 
     Args:
         fitted: configuration of the finished run; data, device and cache are those of now.
@@ -332,8 +335,9 @@ def run_eval(fitted: DictConfig, cfg: DictConfig, run: Run) -> dict[str, Any]:
     stack = [probe.to(options.device) for probe in stack]
     subject, resampling = Subject(PROBE_ROW, "", fitted.probe, samples, seeds), Resampling.read(fitted)
     result = trainer.evaluate(task, stack, subject, options, split=split)
+    result = result._replace(validation=read_validation(run.source, result.name))
     write_records(run, result, resampling, split=split)
-    return show([result], fitted, run, resampling)
+    return show([result], fitted, run, resampling, split)
 
 
 def check_loaded(probe: Probe, fitted: DictConfig, sample: PatchSample) -> None:
@@ -351,7 +355,7 @@ def check_loaded(probe: Probe, fitted: DictConfig, sample: PatchSample) -> None:
         )
 
 
-def show(results: Sequence[ProbeResult], cfg: DictConfig, run: Run, resampling: Resampling) -> dict[str, Any]:
+def show(results: Sequence[ProbeResult], cfg: DictConfig, run: Run, resampling: Resampling, split: str) -> dict[str, Any]:
     """Write the layer curve as table and figure, print the table."""
 
     def draw(*figure: Any) -> None:
@@ -362,4 +366,4 @@ def show(results: Sequence[ProbeResult], cfg: DictConfig, run: Run, resampling: 
     questions = {subset.question for subset in results[0].subsets}
     shown = columns(cfg.task, cfg.protocol.pairs.accuracy, questions)
     text = table(results, shown, resampling)
-    return present(results, shown, resampling, run, draw=draw, text=text)
+    return present(results, shown, resampling, run, split=split, draw=draw, text=text)

@@ -632,15 +632,17 @@ def evaluate(path: Path, output_dir: Path) -> dict:
         raise UserError("the evaluation failed, see above: " + " ".join(command))
     directory = newest_run(output_dir)
     with open(directory / "layers.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["metric"] == "auroc" and row["subset"] in BLOCKS]
+        rows = [row for row in csv.DictReader(file) if (row["kind"], row["metric"]) == ("score", "auroc")]
     outcome: dict = {}
     for block, title in BLOCKS.items():
         scores: dict[str, list[dict]] = {}
+        best: dict[str, dict] = {}  # at the layer chosen on validation, or the only one
         for row in rows:
             if row["subset"] == block and row["value"]:
                 score = {"layer": row["layer"]} | {key: round(float(row[key]), 4) for key in ("value", "low", "high")}
                 scores.setdefault(row["name"], []).append(score)
-        best = {name: max(layers, key=lambda score: score["value"]) for name, layers in scores.items()}
+                if row["chosen"] == "1" or row["name"] not in best:
+                    best[row["name"]] = score
         outcome[title] = {"layers": {score["layer"]: score["value"] for score in scores.get("probe", [])}, **best}
     run = json.loads((directory / "run.json").read_text())
     about["evaluation"] = {"command": "python main.py mode=train model=demo_vit", "commit": run["commit"], "auroc": outcome}

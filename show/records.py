@@ -43,6 +43,7 @@ class Resampling(NamedTuple):
         return resample(n_images, self.n_boot, self.seed)
 
 
+VALIDATION = "validation"  # the kind of the records that hold what layers are chosen by
 SUBSET = ("question", "readout", "subset")  # what tells a subset's records from those of the others
 # Warnings a record carries, from its subset and its numbers.
 Flags = Callable[[SubsetResult, Mapping[str, float]], list[str]]
@@ -54,8 +55,10 @@ def no_flags(subset: SubsetResult, metrics: Mapping[str, float]) -> list[str]:
 
 
 def write_records(run: Run, result: ProbeResult, resampling: Resampling, *, split: str, flags: Flags = no_flags) -> None:
-    """Append the records of a result to metrics.jsonl."""
+    """Append the records of a result to metrics.jsonl: its scores, and the validation scores that layers are chosen by."""
     for record in records(result, resampling, split=split, flags=flags):
+        run.write(record)
+    for record in validation_records(result):
         run.write(record)
 
 
@@ -86,6 +89,20 @@ def records(result: ProbeResult, resampling: Resampling, *, split: str, flags: F
             }
 
 
+def validation_records(result: ProbeResult) -> Iterator[dict[str, Any]]:
+    """A record per layer and subset with the validation scores, means over seeds without intervals."""
+    of_subsets: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    for (*subset, metric), values in (result.validation or {}).items():
+        of_subsets.setdefault(tuple(subset), {})[metric] = values
+    for subset, metrics in of_subsets.items():
+        for index, layer in enumerate(result.layers):
+            yield {
+                "kind": VALIDATION, "name": result.name, "row": result.row, "control": result.control, "split": "val",
+                "layer": layer, "layer_index": index, **dict(zip(SUBSET, subset, strict=True)), "seed": "mean",
+                "metrics": {metric: values[index] for metric, values in metrics.items()},
+            }  # fmt: skip
+
+
 def _warned(flags: list[str]) -> dict[str, list[str]]:
     return {"flags": flags} if flags else {}
 
@@ -98,35 +115,44 @@ def mean_interval(estimate: Estimate, subset: SubsetResult, n_seeds: int, counts
 
 
 def curve_rows(run: Run, results: Sequence[ProbeResult]) -> list[dict[str, Any]]:
-    """One row per result, layer, subset and metric, mean over seeds with interval: read from metrics.jsonl.
+    """The rows of layers.csv, read from metrics.jsonl: the two cannot disagree, also where an earlier process wrote records.
 
-    The layer curve is made of the records, so the two cannot disagree, also where an earlier process wrote some of them.
+    kind "score": a row per result, layer, subset and metric, mean over seeds with interval; `chosen` is 1 at the layer
+    chosen on validation. kind "gain": a row per control (`name`) and layer of its probe, the probe's score minus that of the
+    control at `over_layer`, paired over images, with its p-value and the one corrected over layers.
     """
     rows, number = [], lambda value: math.nan if value is None else value
     names = {result.name for result in results}
-    for record in read_records(run.dir / "metrics.jsonl", run.say):
-        if record.get("kind") != "score" or record["seed"] != "mean" or record["name"] not in names:
+    found = [r for r in read_records(run.dir / "metrics.jsonl", run.say) if r.get("name") in names]
+    chosen = {
+        (r["name"], str(r["layer"]), *(r[key] for key in SUBSET), r["metric"])
+        for r in found
+        if r["kind"] == "choice"
+    }  # fmt: skip
+    for record in found:
+        if record["kind"] not in ("score", "gain") or record.get("seed", "mean") != "mean":
             continue
-        common = {key: record[key] for key in ("name", "row", "control", "layer", "layer_index", *SUBSET)}
+        common = {key: record[key] for key in ("kind", "name", "row", "control", "layer", "layer_index", *SUBSET)}
+        if record["kind"] == "gain":
+            low, high = map(number, record["interval"])
+            ends = {"metric": record["metric"], "value": number(record["value"]), "low": low, "high": high}
+            tests = {"over_layer": record["over_layer"], "p": number(record["p"]), "p_holm": number(record["p_holm"])}
+            rows.append({**common, **ends, "chosen": int(record["chosen"]), **tests})
+            continue
         for metric, value in record["metrics"].items():
             low, high = map(number, record["interval"][metric])
-            rows.append({**common, "metric": metric, "value": number(value), "low": low, "high": high})
+            key = (record["name"], str(record["layer"]), *(record[name] for name in SUBSET), metric)
+            ends = {"metric": metric, "value": number(value), "low": low, "high": high}
+            rows.append({**common, **ends, "chosen": int(key in chosen), "over_layer": "", "p": "", "p_holm": ""})
     return rows
+
+
+def find_subset(result: ProbeResult, column: Column) -> SubsetResult | None:
+    """The subset a column shows; None where this result has none."""
+    return next((s for s in result.subsets if (s.question, s.readout, s.subset) == column[:3]), None)
 
 
 def find(result: ProbeResult, column: Column) -> Estimate | None:
     """The estimate a column shows; None where this result has none."""
-    for subset in result.subsets:
-        if (subset.question, subset.readout, subset.subset) == column[:3]:
-            return subset.metrics.get(column.metric)
-    return None
-
-
-def best_layer(result: ProbeResult, column: Column) -> tuple[int, float] | None:
-    """Index and value of the layer with the highest mean over seeds; None where the score is undefined everywhere."""
-    estimate = find(result, column)
-    if estimate is None:
-        return None
-    value = mean_over_seeds(estimate, len(result.seeds)).value.nan_to_num(-math.inf)
-    index = int(value.argmax())
-    return None if value[index] == -math.inf else (index, float(value[index]))
+    subset = find_subset(result, column)
+    return None if subset is None else subset.metrics.get(column.metric)

@@ -6,12 +6,16 @@ from typing import Any
 
 from torch import Tensor
 
-from metrics.bootstrap import Estimate, difference, interval, mean_over_seeds
+from metrics.bootstrap import interval, mean_over_seeds
 from runs.records import write_table
 from runs.run import Run
-from show.records import Column, Resampling, best_layer, curve_rows, find
+from show.choice import best_layer, chosen, gains, objective, regret, write_choices
+from show.records import Column, Resampling, curve_rows, find
 from show.text import format_table
 from tasks import ProbeResult
+
+LEVEL = 0.05  # gains whose corrected p-value is not below it are marked
+DOUBT = "°"
 
 
 def present(
@@ -20,30 +24,33 @@ def present(
     resampling: Resampling,
     run: Run,
     *,
+    split: str,
     draw: Callable[[list[dict], Sequence[Column], Path, str], None],
     text: str,
 ) -> dict[str, Any]:
-    """Write layers.csv, draw the layer curve, mirror it, print the table.
+    """Write choices and gains, layers.csv, draw the layer curve, mirror it, print the table.
 
     Args:
         results: the probe first, then its controls.
-        draw: writes the figure of the rows of layers.csv to a path, with one line that says what it shows.
+        split: the one that was scored.
+        draw: writes the figure of the scores in layers.csv to a path, with one line that says what it shows.
         text: the table.
 
     Returns:
-        {"objective": the headline score of the probe's best layer}.
+        {"objective": the headline score on validation, at the layer chosen there}.
     """
+    write_choices(run, results, columns, resampling, split)
     rows, figure = curve_rows(run, results), run.dir / "layers.png"
     if write_table(run.dir / "layers.csv", rows):
         figure.unlink(missing_ok=True)
-    run.mirror_curve(rows)
+    scores = [row for row in rows if row["kind"] == "score"]
+    run.mirror_curve(scores)
     if not figure.exists():  # a finished run that is shown again has its figure
-        draw(rows, columns, figure, about(run, results[0]))
+        draw(scores, columns, figure, about(run, results[0]))
     run.finishing()  # all is written: what follows is only shown
     run.say(text)
     run.say(f"\nrecords, curve and checkpoints: {run.dir}")
-    best = best_layer(results[0], columns[0])
-    return {"objective": None if best is None else best[1]}
+    return {"objective": objective(results[0], columns[0], split)}
 
 
 def about(run: Run, probe: ProbeResult) -> str:
@@ -54,17 +61,25 @@ def about(run: Run, probe: ProbeResult) -> str:
 
 
 def table(results: Sequence[ProbeResult], columns: Sequence[Column], resampling: Resampling) -> str:
-    """The layers of the probe, then every control at its best layer and what the probe has over it.
+    """The layers of the probe, its chosen layer, then every control at its chosen layer and what the probe has over it.
 
-    Best means best per column. A gain is the probe's best layer minus the control's, paired over images.
+    Layers are chosen on validation, of every column by itself. The regret is the score of the best layer of the scored split
+    minus that of the chosen one. A gain is the probe's chosen layer minus the control's, paired over images.
     """
     probe, counts = results[0], resampling.counts(results[0])
     header = ["layer", *(column.title for column in columns)]
     body = [[str(layer), *(_cell(probe, c, i, counts) for c in columns)] for i, layer in enumerate(probe.layers)]
+    if len(probe.layers) > 1:
+        body.append(["chosen on val", *(_chosen_cell(probe, column, counts) for column in columns)])
+        body.append(["  regret", *(_regret_cell(probe, column, counts) for column in columns)])
     for control in results[1:]:
-        pairs = [_control_cells(probe, control, column, counts) for column in columns]
-        body += [[control.name, *(score for score, _ in pairs)], ["  probe gains", *(gain for _, gain in pairs)]]
-    return format_table(header, body) + "\n" + basis(probe)
+        body.append([control.name, *(_chosen_cell(control, column, counts) for column in columns)])
+        body.append(["  probe gains", *(_gain_cell(probe, control, column, counts) for column in columns)])
+    lines = [format_table(header, body), basis(probe)]
+    if any(DOUBT in cell for row in body for cell in row):
+        among = f", corrected over {len(probe.layers)} layers (Holm)" if len(probe.layers) > 1 else ""
+        lines.append(f"{DOUBT} may be chance: p of the paired bootstrap, two-sided{among}, is not below {LEVEL:g}")
+    return "\n".join(lines)
 
 
 def _cell(result: ProbeResult, column: Column, index: int, counts: Tensor) -> str:
@@ -77,22 +92,27 @@ def _cell(result: ProbeResult, column: Column, index: int, counts: Tensor) -> st
     return _number(float(mean.value[index]), float(low[index]), float(high[index]))
 
 
-def _control_cells(probe: ProbeResult, control: ProbeResult, column: Column, counts: Tensor) -> tuple[str, str]:
-    """A control's best layer and the gain of the probe's best layer over it, as text."""
-    ours, theirs = best_layer(probe, column), best_layer(control, column)
-    if ours is None or theirs is None:
-        return "–", ""
-    at = f" @{control.layers[theirs[0]]}" if len(control.layers) > 1 else ""
-    gained = difference(_at_layer(probe, column, ours[0]), _at_layer(control, column, theirs[0]))
-    low, high = interval(gained, counts, bounds=(-1.0, 1.0))
-    gain = _number(float(gained.value), float(low), float(high), sign="+")
-    return _cell(control, column, theirs[0], counts) + at, gain
+def _chosen_cell(result: ProbeResult, column: Column, counts: Tensor) -> str:
+    """The score at the chosen layer, which is named where there are several."""
+    here = chosen(result, column, counts)
+    if here is None:
+        return "–"
+    return _number(*here.score) + (f" @{here.layer}" if len(result.layers) > 1 else "")
 
 
-def _at_layer(result: ProbeResult, column: Column, index: int) -> Estimate:
-    """The mean over seeds at one layer: value [1], influence [1, M]."""
-    mean = mean_over_seeds(find(result, column), len(result.seeds))
-    return Estimate(*(field[index : index + 1] for field in mean))
+def _gain_cell(probe: ProbeResult, control: ProbeResult, column: Column, counts: Tensor) -> str:
+    """What the probe's chosen layer has over the control's, with a mark where it may be chance."""
+    found = gains(probe, control, column, counts)
+    if found is None:
+        return ""
+    certain = float(found.p_holm[best_layer(probe, column)]) < LEVEL
+    return _number(*found.chosen, sign="+") + ("" if certain else f" {DOUBT}")
+
+
+def _regret_cell(result: ProbeResult, column: Column, counts: Tensor) -> str:
+    """What the best layer of the scored split has over the chosen one."""
+    cost = regret(result, column, counts)
+    return "–" if cost is None else f"{_number(*cost.regret)} @{cost.layer}"
 
 
 def basis(probe: ProbeResult) -> str:

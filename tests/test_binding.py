@@ -375,7 +375,9 @@ def test_the_training_curve_of_a_row_leaves_out_its_controls(tmp_path: Path, mon
     monkeypatch.setattr("binding.figures.write_training_curves", lambda history, *_: drawn.extend(history))
     monkeypatch.setattr("binding.figures.write_examples", lambda *_: None)
     monkeypatch.setattr("binding.task.decoded_examples", lambda *_: [])
-    result = ProbeResult("row", "", "row", [0], [0], [])
+    ratio = Estimate(torch.zeros(1), torch.zeros(1, 4))
+    subset = SubsetResult("binding", "", "images", {"ratio": ratio}, {"n_images": 4}, [])
+    result = ProbeResult("row", "", "row", [0], [0], [subset])
     binding_task.illustrate(result, [], grid_samples("Y")["test"], configure("probe.mode=linear"), run)
     assert [record["name"] for record in drawn] == ["row/Y", "row/F"]
 

@@ -53,13 +53,15 @@ def test_the_default_run_leaves_records_curve_checkpoints_and_provenance(trained
     # The backbone is random already, so there is no control of that name.
     controls = {"position", "pixels", "pixels_position", "class_oracle", "cosine", "dot_product"}
     assert {r["name"] for r in records} == {"probe"} | controls
+    assert {r["kind"] for r in records} == {"score", "validation", "choice", "gain"}
     assert {(r["protocol"], r["model"], r["dataset"], r["probe"]) for r in records} == {
         ("clean", "demo_vit", "scenes", "quadratic")
     }
-    seeds = {r["seed"] for r in records if r["name"] == "probe"}
+    seeds = {r["seed"] for r in records if (r["kind"], r["name"]) == ("score", "probe")}
     assert seeds == {0, 1, "mean"} and {r["layer"] for r in records if r["name"] == "probe"} == {"embed", 0, 1}
-    means = [r for r in records if (r["name"], r["seed"], r["subset"]) == ("probe", "mean", "all")]
-    assert trained.objective == max(r["metrics"]["auroc"] for r in means)
+    of_probe = [r for r in records if (r["name"], r.get("seed"), r["subset"]) == ("probe", "mean", "all")]
+    assert trained.objective == max(r["metrics"]["auroc"] for r in of_probe if r["kind"] == "validation")
+    means = [r for r in of_probe if r["kind"] == "score"]
     for record in means:
         low, high = record["interval"]["auroc"]
         assert low <= record["metrics"]["auroc"] <= high
@@ -88,7 +90,7 @@ def test_a_finished_run_is_shown_again_without_a_backbone_or_a_new_record(
 def test_the_embedded_backbone_is_found_from_any_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     finished = run(folder, *SCENES, *FIT, "model.layers=[7]", "controls=[random]")
-    records = {r["name"]: r for r in finished.records() if (r["seed"], r["subset"]) == ("mean", "all")}
+    records = {r["name"]: r for r in finished.records() if (r["kind"], r.get("seed"), r["subset"]) == ("score", "mean", "all")}
     assert records.keys() == {"probe", "random"} and records["probe"]["metrics"] != records["random"]["metrics"]
     assert not list(tmp_path.iterdir())
 
@@ -142,7 +144,7 @@ def test_eval_takes_another_split_checkpoint_or_data_set(folder: Path, trained: 
     with pytest.raises(SystemExit, match="unknown eval.checkpoint 'nonsense'; valid: best, last"):
         run(folder, *base, "eval.checkpoint=nonsense")
     last = run(folder, *base, "eval.checkpoint=last")
-    assert {r["split"] for r in val.records()} == {"val"} and of(val) != of(trained)
+    assert {r["split"] for r in val.records()} == {"val"} and val.objective == trained.objective and of(val) != of(trained)
     assert of(noisy) != of(trained) and noisy.records()[0]["n_images"] == 8
     assert scores(last) == scores(trained)  # one epoch: the best is the last
     assert len({val.dir, noisy.dir, last.dir}) == 3
@@ -393,7 +395,8 @@ def test_the_mirror_gets_the_curve_and_is_closed(folder: Path, mirrors: list[Mir
     (mirror,) = mirrors
     assert mirror.exit_code == 0 and mirror.given["project"] == "mine" and mirror.given["dir"] == finished.dir
     assert [values["layer_index"] for values in mirror.logged] == [0, 1]
-    assert max(v["probe/is_same_object/all/auroc"] for v in mirror.logged) == finished.objective
+    means = {r["layer_index"]: r["metrics"]["auroc"] for r in scores(finished) if (r["seed"], r["subset"]) == ("mean", "all")}
+    assert {v["layer_index"]: v["probe/is_same_object/all/auroc"] for v in mirror.logged} == means
 
 
 def test_nothing_is_mirrored_where_there_is_nothing_new(folder: Path, mirrors: list[Mirror]) -> None:
