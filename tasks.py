@@ -59,7 +59,8 @@ class SubsetResult(NamedTuple):
     question: is_same_object, same_class, class, binding … readout: how an answer is read from the logits.
     subset: which pairs, patches or images were asked. counts: how many. distance: AUROC by distance of the patches.
     notes: what every record of the subset states beside its numbers. bounds: where an interval may end.
-    over_seeds: intervals of the mean resample the seeds too.
+    over_seeds: intervals of the mean resample the seeds too. per_image: scores of the images by themselves, "auroc"
+    [S * L, M] (nan where undefined), "n_pairs" and "n_positive" [M].
     """
 
     question: str
@@ -71,6 +72,7 @@ class SubsetResult(NamedTuple):
     notes: Mapping[str, Any] = {}
     bounds: tuple[float, float] = (0.0, 1.0)
     over_seeds: bool = False
+    per_image: Mapping[str, Tensor] = {}
 
 
 class ProbeResult(NamedTuple):
@@ -80,7 +82,7 @@ class ProbeResult(NamedTuple):
     name: both in one word, as records, checkpoints and figures call it.
     validation: what layers are chosen by: the mean over seeds on the validation split, per layer, of every metric by
         (question, readout, subset, metric). None: no layer is chosen.
-    n_train: images the probe was fitted on, where that is known.
+    n_train: images the probe was fitted on, where that is known. keys: names of the M scored images.
     """
 
     row: str
@@ -91,6 +93,7 @@ class ProbeResult(NamedTuple):
     subsets: list[SubsetResult]
     validation: Mapping[tuple[str, str, str, str], list[float]] | None = None
     n_train: int | None = None
+    keys: Sequence[str] = ()
 
 
 def mean_scores(result: ProbeResult) -> dict[tuple[str, str, str, str], list[float]]:
@@ -113,7 +116,7 @@ class Collector(Protocol):
 
 
 class Task:
-    """What a probe is asked. A new task overrides what differs; these nine members are all the loop knows of it.
+    """What a probe is asked. A new task overrides what differs; these ten members are all the loop knows of it.
 
     Args:
         seeds: of the fits.
@@ -166,8 +169,12 @@ class Task:
         """
         raise NotImplementedError(f"{type(self).__name__}.solve")
 
-    def collector(self, sample: PatchSample, n_layers: int) -> Collector:
-        """Collects the answers to all images of a sample."""
+    def prediction(self, logits: Tensor) -> Tensor:
+        """What of the logits [S, L, B, …] is written where predictions are asked for (`eval.predictions`)."""
+        return logits
+
+    def collector(self, sample: PatchSample, n_layers: int, detail: bool = True) -> Collector:
+        """Collects the answers to all images of a sample; `detail`: also what the choice of a layer does not need."""
         raise NotImplementedError(f"{type(self).__name__}.collector")
 
 

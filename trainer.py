@@ -108,7 +108,7 @@ def probe(run: Run, task: Task, subject: Subject, options: FitOptions, *, split:
     result = evaluate(task, stack, subject, options, split=split)
     if subject.control and len(result.layers) == 1:
         return result
-    return result._replace(validation=mean_scores(evaluate(task, stack, subject, options, split="val")))
+    return result._replace(validation=mean_scores(evaluate(task, stack, subject, options, split="val", detail=False)))
 
 
 def fit_stack(run: Run, task: Task, subject: Subject, options: FitOptions) -> list[Probe]:
@@ -382,23 +382,35 @@ def mean_loss(
 
 
 @torch.no_grad()
-def evaluate(task: Task, probes: Sequence[Probe], subject: Subject, options: FitOptions, *, split: str) -> ProbeResult:
-    """The answers of a stack, in its chunks of layers, to a split of its samples."""
+def evaluate(
+    task: Task, probes: Sequence[Probe], subject: Subject, options: FitOptions, *, split: str, detail: bool = True,
+    also: Callable[[Probe, Batch, Tensor], None] | None = None,
+) -> ProbeResult:  # fmt: skip
+    """The answers of a stack, in its chunks of layers, to a split of its samples.
+
+    Args:
+        detail: also what the choice of a layer does not need.
+        also: gets every batch with its logits [S, L, B, …], chunk by chunk.
+    """
     sample = subject.samples[split]
     chunks = []
     for probe in probes:
         probe.eval()
         layer_rows = [list(sample.tokens.layers).index(layer) for layer in probe.layers]
-        collector = task.collector(sample, len(layer_rows))
+        collector = task.collector(sample, len(layer_rows), detail)
         batches = list(task.batches(sample, options.batch_images, None))
         for batch in track(batches, "scoring", "batch"):
             x, batch = batch.tokens(sample, layer_rows, options.device), batch.to(options.device)  # [L, B, T, D]
-            collector.add(batch, task.logits(probe, x, batch))
+            logits = task.logits(probe, x, batch)
+            collector.add(batch, logits)
+            if also is not None:
+                also(probe, batch, logits)
         chunks.append(collector.results())
     subsets = [concatenate(parts, len(subject.seeds)) for parts in zip(*chunks, strict=True)]
     layers = [layer for probe in probes for layer in probe.layers]
     n_train = len(subject.samples["train"].keys) if "train" in subject.samples else None
-    return ProbeResult(subject.row, subject.control, subject.title, layers, list(subject.seeds), subsets, n_train=n_train)
+    seeds = list(subject.seeds)
+    return ProbeResult(subject.row, subject.control, subject.title, layers, seeds, subsets, None, n_train, sample.keys)
 
 
 def concatenate(chunks: Sequence[SubsetResult], n_seeds: int) -> SubsetResult:
@@ -406,10 +418,13 @@ def concatenate(chunks: Sequence[SubsetResult], n_seeds: int) -> SubsetResult:
     if len(chunks) == 1:
         return chunks[0]
 
+    def stack(fields: Sequence[Tensor]) -> Tensor:
+        return torch.cat([field.unflatten(0, (n_seeds, -1)) for field in fields], 1).flatten(0, 1)
+
     def join(estimates: Sequence[Estimate]) -> Estimate:
-        parts = [[field.unflatten(0, (n_seeds, -1)) for field in e] for e in estimates]
-        return Estimate(*(torch.cat(fields, 1).flatten(0, 1) for fields in zip(*parts, strict=True)))
+        return Estimate(*(stack(fields) for fields in zip(*estimates, strict=True)))
 
     metrics = {key: join([c.metrics[key] for c in chunks]) for key in chunks[0].metrics}
     distance = [{**row, "auroc": join([c.distance[i]["auroc"] for c in chunks])} for i, row in enumerate(chunks[0].distance)]
-    return chunks[0]._replace(metrics=metrics, distance=distance)
+    per_image = {key: stack([c.per_image[key] for c in chunks]) if x.ndim > 1 else x for key, x in chunks[0].per_image.items()}
+    return chunks[0]._replace(metrics=metrics, distance=distance, per_image=per_image)

@@ -39,6 +39,7 @@ from runs.progress import stage, stages
 from runs.records import read_records
 from runs.run import Run
 from show.choice import best_layer, read_validation
+from show.per_image import Predictions
 from show.records import Column, Resampling, write_records
 from show.tables import present
 from tasks import Batch, Collector, ProbeResult, SubsetResult, Task, check_rank, check_stack, mean_scores, read_seeds
@@ -103,7 +104,7 @@ class Code(Task):
         code = batch.labels[self.labels[-1]].to(logits.dtype)
         return (F.softplus(logits) - code * logits).mean((-2, -1))
 
-    def collector(self, sample: PatchSample, n_layers: int) -> Collector:
+    def collector(self, sample: PatchSample, n_layers: int, detail: bool = True) -> Collector:
         """Collects bits and right answers per image."""
         return CodeCollector(self.labels[-1])
 
@@ -332,7 +333,11 @@ def run_eval(fitted: DictConfig, cfg: DictConfig, run: Run) -> dict[str, Any]:
             stack = trainer.load_stack(run.source, of_part.name, cfg.eval.checkpoint, task, sample)
             check_loaded(stack[0], task, sample)
             stack = [probe.to(options.device) for probe in stack]
-            answers[part] = trainer.evaluate(task, stack, of_part, options, split=split)
+            predictions = Predictions(task, sample) if cfg.eval.predictions else None
+            answers[part] = trainer.evaluate(task, stack, of_part, options, split=split, also=predictions and predictions.add)
+            if predictions is not None:
+                about = {"task": fitted.task, "split": split, "row": name, "code": part}
+                predictions.write(run.dir / "predictions" / name / f"{part}.safetensors", about)
         result = combine(answers, sample, notes_of(of_row, sample))
         results.append(result._replace(validation=read_validation(run.source, result.name)))
         write_records(run, results[-1], resampling, split=split, flags=flags)

@@ -5,5 +5,5 @@ pictures, listings, metadata (files) · folder, ade20k, ade20k_files · publishe
 cityscapes, coco, coco_masks · codes, priors, splits, sampling (codes of whole images) · color_shape,
 balanced_color_shape, clevr, occlusion_clevr, occlusion_cache, visual_genome, arrangements ·
 check (mode=check_data), export (mode=export_data).
-May import: files, runs.progress
+May import: files, metrics.sample_size, runs.progress
 """

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from datasets.scene import Scene, UnreadableScene, build
 from errors import UserError
 from files import write_atomically
+from metrics.sample_size import FOLDS, TYPICAL_SPREAD, TYPICAL_SPREAD_OF_CODES, size_warnings
 from runs.progress import stage, stages, track
 
 SPLITS = ("train", "val", "test")
@@ -329,6 +330,12 @@ def format_remarks(facts: dict[str, dict[str, Any]], shared: dict[str, list[str]
             lines.append(f"{split}: {len(of_split['names_in_conflict'])} raw classes have several names, listed in {path}")
         if of_split["repeated_keys"]:
             lines.append(f"{split}: {len(of_split['repeated_keys'])} names occur twice, first {of_split['repeated_keys'][0]}")
+    n_images = {split: of_split.get("readable", 0) for split, of_split in facts.items()}
+    if n_images["train"] and n_images["test"]:
+        of_codes = "codes" in facts["test"]
+        spreads, remedy = (TYPICAL_SPREAD_OF_CODES, "") if of_codes else (TYPICAL_SPREAD, FOLDS)
+        few = size_warnings(n_images["train"], n_images["test"], spreads, "as in the default runs, docs/results.md", remedy)
+        lines += [f"warning: {text}" for text in few]
     lines += [f"splits {pair} share {len(names)} names, first {names[0]}" for pair, names in shared.items()]
     return [*lines, f"details: {path}"]
 

@@ -1,5 +1,5 @@
 """Exact scores with the influence of every image, and intervals over images.
 
-Read bootstrap, segmentation.
+Read bootstrap, sample_size, segmentation.
 May import: nothing
 """

@@ -21,11 +21,12 @@ class PairCollector:
 
     Args:
         task: a `pairs.task.PairTask`: its seeds, variants, questions and read-outs.
+        detail: also scores by distance and per image.
         count_classes: also count the patches whose class is right.
     """
 
-    def __init__(self, task: Any, sample: PatchSample, n_layers: int, *, count_classes: bool = False) -> None:
-        self.task, self.n_layers, self.count_classes = task, n_layers, count_classes
+    def __init__(self, task: Any, sample: PatchSample, n_layers: int, *, detail: bool, count_classes: bool = False) -> None:
+        self.task, self.n_layers, self.detail, self.count_classes = task, n_layers, detail, count_classes
         self.labels, place = _evaluated(sample, task.per_visit)
         questions = [name for name in task.questions if LABEL_OF[name] in self.labels]
         self.strata = {name: _strata(name, self.labels, place) for name in questions}
@@ -51,8 +52,9 @@ class PairCollector:
         """Every subset of every question, each from the fit that was made for it."""
         results = []
         for (question, readout, variant), scores in self.scores.items():
-            for subset, numbers in scores.evaluate(self._subsets(question, variant)).items():
-                results.append(SubsetResult(question, readout, subset, numbers.metrics, numbers.counts, numbers.distance))
+            for subset, numbers in scores.evaluate(self._subsets(question, variant), detail=self.detail).items():
+                result = SubsetResult(question, readout, subset, numbers.metrics, numbers.counts, numbers.distance)
+                results.append(result._replace(per_image=numbers.per_image))
         return results + ([self._class_accuracy()] if self.right else [])
 
     def _subsets(self, question: str, variant: str) -> list[str]:

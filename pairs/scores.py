@@ -99,11 +99,14 @@ class Block(NamedTuple):
         counts: n_pairs, n_positive, n_images (images with at least one pair).
         distance: AUROC per distance bin: {"from", "to"} in patches (both None: windows that cannot be compared),
             "n_pairs", "n_positive" and "auroc", an Estimate.
+        per_image: "auroc" [F, M] of the pairs of each image alone, nan where an image has pairs of one kind only;
+            "n_pairs", "n_positive" [M].
     """
 
     metrics: dict[str, Estimate]
     counts: dict[str, int]
     distance: list[dict[str, Any]]
+    per_image: dict[str, Tensor]
 
 
 class PairScores:
@@ -153,8 +156,12 @@ class PairScores:
         self.diagonal[:, images] = torch.einsum("fbt,kbt->fbk", itself.float(), self_members.float())
         self.seen[images] = True
 
-    def evaluate(self, names: Collection[str] = ("all", "foreground", "same_class", "same_class_matched")) -> dict[str, Block]:
+    def evaluate(
+        self, names: Collection[str] = ("all", "foreground", "same_class", "same_class_matched"), *, detail: bool = True
+    ) -> dict[str, Block]:
         """Score blocks of pairs, by default every one; "same_class_matched" needs positions.
+
+        detail: also by distance and per image.
 
         Metrics: accuracy (i < j), accuracy_upper_diagonal (i <= j) and accuracy_all (all ordered pairs), as published;
         balanced_accuracy; auroc (Mann-Whitney, ties count one half); average_precision (sum of precision over steps of
@@ -170,8 +177,8 @@ class PairScores:
         use = np.flatnonzero((kind >= lowest) & (kind != INVALID))
         cell = (2 * (use // n_pairs) + self.strata.same.numpy().ravel()[use]).astype(np.int32)
         square, bins = (None, None) if set(names) == {"all"} else self._distance_codes(use)
-        pairs = _Pairs(kind[use], cell, square if "same_class_matched" in names else None, bins)
-        fits = [_score_fit(s.numpy().ravel()[use], pairs, n_images, self.threshold, names) for s in self.scores]
+        pairs = _Pairs(kind[use], cell, square if "same_class_matched" in names else None, bins if detail else None)
+        fits = [_score_fit(s.numpy().ravel()[use], pairs, n_images, self.threshold, names, detail) for s in self.scores]
         whole = {
             name: np.bincount(cell[pairs.kind >= BLOCKS.get(name, BLOCKS["same_class"])], minlength=2 * n_images).reshape(-1, 2)
             for name in fits[0]
@@ -213,8 +220,12 @@ class PairScores:
         distance = [
             {**row, "auroc": _stack([fit["distance"][i]["auroc"] for fit in fits])} for i, row in enumerate(fits[0]["distance"])
         ]
+        per_image = {}
+        if "per_image" in fits[0]:
+            per_image["auroc"] = torch.from_numpy(np.stack([fit["per_image"] for fit in fits]))
+            per_image |= {"n_pairs": n[0].long(), "n_positive": positive[0].long()}
         counts = {"n_pairs": n[0].sum(), "n_positive": positive[0].sum(), "n_images": (n[0] > 0).sum()}
-        return Block(metrics, {key: int(count) for key, count in counts.items()}, distance)
+        return Block(metrics, {key: int(count) for key, count in counts.items()}, distance, per_image)
 
 
 def _members(kind: Tensor) -> Tensor:
@@ -265,7 +276,7 @@ def _sort(score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _score_fit(
-    score: np.ndarray, pairs: _Pairs, n_images: int, threshold: float, names: Collection[str]
+    score: np.ndarray, pairs: _Pairs, n_images: int, threshold: float, names: Collection[str], detail: bool
 ) -> dict[str, dict[str, Any]]:
     """The named blocks of one fit: sorted once, and what is sorted stays sorted in the smaller blocks."""
     score, order = _sort(score)
@@ -287,6 +298,8 @@ def _score_fit(
         block["auroc"] = _per_image(_auroc(ranks), ranks, n_images)
         if not matched:
             block["average_precision"] = _per_image(_average_precision(ranks), ranks, n_images)
+        if detail:
+            block["per_image"] = _auroc_of_images(score, pairs.cell, pairs.square if matched else None, n_images)
         # By distance, all pairs would mostly tell figure from ground once more.
         by_distance = name in ("foreground", "same_class") and pairs.bins is not None
         result[name] = {**block, "distance": _by_distance(score, pairs, n_images) if by_distance else []}
@@ -365,6 +378,29 @@ def _auroc(ranks: _Ranks) -> _Gains:
     won -= value * spread(total_n)
     added /= couples
     return value, added
+
+
+def _auroc_of_images(score: np.ndarray, cell: np.ndarray, square: np.ndarray | None, n_images: int) -> np.ndarray:
+    """The AUROC of the pairs of each image alone [n_images], matched by distance where a distance is given.
+
+    Args:
+        score, cell, square: as for `_ranks`, sorted by score, or by square and then score.
+    """
+    image = (cell >> 1).astype(np.uint16 if n_images < 2**16 else np.int32)  # 16 bits sort by radix
+    order = np.argsort(image, kind="stable")  # what is sorted stays sorted inside of an image
+    cell, segment = cell.take(order), image.take(order).astype(np.int64)
+    if square is not None:
+        segment = segment * (int(square.max(initial=0)) + 1) + square.take(order)
+    ranks = _ranks(score.take(order), cell, segment)
+    first, last = ranks.segment[:-1], ranks.segment[1:]  # [S] of the groups of each segment
+    positive, negative = ranks.positive, ranks.start - ranks.positive  # [G + 1] before each group
+    total = (positive[last] - positive[first]).astype(np.float64), (negative[last] - negative[first]).astype(np.float64)
+    beaten = 0.5 * (negative[:-1] + negative[1:])  # negative pairs a positive one of the group beats, ties half
+    won = np.add.reduceat(np.diff(positive) * beaten, first) - total[0] * negative[first] if len(first) else np.zeros(0)
+    of_image = ranks.image.take(ranks.start.take(first))
+    couples = np.bincount(of_image, total[0] * total[1], n_images)
+    with np.errstate(invalid="ignore"):
+        return np.bincount(of_image, won, n_images) / np.where(couples > 0, couples, np.nan)
 
 
 def _average_precision(ranks: _Ranks) -> _Gains:

@@ -22,15 +22,18 @@ from backbones.load import backbone_facts, load_backbone, resolve_layers
 from controls import CONTROLS, PROBE_ROW, Opened, Subject, build_controls, control_names
 from errors import UserError
 from machine import free_memory
+from metrics.sample_size import FOLDS
 from pairs import newton
 from pairs.collector import PairCollector
 from pairs.form_loss import form_bce, pair_terms
 from pairs.losses import agreement, class_loss, identity_loss, pair_bce, pair_mask
 from pairs.newton import PairBatch
+from pairs.scores import upper_pairs
 from probes import PROBES, Probe, Projections, build_probe
 from runs.progress import stage, stages
 from runs.run import Run
 from show.choice import read_validation
+from show.per_image import Predictions
 from show.records import Column, Resampling, write_records
 from show.tables import present, table
 from tasks import Batch, Collector, ProbeResult, Task, check_rank, check_stack, find_task, read_seeds
@@ -55,9 +58,13 @@ class PairTask(Task):
         yield "inner_product", agreement(logits, "inner")
         yield "argmax", agreement(logits, "argmax")
 
-    def collector(self, sample: PatchSample, n_layers: int) -> Collector:
+    def prediction(self, logits: Tensor) -> Tensor:
+        """The class or query of every patch, int16 [S, L, B, T]."""
+        return logits.argmax(-1).short()
+
+    def collector(self, sample: PatchSample, n_layers: int, detail: bool = True) -> Collector:
         """Collects the pair scores of every image."""
-        return PairCollector(self, sample, n_layers)
+        return PairCollector(self, sample, n_layers, detail=detail)
 
 
 class Pairwise(PairTask):
@@ -127,6 +134,11 @@ class Pairwise(PairTask):
         """The logits themselves are the scores."""
         yield "logit", logits
 
+    def prediction(self, logits: Tensor) -> Tensor:
+        """The logits of the pairs i < j, row by row of the upper triangle: float32 [S, L, B, P]."""
+        first, second = upper_pairs(logits.shape[-1])
+        return logits[..., first, second].float()
+
 
 class ClassReadout(PairTask):
     """The class of a patch by a linear read-out; 0 (background, unlabelled) is a class like any other."""
@@ -137,9 +149,9 @@ class ClassReadout(PairTask):
         """Cross-entropy [S, L], mean over valid patches."""
         return class_loss(self.logits(probe, x, batch), batch.labels["class"], valid=batch.labels["class_valid"])
 
-    def collector(self, sample: PatchSample, n_layers: int) -> Collector:
+    def collector(self, sample: PatchSample, n_layers: int, detail: bool = True) -> Collector:
         """Also counts right classes."""
-        return PairCollector(self, sample, n_layers, count_classes=True)
+        return PairCollector(self, sample, n_layers, detail=detail, count_classes=True)
 
 
 class IdentityReadout(PairTask):
@@ -334,7 +346,10 @@ def run_eval(fitted: DictConfig, cfg: DictConfig, run: Run) -> dict[str, Any]:
     run.say(f"scoring {run.source} ({PROBE_ROW}, {cfg.eval.checkpoint}) on {split}")
     stack = [probe.to(options.device) for probe in stack]
     subject, resampling = Subject(PROBE_ROW, "", fitted.probe, samples, seeds), Resampling.read(fitted)
-    result = trainer.evaluate(task, stack, subject, options, split=split)
+    predictions = Predictions(task, samples[split]) if cfg.eval.predictions else None
+    result = trainer.evaluate(task, stack, subject, options, split=split, also=predictions and predictions.add)
+    if predictions is not None:
+        predictions.write(run.dir / "predictions.safetensors", {"task": fitted.task, "split": split})
     result = result._replace(validation=read_validation(run.source, result.name))
     write_records(run, result, resampling, split=split)
     return show([result], fitted, run, resampling, split)
@@ -366,4 +381,4 @@ def show(results: Sequence[ProbeResult], cfg: DictConfig, run: Run, resampling: 
     questions = {subset.question for subset in results[0].subsets}
     shown = columns(cfg.task, cfg.protocol.pairs.accuracy, questions)
     text = table(results, shown, resampling)
-    return present(results, shown, resampling, run, split=split, draw=draw, text=text)
+    return present(results, shown, resampling, run, split=split, draw=draw, text=text, remedy=FOLDS)

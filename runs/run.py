@@ -4,6 +4,7 @@
         config.yaml     the composed configuration            run.json       provenance and status
         metrics.jsonl   a record per layer, seed and subset   history.jsonl  losses per epoch and fit
         layers.csv      the layer curve, means over seeds     checkpoints/   probes, best and last
+        scores.csv, scores.safetensors   the same per image       predictions…   of mode=eval, on request
         log.txt         what the terminal showed              wandb/         the mirror (offline by default)
 
 The hash covers the configuration and the program's own code: the same command continues or reuses its directory, and a
@@ -47,7 +48,10 @@ _NOT_IN_HASH = ("debug", "resume", "output_dir", "wandb", "threads", "run", "loo
 # What of a configuration says nothing about a single fit.
 _NOT_OF_A_FIT = ("mode", "entry", "controls", "device", "eval", "vis", "export")
 # Of these a restart takes over what is there.
-RESULT_FILES = ("metrics.jsonl", "history.jsonl", "layers.csv", "layers.png", "checkpoints")
+RESULT_FILES = (
+    "metrics.jsonl", "history.jsonl", "layers.csv", "layers.png", "scores.csv", "scores.safetensors", "predictions.safetensors",
+    "predictions", "checkpoints",
+)  # fmt: skip
 DATA_MODES = ("check_data", "export_data")  # which know no backbone
 OPENING_FILES = {"config.yaml", "run.json", "log.txt", ".lock"}  # of a run that has not computed anything yet
 SHARED_MODES = ("extract", "neco")  # whose work torchrun shares between processes

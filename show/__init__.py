@@ -1,5 +1,5 @@
 """What a reader sees: records, tables, text, and one style for all figures.
 
-Read records, choice, tables, text, style; look is mode=show.
-May import: runs, metrics, tasks, patches, activation, files, backbones.load, datasets.scene, store.labelled
+Read records, choice, per_image, tables, text, style; look is mode=show.
+May import: runs, metrics, tasks, patches, activation, probes, files, backbones.load, datasets.scene, store.labelled
 """

@@ -1,6 +1,7 @@
 """One style for every figure: colours, fonts, and how a figure becomes pixels."""
 
 import io
+import textwrap
 from collections.abc import Iterable
 
 import matplotlib
@@ -27,9 +28,11 @@ def layer_places(layers: Iterable[int | str]) -> dict[int | str, int]:
 
 
 def note_below(figure: Figure, text: str) -> None:
-    """One small grey line below a figure: what it shows."""
+    """Small grey lines below a figure, broken to its width: what it shows, and what to doubt."""
     if text:
-        figure.supxlabel(text, fontsize=6.5, color="0.45", x=0.01, ha="left")
+        width = int(20 * figure.get_figwidth())  # about 20 characters of this size fit on an inch
+        lines = [part for line in text.splitlines() for part in textwrap.wrap(line, width)]
+        figure.supxlabel("\n".join(lines), fontsize=6.5, color="0.45", x=0.01, ha="left")
 
 
 def scale_colors(n: int) -> np.ndarray:

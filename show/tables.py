@@ -7,9 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from metrics.bootstrap import interval, mean_over_seeds
+from metrics.sample_size import size_warnings, spread_of
 from runs.records import write_table
 from runs.run import Run
 from show.choice import best_layer, chosen, gains, objective, regret, write_choices
+from show.per_image import write_scores
 from show.records import Column, Resampling, curve_rows, find
 from show.text import format_table
 from tasks import ProbeResult
@@ -27,14 +29,16 @@ def present(
     split: str,
     draw: Callable[[list[dict], Sequence[Column], Path, str], None],
     text: str,
+    remedy: str = "",
 ) -> dict[str, Any]:
-    """Write choices and gains, layers.csv, draw the layer curve, mirror it, print the table.
+    """Write choices and gains, layers.csv and the scores of every image, draw the layer curve, mirror it, print the table.
 
     Args:
         results: the probe first, then its controls.
         split: the one that was scored.
-        draw: writes the figure of the scores in layers.csv to a path, with one line that says what it shows.
+        draw: writes the figure of the scores in layers.csv to a path, with lines that say what it shows and what to doubt.
         text: the table.
+        remedy: what helps where images are few.
 
     Returns:
         {"objective": the headline score on validation, at the layer chosen there}.
@@ -43,12 +47,14 @@ def present(
     rows, figure = curve_rows(run, results), run.dir / "layers.png"
     if write_table(run.dir / "layers.csv", rows):
         figure.unlink(missing_ok=True)
+    write_scores(run, results, columns, resampling, split)
     scores = [row for row in rows if row["kind"] == "score"]
     run.mirror_curve(scores)
+    warnings = few_images(results[0], columns, remedy)
     if not figure.exists():  # a finished run that is shown again has its figure
-        draw(scores, columns, figure, about(run, results[0]))
+        draw(scores, columns, figure, "\n".join([about(run, results[0]), *warnings]))
     run.finishing()  # all is written: what follows is only shown
-    run.say(text)
+    run.say("\n".join([text, *warnings]))
     run.say(f"\nrecords, curve and checkpoints: {run.dir}")
     return {"objective": objective(results[0], columns[0], split)}
 
@@ -58,6 +64,16 @@ def about(run: Run, probe: ProbeResult) -> str:
     names, n_images, n_seeds = run.identity, probe.subsets[0].counts["n_images"], len(probe.seeds)
     parts = [names["model"], names["dataset"], f"protocol {names['protocol']}", f"probe {names['probe']}"]
     return " · ".join([*parts, f"{n_images} images", f"{n_seeds} seeds" if n_seeds > 1 else "one seed"])
+
+
+def few_images(probe: ProbeResult, columns: Sequence[Column], remedy: str) -> list[str]:
+    """What too few images do to the numbers of a probe, a sentence each; widths are those of its chosen layers."""
+    at = {column: best_layer(probe, column) for column in columns if find(probe, column) is not None}
+    n_seeds = len(probe.seeds)
+    spreads = {c.title: spread_of(find(probe, c), n_seeds, index) for c, index in at.items() if index is not None}
+    n_test = max(subset.counts.get("n_images", 0) for subset in probe.subsets)
+    sentences = size_warnings(probe.n_train, n_test, spreads, "measured here", remedy)
+    return [f"warning: {sentence}" for sentence in sentences]
 
 
 def table(results: Sequence[ProbeResult], columns: Sequence[Column], resampling: Resampling) -> str:
