@@ -292,7 +292,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     results, resampling = [], Resampling.read(cfg)
     for name, of_row in rows.items():
         subjects = [Subject(name, "", of_row.probe, samples.pop(name), read_seeds(of_row.trainer.seeds)), *controls.pop(name)]
-        stage(name, parts=2 * len(subjects) * len(parts_of(of_row)))
+        stage(name, parts=3 * len(subjects) * len(parts_of(of_row)))
         for subject in subjects:
             stacks, answers = {}, {"test": {}, "val": {}}
             for part in parts_of(of_row):

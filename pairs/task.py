@@ -317,7 +317,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     stages((PROBE_ROW, 3 + len(seeds)), *(control.title for control in controls), "table and figure")
     results, resampling = [], Resampling.read(cfg)
     for subject in [Subject(PROBE_ROW, "", cfg.probe, samples, seeds), *controls]:
-        stage(subject.title, parts=2)
+        stage(subject.title, parts=3)
         results.append(trainer.probe(run, make(subject.seeds), subject, options))
         write_records(run, results[-1], resampling, split="test")
     stage("table and figure")
