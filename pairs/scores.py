@@ -386,6 +386,8 @@ def _auroc_of_images(score: np.ndarray, cell: np.ndarray, square: np.ndarray | N
     Args:
         score, cell, square: as for `_ranks`, sorted by score, or by square and then score.
     """
+    if not len(cell):
+        return np.full(n_images, np.nan)
     image = (cell >> 1).astype(np.uint16 if n_images < 2**16 else np.int32)  # 16 bits sort by radix
     order = np.argsort(image, kind="stable")  # what is sorted stays sorted inside of an image
     cell, segment = cell.take(order), image.take(order).astype(np.int64)
@@ -396,7 +398,7 @@ def _auroc_of_images(score: np.ndarray, cell: np.ndarray, square: np.ndarray | N
     positive, negative = ranks.positive, ranks.start - ranks.positive  # [G + 1] before each group
     total = (positive[last] - positive[first]).astype(np.float64), (negative[last] - negative[first]).astype(np.float64)
     beaten = 0.5 * (negative[:-1] + negative[1:])  # negative pairs a positive one of the group beats, ties half
-    won = np.add.reduceat(np.diff(positive) * beaten, first) - total[0] * negative[first] if len(first) else np.zeros(0)
+    won = np.add.reduceat(np.diff(positive) * beaten, first) - total[0] * negative[first]
     of_image = ranks.image.take(ranks.start.take(first))
     couples = np.bincount(of_image, total[0] * total[1], n_images)
     with np.errstate(invalid="ignore"):
