@@ -58,6 +58,7 @@ TEXTS = (
 )  # fmt: skip
 # Lists that may not be empty.
 NEEDED_LISTS = ("protocol.pairs.fit", "export.splits")
+FOLDED = ("pairwise", "class", "identity")  # tasks that take trainer.folds; codes of whole images are split by code
 LIMIT = 2**31  # of whole numbers
 # Keys of the last release and what they are called now: a command that still uses one is answered with the new name, the
 # stored configuration of a finished run is read with the new names. An entry goes one release after the renaming.
@@ -100,6 +101,8 @@ def check(cfg: DictConfig) -> None:
             raise UserError(f"{key} stands in a file of cfgs and nothing reads it; {valid_keys(key.rpartition('.')[0])}")
         if key.startswith("dataset.") and isinstance(value, int) and value >= LIMIT:
             raise UserError(f"{key}: got {value}, expected a whole number below {LIMIT}")
+    if cfg.trainer.folds > 1 and cfg.task not in FOLDED:
+        raise UserError(f"trainer.folds={cfg.trainer.folds} and mode={cfg.mode} fits no probe on patches; leave it out")
     _check_controls(cfg.controls)
     cores = os.cpu_count() or 1
     if cfg.threads > cores:

@@ -83,6 +83,7 @@ class ProbeResult(NamedTuple):
     validation: what layers are chosen by: the mean over seeds on the validation split, per layer, of every metric by
         (question, readout, subset, metric). None: no layer is chosen.
     n_train: images the probe was fitted on, where that is known. keys: names of the M scored images.
+    folds: the results this one is pooled from (`trainer.folds`); it has no validation scores of its own then.
     """
 
     row: str
@@ -94,6 +95,14 @@ class ProbeResult(NamedTuple):
     validation: Mapping[tuple[str, str, str, str], list[float]] | None = None
     n_train: int | None = None
     keys: Sequence[str] = ()
+    folds: "Sequence[Fold]" = ()
+
+
+class Fold(NamedTuple):
+    """The result of one fold, and which of all images it tested."""
+
+    images: Tensor  # [m] int64
+    result: ProbeResult
 
 
 def mean_scores(result: ProbeResult) -> dict[tuple[str, str, str, str], list[float]]:

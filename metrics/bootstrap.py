@@ -1,5 +1,6 @@
 """Estimates with the influence of every image, and bootstrap intervals over images."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +46,22 @@ def mean_over_seeds(estimate: Estimate, n_seeds: int) -> Estimate:
 def difference(a: Estimate, b: Estimate) -> Estimate:
     """Of a minus b on the same images (paired: both see every resample). Fits broadcast."""
     return Estimate(a.value - b.value, a.influence - b.influence)
+
+
+def pooled_estimate(parts: Sequence[Estimate], images: Sequence[Tensor], n_images: int) -> Estimate:
+    """Of disjoint parts of M images to all of them: the mean weighted by images, of the parts where a score is defined.
+
+    Args:
+        parts: of F fits each.
+        images: which of the M images each part holds, in its order.
+    """
+    value = torch.stack([part.value for part in parts])  # [parts, F]
+    weight = torch.tensor([len(at) for at in images], dtype=torch.float64)[:, None] * ~value.isnan()
+    weight = weight / weight.sum(0)  # nan where no part has a score
+    influence = torch.zeros(value.shape[1], n_images, dtype=torch.float64)
+    for part, at, share in zip(parts, images, weight.nan_to_num(), strict=True):
+        influence[:, at] = share[:, None] * part.influence
+    return Estimate((weight * value.nan_to_num()).sum(0), influence)
 
 
 def resample(n_images: int, n_boot: int = 1000, seed: int = 0) -> Tensor:

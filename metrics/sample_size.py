@@ -19,9 +19,9 @@ def expected_half_width(spread: float, n_images: int) -> float:
     return 1.96 * spread / math.sqrt(max(n_images, 1))
 
 
-def spread_of(estimate: Estimate, n_seeds: int, layer: int) -> float:
-    """Standard deviation over images of M times their influence on the mean over seeds of fits [S * L], at one layer."""
-    influence = mean_over_seeds(estimate, n_seeds).influence[layer]  # [M]
+def spread_of(estimate: Estimate, n_seeds: int) -> float:
+    """Standard deviation over images of M times their influence on the mean over seeds of fits [S] at one layer."""
+    influence = mean_over_seeds(estimate, n_seeds).influence[0]  # [M]
     return float((len(influence) * influence).square().mean().sqrt())
 
 

@@ -25,6 +25,7 @@ from machine import free_memory
 from metrics.sample_size import FOLDS
 from pairs import newton
 from pairs.collector import PairCollector
+from pairs.folds import deal, pool, probe_folds, take
 from pairs.form_loss import form_bce, pair_terms
 from pairs.losses import agreement, class_loss, identity_loss, pair_bce, pair_mask
 from pairs.newton import PairBatch
@@ -316,12 +317,33 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     controls = build_controls(Opened(cfg, samples), fitting, run.say)
     stages((PROBE_ROW, 3 + len(seeds)), *(control.title for control in controls), "table and figure")
     results, resampling = [], Resampling.read(cfg)
+    folds = open_folds(cfg, samples)
     for subject in [Subject(PROBE_ROW, "", cfg.probe, samples, seeds), *controls]:
-        stage(subject.title, parts=3)
-        results.append(trainer.probe(run, make(subject.seeds), subject, options))
+        stage(subject.title, parts=3 * max(1, len(folds)))
+        task = make(subject.seeds)
+        if folds:
+            results.append(probe_folds(run, task, subject, options, folds, resampling))
+        else:
+            results.append(trainer.probe(run, task, subject, options))
         write_records(run, results[-1], resampling, split="test")
     stage("table and figure")
     return show(results, cfg, run, resampling, "test")
+
+
+def open_folds(cfg: DictConfig, samples: Mapping[str, PatchSample]) -> list[dict[str, Tensor]]:
+    """The images of every fold by split (`pairs.folds.deal`); none where `trainer.folds` is 1.
+
+    Raises:
+        UserError: a fold without a usable pair.
+    """
+    if cfg.trainer.folds == 1:
+        return []
+    folds = deal({split: len(sample.keys) for split, sample in samples.items()}, cfg.trainer.folds, cfg.seed)
+    pooled = pool(samples)
+    for number, images in enumerate(folds, start=1):
+        parts = {f"{split} of fold {number}": take(pooled, of_split) for split, of_split in images.items()}
+        check_samples(parts, cfg.mode, cfg.task)
+    return folds
 
 
 def run_eval(fitted: DictConfig, cfg: DictConfig, run: Run) -> dict[str, Any]:

@@ -61,6 +61,11 @@ def adopt(fitted: DictConfig, cfg: DictConfig, directory: Path) -> DictConfig:
         UserError: the command line names something that was settled when the run was fitted.
     """
     complete(with_new_names(fitted), directory / "config.yaml")
+    if fitted.trainer.folds > 1:
+        raise UserError(
+            f"{directory} was fitted in {fitted.trainer.folds} folds and has no one probe to look at; its scores are there, "
+            "fit one without trainer.folds"
+        )
     for key, value in FROM_COMMAND_LINE.items():
         if key in fitted.dataset:
             fitted.dataset[key] = value

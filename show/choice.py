@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metrics.bootstrap import Estimate, draws_of, draws_over_seeds, holm, mean_over_seeds, p_value, percentiles
+from metrics.bootstrap import Estimate, draws_of, draws_over_seeds, holm, mean_over_seeds, p_value, percentiles, pooled_estimate
 from runs.records import read_records
 from runs.run import Run
 from show.records import VALIDATION, Column, Resampling, find_subset
@@ -28,7 +28,7 @@ Ends = tuple[float, float, float]  # a score with the two ends of its interval
 
 
 class Chosen(NamedTuple):
-    """The score at the chosen layer: its name, value and ends, and its draws [n_boot]."""
+    """The score at the chosen layer: its name (of folds that differ all names), value and ends, and its draws [n_boot]."""
 
     layer: int | str
     score: Ends
@@ -68,7 +68,8 @@ def best_layer(result: ProbeResult, column: Column) -> int | None:
     """Index of the layer with the best score on validation, mean over seeds.
 
     Where there is one layer only, it is that one. None where there is nothing to choose by: the score is undefined on
-    every layer of the validation split, or there are no validation scores (runs of the version before).
+    every layer of the validation split, there are no validation scores (runs of the version before), or folds have each
+    chosen for themselves.
     """
     subset = find_subset(result, column)
     if subset is None or column.metric not in subset.metrics:
@@ -86,8 +87,13 @@ def best_layer(result: ProbeResult, column: Column) -> int | None:
 def objective(result: ProbeResult, column: Column, split: str) -> float | None:
     """What a sweeper may optimise: the validation score of the chosen layer; None where there is none.
 
-    A run that scores the validation split itself (mode=eval eval.split=val) hands out that score.
+    A run that scores the validation split itself (mode=eval eval.split=val) hands out that score. Of folds it is the mean
+    over them, weighted by images.
     """
+    if result.folds:
+        values = [(objective(fold.result, column, split), len(fold.images)) for fold in result.folds]
+        known = [(value, n) for value, n in values if value is not None]
+        return sum(value * n for value, n in known) / sum(n for _, n in known) if known else None
     index = best_layer(result, column)
     if index is None:
         return None
@@ -96,17 +102,33 @@ def objective(result: ProbeResult, column: Column, split: str) -> float | None:
     return None if values is None or math.isnan(values[index]) else values[index]
 
 
-def chosen(result: ProbeResult, column: Column, counts: Tensor) -> Chosen | None:
-    """The score at the layer chosen on validation; None where none is chosen or its score is undefined."""
+def chosen_estimate(result: ProbeResult, column: Column) -> tuple[int | str, Estimate] | None:
+    """The layer chosen on validation and the score there of every seed, [S]; pooled from folds, each at its own layer.
+
+    None where none is chosen or its score is undefined.
+    """
+    if result.folds:
+        parts = [chosen_estimate(fold.result, column) for fold in result.folds]
+        if None in parts:
+            return None
+        layers = [layer for layer, _ in parts]
+        pooled = pooled_estimate([e for _, e in parts], [fold.images for fold in result.folds], len(result.keys))
+        return (layers[0] if len(set(layers)) == 1 else " ".join(map(str, layers))), pooled
     index = best_layer(result, column)
     if index is None:
         return None
-    subset = find_subset(result, column)
     at = Estimate(*(field.unflatten(0, (len(result.seeds), -1))[:, index] for field in _estimate(result, column)))  # [S]
-    if bool(at.value.isnan().any()):
+    return None if bool(at.value.isnan().any()) else (result.layers[index], at)
+
+
+def chosen(result: ProbeResult, column: Column, counts: Tensor) -> Chosen | None:
+    """The score at the layer chosen on validation; None where none is chosen or its score is undefined."""
+    found = chosen_estimate(result, column)
+    if found is None:
         return None
-    draws = _draws(at, subset, len(result.seeds), counts)[0]
-    return Chosen(result.layers[index], _ends(float(at.value.mean()), draws, subset.bounds), draws)
+    (layer, estimate), subset = found, find_subset(result, column)
+    draws = _draws(estimate, subset, len(result.seeds), counts)[0]
+    return Chosen(layer, _ends(float(estimate.value.mean()), draws, subset.bounds), draws)
 
 
 def regret(result: ProbeResult, column: Column, counts: Tensor) -> Regret | None:
@@ -157,10 +179,9 @@ def choice_records(
             common = {"name": result.name, "row": result.row, "control": result.control, "split": split, **_named(column)}
             here, cost = chosen(result, column, counts), regret(result, column, counts)
             if len(result.layers) > 1 and here is not None and cost is not None:
-                index = best_layer(result, column)
                 yield {
                     "kind": "choice", **common, "layer": here.layer, "value": here.score[0], "interval": here.score[1:],
-                    "validation": result.validation[tuple(column[:4])][index],
+                    "validation": objective(result, column, "test"),
                     "best_layer": cost.layer, "best_value": cost.score[0], "best_interval": cost.score[1:],
                     "regret": cost.regret[0], "regret_interval": cost.regret[1:],
                 }  # fmt: skip
@@ -177,6 +198,12 @@ def choice_records(
                     "chosen": index == chosen_layer, "value": float(found.value[index]),
                     "interval": [float(found.low[index]), float(found.high[index])],
                     "p": float(found.p[index]), "p_holm": float(found.p_holm[index]),
+                }  # fmt: skip
+            if probe.folds and len(probe.layers) > 1:  # where every fold has a layer of its own
+                yield {
+                    "kind": "gain", **common, "layer": "chosen", "layer_index": len(probe.layers), "over_layer": found.over,
+                    "chosen": True, "value": found.chosen[0], "interval": found.chosen[1:], "p": found.p_chosen,
+                    "p_holm": found.p_chosen,
                 }  # fmt: skip
 
 

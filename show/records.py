@@ -54,11 +54,13 @@ def no_flags(subset: SubsetResult, metrics: Mapping[str, float]) -> list[str]:
     return []
 
 
-def write_records(run: Run, result: ProbeResult, resampling: Resampling, *, split: str, flags: Flags = no_flags) -> None:
-    """Append the records of a result to metrics.jsonl: its scores, and the validation scores that layers are chosen by."""
+def write_records(
+    run: Run, result: ProbeResult, resampling: Resampling, *, split: str, flags: Flags = no_flags, chosen_on: str = "val"
+) -> None:
+    """Append the records of a result to metrics.jsonl: its scores, and those on `chosen_on` that layers are chosen by."""
     for record in records(result, resampling, split=split, flags=flags):
         run.write(record)
-    for record in validation_records(result):
+    for record in validation_records(result, chosen_on):
         run.write(record)
 
 
@@ -89,7 +91,7 @@ def records(result: ProbeResult, resampling: Resampling, *, split: str, flags: F
             }
 
 
-def validation_records(result: ProbeResult) -> Iterator[dict[str, Any]]:
+def validation_records(result: ProbeResult, split: str = "val") -> Iterator[dict[str, Any]]:
     """A record per layer and subset with the validation scores, means over seeds without intervals."""
     of_subsets: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     for (*subset, metric), values in (result.validation or {}).items():
@@ -97,7 +99,7 @@ def validation_records(result: ProbeResult) -> Iterator[dict[str, Any]]:
     for subset, metrics in of_subsets.items():
         for index, layer in enumerate(result.layers):
             yield {
-                "kind": VALIDATION, "name": result.name, "row": result.row, "control": result.control, "split": "val",
+                "kind": VALIDATION, "name": result.name, "row": result.row, "control": result.control, "split": split,
                 "layer": layer, "layer_index": index, **dict(zip(SUBSET, subset, strict=True)), "seed": "mean",
                 "metrics": {metric: values[index] for metric, values in metrics.items()},
             }  # fmt: skip
@@ -114,8 +116,10 @@ def mean_interval(estimate: Estimate, subset: SubsetResult, n_seeds: int, counts
     return interval(mean_over_seeds(estimate, n_seeds), counts, bounds=subset.bounds)
 
 
-def curve_rows(run: Run, results: Sequence[ProbeResult]) -> list[dict[str, Any]]:
+def curve_rows(run: Run, results: Sequence[ProbeResult], split: str) -> list[dict[str, Any]]:
     """The rows of layers.csv, read from metrics.jsonl: the two cannot disagree, also where an earlier process wrote records.
+
+    Those of the split that is scored; folds have records of their own.
 
     kind "score": a row per result, layer, subset and metric, mean over seeds with interval; `chosen` is 1 at the layer
     chosen on validation. kind "gain": a row per control (`name`) and layer of its probe, the probe's score minus that of the
@@ -123,7 +127,7 @@ def curve_rows(run: Run, results: Sequence[ProbeResult]) -> list[dict[str, Any]]
     """
     rows, number = [], lambda value: math.nan if value is None else value
     names = {result.name for result in results}
-    found = [r for r in read_records(run.dir / "metrics.jsonl", run.say) if r.get("name") in names]
+    found = [r for r in read_records(run.dir / "metrics.jsonl", run.say) if r.get("name") in names and r.get("split") == split]
     chosen = {
         (r["name"], str(r["layer"]), *(r[key] for key in SUBSET), r["metric"])
         for r in found

@@ -10,7 +10,7 @@ from metrics.bootstrap import interval, mean_over_seeds
 from metrics.sample_size import size_warnings, spread_of
 from runs.records import write_table
 from runs.run import Run
-from show.choice import best_layer, chosen, gains, objective, regret, write_choices
+from show.choice import best_layer, chosen, chosen_estimate, gains, objective, regret, write_choices
 from show.per_image import write_scores
 from show.records import Column, Resampling, curve_rows, find
 from show.text import format_table
@@ -44,7 +44,7 @@ def present(
         {"objective": the headline score on validation, at the layer chosen there}.
     """
     write_choices(run, results, columns, resampling, split)
-    rows, figure = curve_rows(run, results), run.dir / "layers.png"
+    rows, figure = curve_rows(run, results, split), run.dir / "layers.png"
     if write_table(run.dir / "layers.csv", rows):
         figure.unlink(missing_ok=True)
     write_scores(run, results, columns, resampling, split)
@@ -68,9 +68,8 @@ def about(run: Run, probe: ProbeResult) -> str:
 
 def few_images(probe: ProbeResult, columns: Sequence[Column], remedy: str) -> list[str]:
     """What too few images do to the numbers of a probe, a sentence each; widths are those of its chosen layers."""
-    at = {column: best_layer(probe, column) for column in columns if find(probe, column) is not None}
-    n_seeds = len(probe.seeds)
-    spreads = {c.title: spread_of(find(probe, c), n_seeds, index) for c, index in at.items() if index is not None}
+    at = {column.title: chosen_estimate(probe, column) for column in columns}
+    spreads = {title: spread_of(found[1], len(probe.seeds)) for title, found in at.items() if found is not None}
     n_test = max(subset.counts.get("n_images", 0) for subset in probe.subsets)
     sentences = size_warnings(probe.n_train, n_test, spreads, "measured here", remedy)
     return [f"warning: {sentence}" for sentence in sentences]
@@ -121,8 +120,9 @@ def _gain_cell(probe: ProbeResult, control: ProbeResult, column: Column, counts:
     found = gains(probe, control, column, counts)
     if found is None:
         return ""
-    certain = float(found.p_holm[best_layer(probe, column)]) < LEVEL
-    return _number(*found.chosen, sign="+") + ("" if certain else f" {DOUBT}")
+    index = best_layer(probe, column)
+    p = found.p_chosen if index is None else float(found.p_holm[index])  # folds choose a layer each: nothing to correct
+    return _number(*found.chosen, sign="+") + ("" if p < LEVEL else f" {DOUBT}")
 
 
 def _regret_cell(result: ProbeResult, column: Column, counts: Tensor) -> str:
@@ -137,6 +137,8 @@ def basis(probe: ProbeResult) -> str:
     rate, majority = (subset.metrics.get(key) for key in ("positive_rate", "majority"))
     seeds = f"{len(probe.seeds)} seeds" if len(probe.seeds) > 1 else "one seed"
     text = f"mean over {seeds}, 95 % intervals over {subset.counts['n_images']} images"
+    if probe.folds:
+        text += f", each tested once in {len(probe.folds)} folds"
     if rate is not None and majority is not None:
         positive = {"is_same_object": "one object", "same_class": "one class"}.get(subset.question, "positive")
         text += f", {subset.counts['n_pairs']} pairs, {float(rate.value[0]):.3f} of them {positive}"
