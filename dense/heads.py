@@ -1,5 +1,10 @@
 """A stack of linear heads on grids of patch tokens and how it is trained; `linear_seg` chooses and scores them.
 
+Why this is not `trainer`'s loop: that one fits probes on the few patches a protocol selects, with one optimiser for all
+fits. Here every image is a whole grid (the loss may be taken on pixels, images may be augmented live), the learning rate
+and decay are themselves an axis of the stack, and published rules ask for SGD and other schedules. What both must agree on
+(start values, product dtype) comes from `forms`.
+
 Scaling logits up is the same as scaling tokens up (both are linear), so a head works on the grid of patches and only its
 C logits are scaled. A head alone and the same head in a stack give the same numbers: the loss is a sum over heads, the
 optimisers are element-wise, all heads read the same batches, and each draws its weights from a generator of its own.
@@ -19,10 +24,18 @@ from torch import Tensor, nn
 
 from dense.contract import resize_map, soft_labels
 from errors import UserError
-from forms import fit_generator
+from forms import fit_generator, resolve_matmul_dtype
+from metrics.segmentation import ABSENT
 
 Target = Callable[[Tensor, Sequence[int]], Tensor]
 Batch = tuple[Tensor, Tensor]  # tokens [L, B, h, w, D], label maps at the input resolution [B, h p, w p]
+ROWS = 512  # patches of one product: logits of 45 heads x 21 classes stay in the processor's cache
+CHOICES = {  # what `linear_seg` and `patch_class` have in common
+    "optimizer": ("adamw", "adam", "sgd"),
+    "schedule": ("constant", "step", "linear", "cosine"),
+    "matmul_dtype": ("auto", "float32", "bfloat16"),
+    "absent": ABSENT,
+}
 
 
 class Normalization(nn.Module):
@@ -74,11 +87,56 @@ class Heads(nn.Module):
                 chosen.offsets[0][i] = self.offsets[r][i]
         return chosen
 
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """The parameters of all heads beside each other, for one product: [L, D, R S C] and [L, R S C]."""
+        return torch.cat(list(self.weights), 2).flatten(2), torch.cat(list(self.offsets), 1).flatten(1)
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits [L, B, h, w, R S, C] of normalised tokens [L, B, h, w, D]."""
-        weight, offset = torch.cat(list(self.weights), 2), torch.cat(list(self.offsets), 1)
-        logits = torch.baddbmm(offset.flatten(1)[:, None], x.flatten(1, 3), weight.flatten(2))
+        weight, offset = self.joined()
+        logits = torch.baddbmm(offset[:, None], x.flatten(1, 3), weight)
         return logits.view(*x.shape[:4], self.n_recipes * self.n_seeds, self.n_classes)
+
+    def add_gradients(self, weight: Tensor, offset: Tensor) -> None:
+        """Take gradients of the shapes of `joined`."""
+        n_layers, dim = weight.shape[:2]
+        parts = weight.view(n_layers, dim, self.n_recipes, self.n_seeds, self.n_classes).unbind(2)
+        offsets = offset.view(n_layers, self.n_recipes, self.n_seeds, self.n_classes).unbind(1)
+        for parameter, gradient in zip([*self.weights, *self.offsets], [*parts, *offsets], strict=True):
+            parameter.grad = gradient.contiguous()
+
+
+@torch.no_grad()
+def add_patch_gradients(heads: Heads, x: Tensor, shares: Tensor, count: Tensor, dtype: torch.dtype) -> bool:
+    """The gradient of `patch_loss` / count of every head, without autograd: softmax minus shares, a few patches at a time.
+
+    The step of the usual case, so it is worth its own arithmetic: all heads are one product, and the logits of 512 patches
+    are used while they lie in the processor's cache. Softmax, sums and weights are float32 whatever `dtype` the products are.
+
+    Args:
+        x: normalised tokens [L, B, h, w, D]; shares: [B, h, w, C]; count: what the loss is divided by.
+
+    Returns:
+        whether every gradient is finite.
+    """
+    weight, offset = heads.joined()
+    slopes = torch.zeros_like(weight), torch.zeros_like(offset)
+    low, small = weight.to(dtype), offset.to(dtype)
+    n_layers, tokens, wanted = len(x), x.flatten(1, 3), shares.flatten(0, 2) / count  # [L, n, D], [n, C]
+    known = wanted.sum(-1)
+    for rows in torch.arange(tokens.shape[1]).split(ROWS):
+        here = slice(int(rows[0]), int(rows[-1]) + 1)
+        part = tokens[:, here].to(dtype)  # [L, r, D]
+        logits = torch.baddbmm(small[:, None], part, low).float()
+        slope = logits.view(n_layers, -1, heads.n_recipes * heads.n_seeds, heads.n_classes).softmax(-1)
+        slope = slope.mul_(known[here, None, None]).sub_(wanted[here, None]).flatten(2)  # [L, r, R S C]
+        slopes[1].add_(slope.sum(1))
+        if dtype == torch.float32:
+            slopes[0].baddbmm_(part.mT, slope)
+        else:
+            slopes[0].add_(torch.bmm(part.mT, slope.to(dtype)))
+    heads.add_gradients(*slopes)
+    return bool(torch.isfinite(slopes[0]).all() & torch.isfinite(slopes[1]).all())
 
 
 def patch_loss(logits: Tensor, shares: Tensor) -> Tensor:
@@ -103,6 +161,17 @@ def pixel_loss(logits: Tensor, target: Tensor) -> Tensor:
     return losses.view(n_layers, n_heads, -1).sum(-1)
 
 
+def add_pixel_gradients(heads: Heads, x: Tensor, target: Tensor, count: Tensor, max_gb: float) -> bool:
+    """The gradient of `pixel_loss` / count of every head, in parts of the batch that fit `max_gb`; whether all is finite."""
+    floats = len(x) * target[0].numel() * heads.n_recipes * heads.n_seeds * heads.n_classes  # logits of one image
+    for rows in torch.arange(x.shape[1]).split(max(1, int(max_gb * 1e9 // (16 * floats)))):
+        loss = pixel_loss(heads(x[:, rows]), target[rows]).sum() / count
+        if not torch.isfinite(loss):
+            return False
+        loss.backward()
+    return True
+
+
 class Recipe(NamedTuple):
     """How the heads are trained; see `linear_seg.linear_seg`."""
 
@@ -117,6 +186,7 @@ class Recipe(NamedTuple):
     gamma: float
     warmup: float
     max_gb: float
+    matmul_dtype: str = "auto"
 
     @property
     def grid(self) -> list[tuple[float, float]]:
@@ -167,6 +237,7 @@ def train_epoch(
     """
     heads.train()
     norm.train()
+    dtype = resolve_matmul_dtype(recipe.matmul_dtype, heads.weights[0].device, heads.weights[0].shape[1])
     for step, (x, maps) in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * recipe.rate(epoch + step / n_batches)
@@ -175,17 +246,16 @@ def train_epoch(
         count = wanted.sum() if of_patches else (wanted >= 0).sum()
         if not count:
             continue
-        area = wanted[0, ..., 0].numel() if of_patches else wanted[0].numel()
-        floats = len(x) * area * heads.n_recipes * heads.n_seeds * heads.n_classes  # logits of one image
         optimizer.zero_grad(set_to_none=True)
-        for rows in torch.arange(x.shape[1]).split(max(1, int(recipe.max_gb * 1e9 // (16 * floats)))):
-            loss = (patch_loss if of_patches else pixel_loss)(heads(x[:, rows]), wanted[rows]) / count  # [L, G]
-            if not torch.isfinite(loss).all():
-                raise UserError(
-                    f"the loss of the linear heads is not finite in epoch {epoch + 1} (learning rates {list(recipe.lrs)}); "
-                    "leave out the largest, or set normalize=standardize"
-                )
-            loss.sum().backward()
+        if of_patches:
+            finite = add_patch_gradients(heads, x, wanted, count, dtype)
+        else:
+            finite = add_pixel_gradients(heads, x, wanted, count, recipe.max_gb)
+        if not finite:
+            raise UserError(
+                f"the loss of the linear heads is not finite in epoch {epoch + 1} (learning rates {list(recipe.lrs)}); "
+                "leave out the largest, or set normalize=standardize"
+            )
         optimizer.step()
 
 

@@ -31,18 +31,16 @@ from dense.contract import (
     segmentation_result,
     soft_labels,
 )
+from dense.heads import CHOICES as TRAINING
 from dense.heads import Batch, Heads, Normalization, Recipe, Target, pixel_target, share_target, train_epoch
 from dense.projection import fit_projection
 from errors import UserError
-from metrics.segmentation import ABSENT, ImageConfusions, class_metrics
+from metrics.segmentation import ImageConfusions, class_metrics
 
-CHOICES = {
-    "optimizer": ("adamw", "adam", "sgd"),
-    "schedule": ("constant", "step", "linear", "cosine"),
+CHOICES = TRAINING | {
     "normalize": ("none", "standardize", "batch_norm"),
     "loss": ("patches", "pixels"),
     "selection": ("train_part", "reported"),
-    "absent": ABSENT,
 }
 
 
@@ -70,6 +68,7 @@ def linear_seg(
     absent: str = "skip",
     order_seed: int = 0,
     max_gb: float = 2.0,
+    matmul_dtype: str = "auto",
     augmented: Callable[[Tensor, int], Iterable[Batch]] | None = None,
 ) -> list[Result]:
     """Train a stack of heads on the training split, score the chosen ones on the test split.
@@ -84,7 +83,8 @@ def linear_seg(
             highest patch mIoU on it (mean over seeds) is taken, per layer; the head is not refitted. reported: also the
             best epoch, both chosen by the pixel mIoU on the very split that is reported, as published for NeCo.
         order_seed: of the batches and of the held-out part.
-        max_gb: memory of the logits.
+        max_gb: memory of the logits of loss=pixels.
+        matmul_dtype: of the products of loss=patches while fitting, see `forms.resolve_matmul_dtype`; scores are float32.
         augmented: live training images in place of stored tokens: (images [n] in order, epoch) -> batches.
 
     Returns:
@@ -95,7 +95,9 @@ def linear_seg(
     """
     check_choices("linear_seg", CHOICES, locals())
     test, maps, listed = features["test"], labels["test"], seed_list(seeds, "linear_seg.seeds")
-    recipe = Recipe(lrs, weight_decays, epochs, batch_size, optimizer, momentum, schedule, drop_at, gamma, warmup, max_gb)
+    recipe = Recipe(
+        lrs, weight_decays, epochs, batch_size, optimizer, momentum, schedule, drop_at, gamma, warmup, max_gb, matmul_dtype
+    )
     n_classes, on_train_part = maps.n_classes, selection == "train_part"
     fit = HeadFit(features["train"], labels["train"], recipe, listed, normalize, held_out * on_train_part, order_seed)
     target = share_target(n_classes) if loss == "patches" else pixel_target(n_classes, loss_size)

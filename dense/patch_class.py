@@ -19,19 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dense.contract import Grids, LabelMaps, Result, check_choices, patch_vote, seed_list, segmentation_result, soft_labels
+from dense.heads import CHOICES as TRAINING
 from dense.heads import Recipe
 from dense.linear_seg import HeadFit, score_pixels
 from metrics.bootstrap import ratio_estimate
-from metrics.segmentation import ABSENT, ImageConfusions
+from metrics.segmentation import ImageConfusions
 
-CHOICES = {
-    "optimizer": ("adamw", "adam", "sgd"),
-    "schedule": ("constant", "step", "linear", "cosine"),
+CHOICES = TRAINING | {
     "normalize": ("none", "standardize"),
     "void": ("ignore", "background"),
     "background": ("class", "drop"),
     "selection": ("train_part", "none"),
-    "absent": ABSENT,
 }
 PURITY = (0.0, 0.5, 0.75, 0.9, 1.0)  # lower ends of the bins; the last one holds pure patches
 
@@ -56,11 +54,13 @@ def patch_class(
     absent: str = "skip",
     order_seed: int = 0,
     max_gb: float = 2.0,
+    matmul_dtype: str = "auto",
 ) -> list[Result]:
     """Fit linear read-outs of the class of a patch on the training split, score them on the test split.
 
     Args:
-        lrs, weight_decays, seeds, epochs, batch_size, optimizer, schedule, max_gb: as for `linear_seg`.
+        lrs, weight_decays, seeds, epochs, batch_size, optimizer, schedule, max_gb, matmul_dtype: as for
+            `linear_seg`.
         normalize: none or standardize, or both: the whole is done once for each.
         void: ignore (no vote) or background (ignored pixels are class 0, as published).
         background: class, or drop: patches called 0 are in neither loss nor score, the read-out has no such class.
@@ -77,7 +77,7 @@ def patch_class(
     """
     check_choices("patch_class", CHOICES, locals())
     listed = seed_list(seeds, "patch_class.seeds")
-    recipe = Recipe(lrs, weight_decays, epochs, batch_size, optimizer, 0.0, schedule, 1, 1.0, 0.0, max_gb)
+    recipe = Recipe(lrs, weight_decays, epochs, batch_size, optimizer, 0.0, schedule, 1, 1.0, 0.0, max_gb, matmul_dtype)
     rule = PatchRule(void == "background", background == "drop", labels["test"].n_classes)
     maps = {name: rule.filled(each) for name, each in labels.items()}
     left = rule.shifted(labels["test"])  # pixels are compared as the data set has them: void stays ignored

@@ -34,8 +34,7 @@ from errors import UserError
 from metrics.segmentation import ABSENT, ImageConfusions, hungarian_matching
 
 BATCH = 8  # images read at a time
-QUERIES, CHUNK = 1024, 16384  # rows of one matrix product: long enough that little of the time goes into sorting
-RUN = 32  # neighbours in the bank that are compared by their largest product first
+QUERIES, CHUNK = 1024, 65536  # queries and rows of the bank of one product
 LISTS, VISITED = 512, 32  # search=faiss: inverted lists and how many of them a query visits, as published for ScaNN
 CHOICES = {"void": ("drop", "class_0"), "search": ("exact", "faiss"), "dtype": ("float16", "float32"), "absent": ABSENT}
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -138,11 +137,11 @@ def build_bank(
     return MemoryBank(torch.cat(tokens), torch.cat(labels))
 
 
-def nearest(queries: Tensor, bank: Tensor, k: int, *, n_queries: int = QUERIES, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
-    """The k largest inner products of every query with a bank, exactly: products in float32, chunk by chunk.
+def nearest(queries: Tensor, bank: Tensor, k: int, *, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
+    """The k largest inner products of every query with a bank, exactly: products in float32, chunk by chunk of the bank.
 
-    A row of products is first looked at in runs of 32: its k largest lie in the k runs of largest maximum, so only these
-    are sorted. Ties may go to either.
+    On the CPU by faiss' flat search, which multiplies and keeps the largest in one pass; elsewhere by products and topk of
+    torch. Ties may go to either.
 
     Args:
         queries: [Q, D]; bank: [n, D] of any float type, on the device where it is searched.
@@ -151,33 +150,31 @@ def nearest(queries: Tensor, bank: Tensor, k: int, *, n_queries: int = QUERIES, 
         products float32 [Q, k], falling, and rows of the bank int64 [Q, k], on the device of the bank.
     """
     k, queries = min(k, len(bank)), queries.to(bank.device, torch.float32)
-    best = torch.full((len(queries), k), -torch.inf, device=bank.device)
-    rows = torch.zeros((len(queries), k), dtype=torch.int64, device=bank.device)
+    search = flat_search if bank.device.type == "cpu" else product_search
+    best, rows = (
+        torch.zeros(len(queries), 0, device=bank.device),
+        torch.zeros(len(queries), 0, dtype=torch.int64).to(bank.device),
+    )
     for start in range(0, len(bank), chunk):
-        part = bank[start : start + chunk].float().T  # [D, c], made once for all queries
-        for first in range(0, len(queries), n_queries):
-            here = slice(first, first + n_queries)
-            products = queries[here] @ part  # [q, c]
-            top, at = _largest(products, min(k, products.shape[1]))
-            both, where = torch.cat([best[here], top], 1), torch.cat([rows[here], at + start], 1)
-            best[here], kept = both.topk(k)
-            rows[here] = where.gather(1, kept)
+        part = bank[start : start + chunk].float()  # [c, D], the only copy in float32
+        top, at = search(queries, part, min(k, len(part)))
+        both, where = torch.cat([best, top], 1), torch.cat([rows, at + start], 1)
+        best, kept = both.topk(min(k, both.shape[1]))
+        rows = where.gather(1, kept)
     return best, rows
 
 
-def _largest(products: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of every row [q, c], unsorted, and their columns."""
-    n_runs = products.shape[1] // RUN
-    if n_runs <= k:
-        return products.topk(k, sorted=False)
-    whole = n_runs * RUN
-    runs = products[:, :whole].unflatten(1, (n_runs, RUN)).amax(-1).topk(k, sorted=False).indices  # [q, k]
-    columns = (runs[..., None] * RUN + torch.arange(RUN, device=products.device)).flatten(1)  # [q, k RUN]
-    if whole < products.shape[1]:
-        rest = torch.arange(whole, products.shape[1], device=products.device).expand(len(products), -1)
-        columns = torch.cat([columns, rest], 1)
-    top, at = products.gather(1, columns).topk(k, sorted=False)
-    return top, columns.gather(1, at)
+def flat_search(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest products of every query [Q, D] with a bank [n, D], both float32 on the CPU, and their rows."""
+    faiss = load_faiss()
+    products, rows = faiss.knn(queries.numpy(), bank.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
+    return torch.from_numpy(products), torch.from_numpy(rows)
+
+
+def product_search(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """What `flat_search` gives, on any device, `QUERIES` rows of products at a time."""
+    parts = [(part @ bank.T).topk(k) for part in queries.split(QUERIES)]
+    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
 class FaissSearch:

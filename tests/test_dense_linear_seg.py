@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from dense.contract import Grids, LabelMaps, soft_labels
-from dense.heads import Heads, Normalization, patch_loss, pixel_loss
+from dense.heads import Heads, Normalization, add_patch_gradients, patch_loss, pixel_loss
 from dense.linear_seg import linear_seg, split_images
 from dense.logistic import Patches, fit_logistic, logistic_seg
 from errors import UserError
@@ -82,6 +82,23 @@ def test_losses_equal_their_definitions():
     found = pixel_loss(logits, target)
     one = F.interpolate(logits[1, :, :, :, 2].permute(0, 3, 1, 2), size=(8, 8), mode="bilinear", align_corners=False)
     torch.testing.assert_close(found[1, 2], F.cross_entropy(one, target, ignore_index=-1, reduction="sum"))
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
+def test_gradients_of_all_heads_are_those_of_autograd(dtype, atol, monkeypatch):
+    monkeypatch.setattr("dense.heads.ROWS", 7)
+    heads = Heads(2, [0, 1, 2], ["embed", 0], 6, 3)
+    x, maps = torch.randn(2, 3, 4, 4, 6), torch.randint(0, 3, (3, 8, 8))
+    maps[0, :3] = 255
+    shares = soft_labels(maps, (4, 4), 3)
+    count = shares.sum()
+    (patch_loss(heads(x), shares) / count).sum().backward()
+    expected = [p.grad.clone() for p in heads.parameters()]
+    assert add_patch_gradients(heads, x, shares, count, dtype)
+    for parameter, gradient in zip(heads.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=atol, rtol=0)
+    x[0, 0, 0, 0] = torch.inf
+    assert not add_patch_gradients(heads, x, shares, count, dtype)
 
 
 def test_heads_are_convolutions():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dense import retrieval as module
 from dense.contract import Grids, LabelMaps, predict_pixels, soft_labels
 from dense.retrieval import (
     FaissSearch,
@@ -54,13 +55,16 @@ def test_neighbours_and_transferred_labels_equal_the_published_ones():
     assert predict_pixels(shares, (8, 8)).tolist() == GOLDEN["upsampled_bilinear_align_corners_false_pred_map"]
 
 
+@pytest.mark.parametrize("search", ["flat_search", "product_search"])
 @pytest.mark.parametrize("n", [5, 64, 1000, 1037])
-def test_nearest_is_exact_whatever_the_chunks(n):
+def test_nearest_is_exact_whatever_the_chunks(n, search, monkeypatch):
+    monkeypatch.setattr("dense.retrieval.flat_search", getattr(module, search))
+    monkeypatch.setattr("dense.retrieval.QUERIES", 5)
     queries, bank = torch.randn(13, 8), torch.randn(n, 8).half()
     products = queries @ bank.float().T
     expected = products.sort(1, descending=True)
     for chunk in (32, 100, 4096):
-        found, rows = nearest(queries, bank, 7, n_queries=5, chunk=chunk)
+        found, rows = nearest(queries, bank, 7, chunk=chunk)
         torch.testing.assert_close(found, expected.values[:, : min(7, n)])
         torch.testing.assert_close(products.gather(1, rows), found)
 
