@@ -30,14 +30,17 @@ os.environ["HYDRA_FULL_ERROR"] = "1"
 def find_entry(cfg: DictConfig) -> Callable:
     """The entry function of the chosen mode, as the mode's file names it and nothing else does.
 
-    Modes are files of `cfgs/mode`, and of a folder of the user's own that the command line adds (`--config-dir mine`).
+    Modes are files of `cfgs/mode`, and of a folder of the user's own that the command line adds (`--config-dir mine`);
+    `cfgs/mode_and_protocol` holds modes that a protocol asks in another way.
 
     Raises:
         UserError: `entry` was set to something else, or what the mode's file names is not there.
     """
-    mode = HydraConfig.get().runtime.choices.get("mode")
+    choices = HydraConfig.get().runtime.choices
+    mode = choices.get("mode")
+    names = (f"mode_and_protocol/{mode}-{choices.get('protocol')}.yaml", f"mode/{mode}.yaml")
     folders = [source.path for source in HydraConfig.get().runtime.config_sources if source.schema == "file"]
-    files = [file for folder in folders if (file := Path(folder) / "mode" / f"{mode}.yaml").is_file()]
+    files = [file for name in names for folder in folders if (file := Path(folder) / name).is_file()]
     entry = OmegaConf.load(files[0]).get("entry") if files else None
     if entry is None or cfg.entry != entry:
         raise UserError(f"entry={cfg.entry} is not the entry of mode={mode} ({entry}); leave entry=… out, choose with mode=…")

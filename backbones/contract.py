@@ -89,6 +89,7 @@ class Options:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     interpolation: str | None = None
+    position_embedding: str = "timm"
     kwargs: str = "{}"  # JSON: hashable
 
     @classmethod

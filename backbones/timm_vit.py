@@ -16,6 +16,7 @@ from backbones.architecture import find_architecture
 from backbones.attention import XformersAttention, check_attention
 from backbones.build import hub_model, random_model
 from backbones.contract import Backbone, BackboneFacts, Layer, Options, by_pixels
+from backbones.positions import check_convention, resize_as_hub
 from backbones.speed import compile_blocks, tune_for_cpu
 from backbones.weights import file_digest, find_file, load_weights
 from errors import UserError
@@ -49,6 +50,8 @@ class TimmViT(Backbone):
                 f"model.image_size={by_pixels(image_size)} does not fit {options.name}, expected multiples of its patch size "
                 f"{patch_size}, such as {max(1, round(image_size[0] / patch_size)) * patch_size}"
             )
+        check_convention(options.position_embedding, options.name, seen.dynamic_size)
+        hub = options.position_embedding == "hub"
         return BackboneFacts(
             name=options.name,
             source=options.source,
@@ -59,12 +62,12 @@ class TimmViT(Backbone):
             num_prefix_tokens=seen.num_prefix_tokens,
             has_class_token=seen.has_class_token,
             image_size=image_size,
-            dynamic_size=seen.dynamic_size,
+            dynamic_size=seen.dynamic_size and not hub,  # resized once, to one size
             mean=options.mean or seen.mean,
             std=options.std or seen.std,
             interpolation=options.interpolation or seen.interpolation,
             final_norm=seen.norms[0] if seen.norms else "none",
-            weights=_weights_id(options, seen.hub),
+            weights=_weights_id(options, seen.hub) + ":positions=hub" * hub,
             kwargs=options.kwargs,
         )
 
@@ -74,14 +77,17 @@ class TimmViT(Backbone):
         facts = cls.describe(options)
         dtype = resolve_dtype(options.dtype, device)
         check_attention(options, device)
-        architecture = (options.name, options.kwargs, options.image_size)
+        hub = options.position_embedding == "hub"
+        architecture, dynamic = (options.name, options.kwargs, options.image_size), facts.dynamic_size or hub
         if options.pretrained and not options.weights:
-            model = hub_model(*architecture, facts.weights, say)
+            model = hub_model(*architecture, facts.weights.removesuffix(":positions=hub"), say)
         else:
             model = random_model(*architecture, options.seed)
         if options.pretrained and options.weights:
             file = find_file(options.weights, options.rebuild)
-            load_weights(model, file, part=options.weights_part, dynamic=facts.dynamic_size, say=say)
+            load_weights(model, file, part=options.weights_part, dynamic=dynamic, say=say)
+        if hub:
+            resize_as_hub(model, facts.image_size)
         model = _cast(model.eval().requires_grad_(False), dtype).to(device)
         if device.type == "cpu":
             tune_for_cpu(model, fuse=not options.compile)
