@@ -43,6 +43,9 @@ ALSO: dict[str, tuple] = {
     "neco.evaluate.every": (0,),
     "overcluster.pca": (None,),
     "dense_retrieval.memory_size": (None,),
+    "dense.grid": (None,),
+    "dense.input_size": (None,),
+    "logistic_seg.per_image": (None,),
 }
 # A name, a number or a list: read by `controls.control_names` and `resolve_layers`, `pairs.score_maps`, and the dense
 # evaluations (a share, a number of pixels or a name of a size).

@@ -144,6 +144,7 @@ def cbfe_cd(
     resolutions: Sequence[float] = (0.5, 1.0, 2.0),
     published_angles: bool = False,
     absent: str = "skip",
+    seed: int = 0,
 ) -> list[Result]:
     """Foreground, CBFE and CD scores of one layer.
 
@@ -154,6 +155,7 @@ def cbfe_cd(
         size: side of the compared maps.
         mass: share of the attention that is noisy foreground.
         weight_thresholds, resolutions: the grid the graph is tuned on, by the training labels.
+        seed: of the clusters the foreground and the communities are made of, and of tuning (published 0).
 
     Returns:
         a result "foreground" (metric jaccard), and per seed one "cbfe" and one "cd".
@@ -172,7 +174,7 @@ def cbfe_cd(
     targets = {name: ScaledMaps(labels[name], features[name], size) for name in names}
 
     both = np.concatenate([tokens[name].values for name in names])
-    index = cluster(both, foreground_clusters, seed=0, spherical=True, **options)
+    index = cluster(both, foreground_clusters, seed=seed, spherical=True, **options)
     del both
     shapes = {name: features[name].shapes.tolist() for name in names}
     found = {name: assign(index, tokens[name].values) for name in names}
@@ -191,24 +193,24 @@ def cbfe_cd(
         if not bool(inside[name].any()):
             raise UserError(f"no cluster of {name} reaches the foreground precision {threshold:.2f}: nothing to segment")
 
-    for seed in seed_list(seeds, "cbfe_cd.seeds"):
-        segments, n = segment(tokens["test"], inside["test"], n_classes - 1, seed, options)
+    for each in seed_list(seeds, "cbfe_cd.seeds"):
+        segments, n = segment(tokens["test"], inside["test"], n_classes - 1, each, options)
         compared = targets["test"].compare(segments.numpy(), tokens["test"], n)
-        results.append(matched("cbfe", seed, compared, absent, {"threshold": threshold}))
+        results.append(matched("cbfe", each, compared, absent, {"threshold": threshold}))
 
-    fine = {name: segment(tokens[name], inside[name], community_clusters, 0, options) for name in names}
+    fine = {name: segment(tokens[name], inside[name], community_clusters, seed, options) for name in names}
     weights = {name: cooccurrence(scale_up(fine[name][0].numpy(), tokens[name], shapes[name], size), fine[name][1],
                                   published_angles=published_angles) for name in names}  # fmt: skip
 
-    def detect(name: str, weight_threshold: float, resolution: float, seed: int) -> ImageConfusions:
-        named = communities(weights[name], weight_threshold, resolution, seed)
+    def detect(name: str, weight_threshold: float, resolution: float, number: int) -> ImageConfusions:
+        named = communities(weights[name], weight_threshold, resolution, number)
         return targets[name].compare(named[fine[name][0]].numpy(), tokens[name], int(named.max()) + 1)
 
-    tuned = lambda setting: float(matched("cd", 0, detect("train", *setting, 0), absent, {}).metrics["miou"].value)
+    tuned = lambda setting: float(matched("cd", seed, detect("train", *setting, seed), absent, {}).metrics["miou"].value)
     setting = max(itertools.product(weight_thresholds, resolutions), key=tuned)
     notes = {"threshold": threshold, "weight_threshold": setting[0], "resolution": setting[1]}
-    for seed in seed_list(seeds, "cbfe_cd.seeds"):
-        results.append(matched("cd", seed, detect("test", *setting, seed), absent, notes))
+    for each in seed_list(seeds, "cbfe_cd.seeds"):
+        results.append(matched("cd", each, detect("test", *setting, each), absent, notes))
     return results
 
 

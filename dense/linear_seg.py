@@ -34,6 +34,7 @@ from dense.contract import (
 from dense.heads import CHOICES as TRAINING
 from dense.heads import Batch, Heads, Normalization, Recipe, Target, pixel_target, share_target, train_epoch
 from dense.projection import fit_projection
+from dense.sliding import Windows, score_windows
 from errors import UserError
 from metrics.segmentation import ImageConfusions, class_metrics
 
@@ -70,6 +71,7 @@ def linear_seg(
     max_gb: float = 2.0,
     matmul_dtype: str = "auto",
     augmented: Callable[[Tensor, int], Iterable[Batch]] | None = None,
+    windows: Callable[[int], Windows] | None = None,
 ) -> list[Result]:
     """Train a stack of heads on the training split, score the chosen ones on the test split.
 
@@ -86,6 +88,8 @@ def linear_seg(
         max_gb: memory of the logits of loss=pixels.
         matmul_dtype: of the products of loss=patches while fitting, see `forms.resolve_matmul_dtype`; scores are float32.
         augmented: live training images in place of stored tokens: (images [n] in order, epoch) -> batches.
+        windows: test images are scored in windows that overlap (`sliding.sliding_windows`) in place of stored tokens; a
+            choice on the reported split (selection=reported) is made on stored tokens all the same.
 
     Returns:
         a result per layer, seed and score size; the notes say what was chosen and on what.
@@ -119,7 +123,10 @@ def linear_seg(
         for i, r in enumerate(chosen.tolist())
     ]  # fmt: skip
     heads = fit.heads.choose(chosen)
-    found = score_pixels(heads, fit.norm, test, maps, score_sizes)
+    if windows is None:
+        found = score_pixels(heads, fit.norm, test, maps, score_sizes)
+    else:
+        found = score_windows(heads, fit.norm, windows, maps, score_sizes)
     return [
         segmentation_result({"layer": test.layers[i], "seed": listed[s], "size": size}, each, absent=absent, notes=notes[i])
         for (i, s, size), each in found.items()

@@ -29,6 +29,7 @@ from dense.live import Augment, live_stream
 from dense.projection import check_clusters
 from dense.references import ceiling, majority
 from dense.report import BACKBONE, load_results, main_metric, records, save_results, table, write_rows
+from dense.sliding import check_slide, sliding_windows
 from errors import UserError
 from files import digest, plain
 from machine import choose_device, set_threads
@@ -69,7 +70,8 @@ def options_of(cfg: DictConfig, name: str) -> dict[str, Any]:
         UserError: an option it does not have.
     """
     given = OmegaConf.to_container(cfg[name], resolve=True)
-    for key in ("live", "augment"):  # they say where the training images come from, see `live_images`
+    given |= {"seed": int(cfg.seed)} if name == "cbfe_cd" else {}
+    for key in ("live", "augment", "slide"):  # they say where the images come from, see `live_images` and `evaluate`
         given.pop(key, None)
     known = inspect.signature(EVALUATIONS[name].function).parameters
     for key in given:
@@ -181,6 +183,9 @@ def check(cfg: DictConfig) -> list[str]:
         if "seeds" in options:
             seed_list(options["seeds"], f"{name}.seeds")
         live_images(cfg, name)
+        check_slide(cfg[name].get("slide"), name)
+        if options.get("held_out") and options.get("selection", "train_part") == "train_part":
+            linear_seg.split_images(train, options["held_out"], 0)
         if EVALUATIONS[name].attention:
             check_class_attention(facts)
         if name == "overcluster":
@@ -264,7 +269,8 @@ def evaluate(
     options = options_of(cfg, name)
     augment = live_images(cfg, name)
     recipe = {"evaluation": name, "subject": subject, "layer": layer, "options": options}
-    recipe |= {"augment": augment and augment._asdict()}
+    slide = cfg[name].get("slide")
+    recipe |= {"augment": augment and augment._asdict(), "slide": slide}
     recipe = plain(recipe | {"on": {role: made_from(split) for role, split in splits.items()}})
     at = "all" if layer is None else layer
     path = run.dir / "checkpoints" / "dense" / name / f"{subject}-{at}-{digest(recipe)}.safetensors"
@@ -273,19 +279,19 @@ def evaluate(
     features, labels = contents(splits, layer)
     if name == "dense_retrieval":
         options["device"] = device
-    if augment is not None and subject != "position":  # where a patch lies is the same in every picture
-        own, train = dict(subjects(cfg))[subject].copy(), splits["train"]
+    if subject != "position":  # where a patch lies is the same in every picture
+        own = dict(subjects(cfg))[subject].copy()
         if layer is not None:
             own.model.layers = [layer]
-        options["augmented"] = live_stream(
-            own,
-            cfg.dense.train_split,
-            train.sample.meta["numbers"],
-            train.maps,
-            augment,
-            batch_size=options.get("batch_size", 16),
-            say=run.say,
-        )
+        if augment is not None:
+            train, size = splits["train"], options.get("batch_size", 16)
+            numbers = train.sample.meta["numbers"]
+            options["augmented"] = live_stream(
+                own, cfg.dense.train_split, numbers, train.maps, augment, batch_size=size, say=run.say
+            )
+        if slide is not None:
+            numbers = splits["test"].sample.meta["numbers"]
+            options["windows"] = sliding_windows(own, cfg.dense.test_split, numbers, slide, run.say)
     started = time.monotonic()
     found = EVALUATIONS[name].function(features, labels, **options)
     if layer is not None:
