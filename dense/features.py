@@ -195,23 +195,31 @@ def open_maps(cfg: DictConfig, split: str, sample: PatchSample) -> LabelMaps:
 def open_attention(cfg: DictConfig, split: str, sample: PatchSample, say: Callable[[str], None]) -> Callable[[Tensor], Tensor]:
     """The attention of the class token of every image, computed once: images [B] -> [B, heads, h, w] float32.
 
+    In an image of several windows every patch has the attention of the window its token comes from.
+
     Raises:
-        UserError: images seen in several windows; a model whose attention cannot be read.
+        UserError: a model whose attention cannot be read.
     """
     numbers, facts = sample.meta["numbers"].tolist(), sample.meta["facts"]
     device, dataset = choose_device(cfg.device), build_dataset(cfg, split)
     folder = Path(cfg.cache.dir) / "attention" / safe_name(f"{facts['name']}-{split}-{sample.meta['fingerprint']}")
+    shapes, order = lattice(sample)
     backbone: list[Any] = []  # loaded when the first file is missing
 
     def write(rows: range) -> dict[str, Tensor]:
         if not backbone:
             backbone.append(load_backbone(cfg.model, device, say))
-        maps = {}
-        for first in range(rows.start, rows.stop, cfg.cache.batch_windows):
-            part = range(first, min(first + cfg.cache.batch_windows, rows.stop))
-            images = torch.cat([seen_image(dataset[numbers[row]].image, cfg, backbone[0].facts) for row in part])
-            for row, map_ in zip(part, class_attention(backbone[0], images.to(device)).half().cpu(), strict=True):
-                maps[str(row)] = map_
+        maps, size = {}, cfg.cache.batch_windows
+        for first in range(rows.start, rows.stop, size):
+            part = range(first, min(first + size, rows.stop))
+            windows = [seen_windows(dataset[numbers[row]].image, cfg, backbone[0].facts) for row in part]
+            found = [class_attention(backbone[0], few.to(device)).half().cpu() for few in torch.cat(windows).split(size)]
+            for row, seen in zip(part, torch.cat(found).split([len(each) for each in windows]), strict=True):
+                h, w = shapes[row].tolist()
+                window, y, x = sample.position[row].clamp_min(0).unbind(1)  # [T]
+                tokens = seen[window, :, y, x]  # [T, heads]
+                tokens = tokens if order is None else tokens[order[row]]
+                maps[str(row)] = tokens[: h * w].T.unflatten(1, (h, w)).contiguous()
         return maps
 
     held = {}
@@ -220,18 +228,12 @@ def open_attention(cfg: DictConfig, split: str, sample: PatchSample, say: Callab
     return lambda images: torch.stack([held[int(image)] for image in images]).float()
 
 
-def seen_image(image: Tensor, cfg: DictConfig, facts: BackboneFacts) -> Tensor:
-    """An image [3, H, W] uint8 as the backbone sees it in one window, [1, 3, h p, w p] float32.
-
-    Raises:
-        UserError: it takes several windows.
-    """
+def seen_windows(image: Tensor, cfg: DictConfig, facts: BackboneFacts) -> Tensor:
+    """An image [3, H, W] uint8 as the backbone sees it, [n_windows, 3, h p, w p] float32."""
     options = OmegaConf.to_container(cfg.protocol.geometry)
     geometry = plan_geometry(
         tuple(image.shape[-2:]), geometry=options, patch_size=facts.patch_size, image_size=facts.image_size
     )
-    if len(geometry.starts) > 1:
-        raise UserError("attention is read from images seen in one window; set protocol.geometry.kind=stretch")
     return cut_windows(
         image, geometry, mean=facts.mean, std=facts.std, interpolation=facts.interpolation, antialias=options["antialias"]
     )

@@ -89,7 +89,7 @@ def draw_layers(rows: Sequence[Mapping[str, Any]], layers: Sequence[int | str]) 
                 here = [row for row in rows if (row["evaluation"], row["setting"], row["subject"]) == (*key, subject)]
                 at = {str(row["layer"]): row for row in here}
                 chosen = [(i, at[str(layer)]) for i, layer in enumerate(layers) if str(layer) in at]
-                if not chosen and here:
+                if len(here) == 1:
                     chosen = [(0, here[0]), (len(layers) - 1, here[0])]
                 if not chosen:
                     continue
@@ -171,7 +171,7 @@ def draw_examples(examples: Sequence[Example], classes: Sequence[str]) -> Figure
             for k, (picture, cosine) in enumerate(zip(example.neighbours, example.cosines, strict=True)):
                 near = figure.add_subplot(grid[i, 1 + k])
                 near.imshow(picture.permute(1, 2, 0).numpy())
-                near.set_title(f"{cosine:.2f}", fontsize=7)
+                near.set_title(f"nearest\n{cosine:.2f}" if i == k == 0 else f"{cosine:.2f}", fontsize=7)
                 near.axis("off")
             shown = [(1 + n_near, example.prediction, "retrieved"), (2 + n_near, example.truth, "true")]
             for at, label_map, title in shown:
@@ -208,6 +208,15 @@ def draw_gallery(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> F
     return figure
 
 
+def at_last_layer(rows: Sequence[Mapping[str, Any]], layers: Sequence[int | str]) -> list[Mapping[str, Any]]:
+    """The rows of the last layer, and those of a control that has one layer of its own."""
+    seen: dict[tuple, set[str]] = {}
+    key = lambda row: (row["evaluation"], row["subject"])
+    for row in rows:
+        seen.setdefault(key(row), set()).add(str(row["layer"]))
+    return [row for row in rows if len(seen[key(row)]) == 1 or str(row["layer"]) == str(layers[-1])]
+
+
 def write_figures(
     cfg: DictConfig,
     directory: Path,
@@ -226,13 +235,12 @@ def write_figures(
     }
     main = [row for row in rows if row["metric"] in MAIN and (row["evaluation"], row["setting"]) in shown]
     main = [row for row in main if not (row["metric"] == "jaccard" and row["value"] != row["value"])]
-    own = {str(layers[-1]), "", "embed", "position"}
-    drawn = {"evaluations": draw_evaluations([row for row in main if str(row["layer"]) in own])}
+    drawn = {"evaluations": draw_evaluations(at_last_layer(main, layers))}
     if len(layers) > 1:
         drawn["layers"] = draw_layers([row for row in main if row["layer"] != ""], layers)
     of_classes = class_rows(results, classes, counts)
     for evaluation in ("linear_seg", "patch_class", "dense_retrieval", "overcluster"):
-        found = [row for row in of_classes if row["evaluation"] == evaluation and str(row["layer"]) in own]
+        found = at_last_layer([row for row in of_classes if row["evaluation"] == evaluation], layers)
         if found:
             setting = found[-1]["setting"]
             title = f"{evaluation} {setting}, layer {layers[-1]}".replace("_", " ")

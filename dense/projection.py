@@ -49,8 +49,8 @@ def fit_projection(*splits: Grids, n_components: int | None, standardize: bool =
         UserError: more components than channels.
     """
     dim = splits[0].dim
-    if n_components is not None and not 1 <= n_components <= dim:
-        raise UserError(f"pca={n_components} components of tokens with {dim} channels; set it to at most {dim}, or null")
+    if n_components is not None:
+        check_components(n_components, dim)
     shape = (dim,) if n_components is None else (dim, dim)  # without components the variances are enough
     total, square, count = torch.zeros(dim, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64), 0
     around = None
@@ -94,6 +94,16 @@ def load_faiss() -> Any:
 
     faiss.omp_set_num_threads(torch.get_num_threads())
     return faiss
+
+
+def check_components(n_components: int, dim: int) -> None:
+    """Refuse more principal components than channels.
+
+    Raises:
+        UserError: naming both.
+    """
+    if not 1 <= n_components <= dim:
+        raise UserError(f"pca={n_components} components of tokens with {dim} channels; set it to at most {dim}, or null")
 
 
 def check_clusters(n_clusters: int, n_tokens: int) -> None:

@@ -18,6 +18,11 @@ from show.text import format_table
 # Results by evaluation, then by subject: the backbone, or a control in its place.
 Results = Mapping[str, Mapping[str, Sequence[Result]]]
 BACKBONE = "backbone"
+# Keys of a setting in the order a reader sees them, and the word before their value.
+WORDS = {
+    "n_clusters": "K", "step": "", "rule": "", "heads": "heads", "mass": "mass", "normalize": "", "lr": "lr",
+    "weight_decay": "weight decay", "fraction": "fraction", "size": "at", "matching": "",
+}  # fmt: skip
 MAIN = ("miou", "jaccard")  # the metric a table shows of a result: the first it has
 
 
@@ -94,10 +99,10 @@ def _common(evaluation: str, subject: str, result: Result, split: str) -> dict[s
 
 
 def label(setting: Mapping[str, Any]) -> str:
-    """What tells a result from its siblings at other layers and seeds, in words."""
-    words = {"n_clusters": "K", "matching": "", "step": "", "rule": "", "size": "at", "heads": "heads", "normalize": ""}
-    shown = [f"{words.get(key, key)} {value}".strip() for key, value in setting.items() if key not in ("layer", "seed")]
-    return " ".join(shown).replace("_", " ")
+    """What tells a result from its siblings at other layers and seeds, in words; whatever order its keys were read in."""
+    named = [f"{WORDS[key]} {setting[key]}".strip() for key in WORDS if key in setting]
+    rest = [f"{key} {setting[key]}" for key in sorted(setting) if key not in (*WORDS, "layer", "seed")]
+    return " ".join([*named, *rest]).replace("_", " ")
 
 
 def main_metric(result: Result) -> str:

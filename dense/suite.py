@@ -22,11 +22,11 @@ from backbones.attention import check_class_attention
 from backbones.load import backbone_facts
 from controls import position_code
 from dense import cbfe_cd, linear_seg, logistic, overcluster, patch_class, retrieval
-from dense.contract import Grids, Result, check_choices, mean_over_seeds, seed_list
+from dense.contract import Grids, Result, check_choices, mean_over_seeds, score_size, seed_list
 from dense.features import Split, dense_config, open_split
 from dense.foreground import attention_maps
 from dense.live import Augment, live_stream
-from dense.projection import check_clusters
+from dense.projection import check_clusters, check_components
 from dense.references import ceiling, majority
 from dense.report import BACKBONE, load_results, main_metric, records, save_results, table, write_rows
 from dense.sliding import check_slide, sliding_windows
@@ -172,6 +172,7 @@ def check(cfg: DictConfig) -> list[str]:
     if unknown or not names:
         raise UserError(f"dense.evaluations={names}: expected some of {', '.join(EVALUATIONS)}")
     control_names(cfg)
+    score_size(cfg.dense.reference_size, (1, 1), 1, (1, 1))
     facts = backbone_facts(cfg.model)
     n_images = {split: len(build_dataset(cfg, split)) for split in (cfg.dense.train_split, cfg.dense.test_split)}
     classes = build_dataset(cfg, cfg.dense.test_split).classes
@@ -182,6 +183,10 @@ def check(cfg: DictConfig) -> list[str]:
         check_choices(name, EVALUATIONS[name].choices, options)
         if "seeds" in options:
             seed_list(options["seeds"], f"{name}.seeds")
+        for size in [options.get("size", "full"), *options.get("score_sizes", ())]:
+            score_size(size, (1, 1), 1, (1, 1))
+        if options.get("pca"):
+            check_components(options["pca"], facts.dim)
         live_images(cfg, name)
         check_slide(cfg[name].get("slide"), name)
         if options.get("held_out") and options.get("selection", "train_part") == "train_part":

@@ -3,14 +3,21 @@
 import csv
 import inspect
 import json
+from unittest import mock
 
 import program
 import pytest
 import torch
 
-from dense import suite
+import main
+import options
+from activation import build_dataset
+from backbones.attention import class_attention
+from backbones.load import load_backbone
+from dense import figures, suite
 from dense.contract import LabelMaps
-from dense.features import change_background, dense_config, open_split
+from dense.features import change_background, dense_config, open_split, seen_windows
+from show.style import png_bytes
 
 SMALL = [
     *program.MODEL,
@@ -25,8 +32,16 @@ SUITE = [*SMALL, "mode=dense_suite", "model.layers=[0,-1]"]
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    return program.run(tmp_path_factory.mktemp("dense"), *SUITE, "model.seed=1")
+def shared(tmp_path_factory):
+    """A folder whose cache the runs of this file fill once."""
+    return tmp_path_factory.mktemp("dense")
+
+
+@pytest.fixture(scope="module")
+def done(shared):
+    few = lambda figure: png_bytes(figure) if len(figure.axes) < 4 else b"drawn"  # to render many panels takes seconds
+    with mock.patch("dense.figures.png_bytes", few):
+        return program.run(shared, *SUITE, "model.seed=1")
 
 
 def test_every_evaluation_is_in_the_records_with_intervals_and_classes(done):
@@ -57,35 +72,50 @@ def test_tables_hold_what_the_records_hold(done):
     classes = list(csv.DictReader((done.dir / "classes.csv").open()))
     assert {r["class"] for r in classes} >= {"background", "beetle"}
     assert "gain over the best" in (done.dir / "log.txt").read_text()
-    assert {p.name for p in done.dir.glob("*.png")} >= {"evaluations.png", "classes.png"}
+    drawn = {p.stem for p in done.dir.glob("*.png")}
+    assert drawn >= {"evaluations", "layers", "classes", "confusion", "examples"}
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path, done, monkeypatch):
+def test_a_figure_of_the_last_layer_has_one_row_per_subject():
+    row = lambda subject, layer: {"evaluation": "linear_seg", "subject": subject, "layer": layer}
+    rows = [row("backbone", "embed"), row("backbone", 3), row("pixels", "embed"), row("position", "position")]
+    found = [(r["subject"], r["layer"]) for r in figures.at_last_layer(rows, ["embed", 3])]
+    assert found == [("backbone", 3), ("pixels", "embed"), ("position", "position")]
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(shared, done, monkeypatch):
     evaluate, jobs = suite.evaluate, []
+    part = ["dense.evaluations=[patch_class,overcluster]", "dense.controls=[pixels]", "dense.figures=false"]
 
     def stop(*arguments):
-        if len(jobs) == 5:
+        if len(jobs) == 3:
             raise KeyboardInterrupt
         jobs.append(arguments[2:5])
         return evaluate(*arguments)
 
     monkeypatch.setattr(suite, "evaluate", stop)
     with pytest.raises(KeyboardInterrupt):
-        program.run(tmp_path, *SUITE, "model.seed=1")
+        program.run(shared, *SUITE, *part, "model.seed=1")
     monkeypatch.setattr(suite, "evaluate", evaluate)
-    again = program.run(tmp_path, *SUITE, "model.seed=1")
+    again = program.run(shared, *SUITE, *part, "model.seed=1")
     assert (again.dir / "log.txt").read_text().count("patch_class on backbone") == 1
-    strip = lambda records: sorted(json.dumps(r, sort_keys=True) for r in records)
-    assert strip(again.records()) == strip(done.records())
-    assert (again.dir / "dense.csv").read_text() == (done.dir / "dense.csv").read_text()
+    asked = lambda r: r["question"] in ("patch_class", "overcluster", "reference") and r["name"] != "position"
+    strip = lambda records: sorted(json.dumps(r, sort_keys=True) for r in records if asked(r))
+    assert strip(again.records()) == strip(done.records()) and len(strip(done.records())) > 20
 
 
 def test_windows_of_a_long_image_make_one_grid(tmp_path):
     overrides = [*SMALL, "mode=linear_seg", "dataset.size=[96,160]", *program.places(tmp_path)]
     with program.configured(*overrides) as cfg:
         cfg = dense_config(cfg)
-        split = open_split(cfg, "test", print)
-    assert split.grids.shapes.tolist() == [[6, 10]] * 6
+        split = open_split(cfg, "test", print, attention=True)
+        backbone = load_backbone(cfg.model, "cpu")
+        image = build_dataset(cfg, "test")[int(split.sample.meta["numbers"][1])].image
+        windows = class_attention(backbone, seen_windows(image, cfg, backbone.facts))  # [n, heads, 6, 6]
+    assert split.grids.shapes.tolist() == [[6, 10]] * 6 and len(windows) == 2
+    attention = split.grids.attention(torch.tensor([1]))[0]  # [heads, 6, 10]
+    torch.testing.assert_close(attention[:, :, 0], windows[0, :, :, 0], atol=1e-4, rtol=1e-2)
+    torch.testing.assert_close(attention[:, :, 9], windows[1, :, :, 5], atol=1e-4, rtol=1e-2)
     x = split.grids.read(torch.tensor([0, 1]))
     assert x.shape == (1, 2, 6, 10, 32)
     place = split.sample.labels["place"][0]
@@ -98,8 +128,6 @@ def test_maps_are_those_of_the_data_set_and_are_read_again(tmp_path):
     with program.configured(*SMALL, "mode=linear_seg", *program.places(tmp_path)) as cfg:
         cfg = dense_config(cfg)
         first = open_split(cfg, "train", print)
-        from activation import build_dataset
-
         dataset = build_dataset(cfg, "train")
         cfg.cache.ram_gb = 1e-9
         again = open_split(cfg, "train", print)
@@ -117,6 +145,12 @@ def test_the_background_is_a_class_ignored_or_no_class():
 
 
 BAD = {
+    "mode=linear_seg dataset.n_train=4": "leaves 0 to choose on",
+    "mode=overcluster overcluster.pca=50": "pca=50 components of tokens with 32 channels",
+    "mode=linear_seg linear_seg.score_sizes=[big]": "a score size is a number of pixels, input or full",
+    "mode=linear_seg linear_seg.slide=2": "linear_seg.slide=2",
+    "mode=linear_seg dense.grid=abc": "dense.grid: got 'abc'",
+    "mode=dense_retrieval protocol=hummingbird": "set dense.input_size=512",
     "mode=overcluster overcluster.n_clusters=[9999]": "9999 clusters of 216 tokens",
     "mode=dense_retrieval dense_retrieval.fraction=1/128": "leaves none",
     "mode=cbfe_cd model.source=pixels model.layers=[embed] model.norm=false": "pixels has no class token",
@@ -132,6 +166,13 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("name", ["voc12", "ade20k_challenge", "coco_things", "coco_stuff", "cityscapes", "folder"])
+def test_a_root_without_the_expected_files_is_one_sentence(tmp_path, name):
+    with pytest.raises(SystemExit) as stopped:
+        program.run(tmp_path, *program.MODEL, "mode=linear_seg", f"dataset={name}", f"dataset.root={tmp_path}")
+    assert str(tmp_path) in str(stopped.value) and "\n" not in str(stopped.value)
+
+
 @pytest.mark.parametrize("overrides", BAD, ids=lambda text: text.split(" ", 1)[0] + " " + text.rsplit(" ", 1)[-1])
 def test_bad_input_is_one_sentence_before_any_extraction(tmp_path, overrides):
     with pytest.raises(SystemExit) as stopped:
@@ -140,38 +181,44 @@ def test_bad_input_is_one_sentence_before_any_extraction(tmp_path, overrides):
     assert not list((tmp_path / "cache").glob("tokens/*"))
 
 
-def test_augmented_protocols_run_and_differ_from_stored_tokens(tmp_path):
+def test_augmented_protocols_run_and_differ_from_stored_tokens(shared):
     quick = [
-        "linear_seg.epochs=1",
-        "linear_seg.batch_size=4",
-        "linear_seg.seeds=1",
-        "dense.input_size=96",
-        "dense.figures=false",
-    ]
-    done = program.run(tmp_path, *SMALL, "mode=linear_seg", "protocol=neco_linear", *quick, "dense.evaluations=[linear_seg]")
-    plain = program.run(
-        tmp_path, *SMALL, "mode=linear_seg", "protocol=neco_linear", *quick, "dense.evaluations=[linear_seg]",
-        "linear_seg.live=false",
-    )  # fmt: skip
+        *SMALL, "mode=linear_seg", "protocol=neco_linear", "linear_seg.epochs=1", "linear_seg.batch_size=4",
+        "linear_seg.seeds=1", "dense.input_size=96", "dense.figures=false", "dense.evaluations=[linear_seg]",
+        "dense.controls=[]",
+    ]  # fmt: skip
+    done = program.run(shared, *quick)
+    plain = program.run(shared, *quick, "linear_seg.live=false")
     pick = lambda run: next(r for r in run.records() if r["question"] == "linear_seg" and r["seed"] == "mean")
     assert pick(done)["notes"]["selected_on"] == "reported" and pick(done)["protocol"].startswith("neco_linear, changed: ")
     assert pick(done)["metrics"] != pick(plain)["metrics"]
 
 
-def test_published_patch_classes(tmp_path):
-    own = ["dense.grid=6", "+dense.published.demo_vit=0.5", "dense.figures=false"]
-    done = program.run(tmp_path, *SMALL, "mode=patch_class", "protocol=probeit", *own)
+def test_published_patch_classes(shared):
+    own = ["dense.grid=6", "+dense.published.demo_vit=0.5", "dense.figures=false", "dense.controls=[]"]
+    done = program.run(shared, *SMALL, "mode=train_class", "protocol=probeit", *own)
+    assert done.dir.parent.name == "patch_class"
     record = next(r for r in done.records() if r["question"] == "patch_class" and r["seed"] == "mean")
     said = f"published .500, ours {record['metrics']['accuracy']:.3f}, difference".replace(" 0.", " .")
     assert said in (done.dir / "log.txt").read_text()
     assert len(record["iou"]) == 8 and "background" not in record["iou"] and record["protocol"].startswith("probeit, changed: ")
 
 
-def test_published_retrieval_runs(tmp_path):
+def test_published_retrieval_runs(shared):
     quick = ["dense.input_size=96", "dense.figures=false", "dense.controls=[]"]
-    done = program.run(tmp_path, *SMALL, "mode=dense_retrieval", "protocol=hummingbird", *quick)
+    done = program.run(shared, *SMALL, "mode=dense_retrieval", "protocol=hummingbird", *quick)
     record = next(r for r in done.records() if r["question"] == "dense_retrieval")
     assert record["notes"]["bank"] == 2 * 12 * 36 and record["setting"]["size"] == "input"
+
+
+def test_the_class_of_a_patch_is_asked_as_published_by_either_mode():
+    published = ["protocol=probeit", "dataset=voc12", "dataset.root=/data", "model=dinov2_small_reg"]
+    with program.configured("mode=train_class", *published) as cfg:
+        options.check(cfg)
+        assert main.find_entry(cfg) is suite.run and cfg.mode == "patch_class" and cfg.dense.evaluations == ["patch_class"]
+        assert cfg.dense.grid == 32 and cfg.model.norm and cfg.model.layers == -1
+    with program.configured("mode=train_class") as cfg:
+        assert main.find_entry(cfg) is not suite.run and cfg.task == "class"
 
 
 @pytest.mark.parametrize("experiment", ["probeit_table", "probeit_learning_rates"])
