@@ -13,7 +13,7 @@ from torch import Tensor
 from activation import build_dataset
 from dense.contract import predict_pixels, soft_labels
 from dense.features import Split
-from dense.projection import assign, cluster, fit_projection, project
+from dense.projection import cluster, fit_projection, project
 from dense.retrieval import MemoryBank, nearest, transfer
 
 TRAIN_IMAGES, SHOWN, NEIGHBOURS = 200, 4, 6  # the memory of the examples, images shown, neighbours shown of a query
@@ -77,36 +77,42 @@ def retrieval_examples(cfg: DictConfig, splits: Mapping[str, Split]) -> list[Exa
     return examples
 
 
-def cluster_gallery(cfg: DictConfig, splits: Mapping[str, Split], n_clusters: int = 60) -> list[dict[str, Any]]:
-    """The purest clusters of patches of the scored split: class, purity and pictures of a few members, one per image.
+def cluster_gallery(cfg: DictConfig, splits: Mapping[str, Split], n_clusters: int = 300) -> list[dict[str, Any]]:
+    """Clusters of patches of the scored split that lie most on one class: class, purity, pictures of members of several images.
 
-    Purity is the share of the labelled pixels under a cluster that carry its most frequent class; background clusters and
-    those of fewer than 8 images are left out.
+    Purity is the share of the labelled pixels under a cluster that carry the class, its most frequent one but the background.
+    Clusters of fewer than 8 images are left out; the members shown are the nearest to the centroid, one of an image.
     """
     test, dataset = splits["test"], build_dataset(cfg, cfg.dense.test_split)
     grids = test.grids.at(test.grids.layers[-1])
     grids = grids.subset(torch.arange(min(TRAIN_IMAGES, grids.n_images)))
     tokens = project(grids, fit_projection(grids, n_components=min(50, grids.dim)))
     count = min(n_clusters, grids.n_tokens)
-    named = assign(cluster(tokens.values, count, seed=0, iterations=15, restarts=1, max_points=256), tokens.values)
-    shares, places = torch.zeros(count, test.maps.n_classes), [{} for _ in range(count)]
+    index = cluster(tokens.values, count, seed=0, iterations=15, restarts=1, max_points=256)
+    distance, named = (torch.from_numpy(each[:, 0]) for each in index.search(tokens.values, 1))
+    source, shares = [], torch.zeros(count, test.maps.n_classes)
     for image, (h, w) in enumerate(grids.shapes.tolist()):
         seen = test.maps.at(torch.tensor([image]), (h * grids.patch, w * grids.patch))
         area = soft_labels(seen, (h, w), test.maps.n_classes).flatten(0, 2)  # [N, C]
-        ids = torch.from_numpy(named[tokens.start[image] : tokens.start[image + 1]])
-        shares.index_add_(0, ids, area)
-        for token, number in enumerate(ids.tolist()):
-            places[number].setdefault(image, divmod(token, w))
-    purity, kind = (shares / shares.sum(1, keepdim=True).clamp_min(1e-9)).max(1)
-    usable = [k for k in range(count) if int(kind[k]) > 0 and len(places[k]) >= MEMBERS]
+        shares.index_add_(0, named[tokens.start[image] : tokens.start[image + 1]], area)
+        source += [(image, row, column) for row in range(h) for column in range(w)]
+    first = int(test.maps.classes[0] == "background")
+    purity, kind = (shares / shares.sum(1, keepdim=True).clamp_min(1e-9))[:, first:].max(1)
     rows = []
-    for k in sorted(usable, key=lambda k: -float(purity[k]))[:CLUSTERS]:
-        members = list(places[k].items())[:MEMBERS]
+    for k in purity.argsort(descending=True).tolist():
+        inside = (named == k).nonzero().flatten()
+        members: dict[int, tuple[int, int, int]] = {}
+        for token in inside[distance[inside].argsort()].tolist():
+            members.setdefault(source[token][0], source[token])
+        if len(members) < MEMBERS:
+            continue
         pictures = [
             context_picture(dataset[int(test.sample.meta["numbers"][i])].image, grids.shapes[i].tolist(), r, c)
-            for i, (r, c) in members
+            for i, r, c in list(members.values())[:MEMBERS]
         ]
-        rows.append({"class": int(kind[k]), "purity": float(purity[k]), "pictures": pictures})
+        rows.append({"class": int(kind[k]) + first, "purity": float(purity[k]), "pictures": pictures})
+        if len(rows) == CLUSTERS:
+            break
     return rows
 
 

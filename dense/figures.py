@@ -190,7 +190,7 @@ def draw_examples(examples: Sequence[Example], classes: Sequence[str]) -> Figure
 
 
 def draw_gallery(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> Figure:
-    """Members of the purest clusters, one row each: patches with their neighbours, from different images."""
+    """Members of the clusters that lie most on one class, one row each: patches with their neighbours, of several images."""
     n = max(len(row["pictures"]) for row in rows)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(1.7 + 0.85 * n, 0.95 * len(rows)), layout="constrained")

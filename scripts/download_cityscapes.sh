@@ -3,6 +3,7 @@
 #   bash scripts/download_cityscapes.sh ~/Downloads/leftImg8bit_trainvaltest.zip ~/Downloads/gtFine_trainvaltest.zip /data/cityscapes
 set -euo pipefail
 python=${PYTHON:-python}
+source "$(dirname "$0")/count_files.sh"
 if [ $# -ne 3 ]; then
     cat <<'TEXT'
 usage: bash scripts/download_cityscapes.sh leftImg8bit_trainvaltest.zip gtFine_trainvaltest.zip FOLDER
@@ -21,9 +22,6 @@ for archive in "$1" "$2"; do
     "$python" -m zipfile -e "$archive" "$folder" ||
         { echo "error: $archive is damaged or no zip archive, or $folder is full; download it again" >&2; exit 1; }
 done
-for part in "train 2975" "val 500"; do
-    read -r name whole <<<"$part"
-    found=$(find "$folder/gtFine/$name" -name '*_gtFine_instanceIds.png' | wc -l)
-    echo "$((found)) of $whole $name masks"
-done
+count_files "$folder/gtFine/train" '*_gtFine_instanceIds.png' 2975 "train masks"
+count_files "$folder/gtFine/val" '*_gtFine_instanceIds.png' 500 "val masks"
 echo "next: python main.py mode=check_data dataset=cityscapes dataset.root=$folder"

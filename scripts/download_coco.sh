@@ -3,6 +3,7 @@
 #   bash scripts/download_coco.sh /data/coco
 set -euo pipefail
 python=${PYTHON:-python}
+source "$(dirname "$0")/count_files.sh"
 if [ $# -ne 1 ]; then
     cat <<'TEXT'
 usage: bash scripts/download_coco.sh FOLDER
@@ -15,8 +16,8 @@ fi
 folder=$1
 mkdir -p "$folder/images"
 fetch() { # archive on the server, folder it is unpacked to, what it makes there
-    [ -e "$2/$3" ] && return
-    archive=$folder/$(basename "$1")
+    archive=$folder/$(basename "$1") # it stays until it is unpacked, so a stopped run is not taken for a finished one
+    [ -e "$2/$3" ] && [ ! -e "$archive" ] && return
     curl --fail --location --continue-at - --output "$archive" "http://images.cocodataset.org/$1"
     unpack "$archive" "$2"
     rm "$archive"
@@ -30,11 +31,11 @@ fetch annotations/annotations_trainval2017.zip "$folder" annotations/instances_t
 fetch annotations/stuff_annotations_trainval2017.zip "$folder" annotations/stuff_val2017.json
 for part in train val; do
     maps=stuff_${part}2017_pixelmaps
-    [ -d "$folder/annotations/$maps" ] || unpack "$folder/annotations/$maps.zip" "$folder/annotations"
+    if [ ! -d "$folder/annotations/$maps" ] || [ -e "$folder/annotations/$maps.zip" ]; then
+        unpack "$folder/annotations/$maps.zip" "$folder/annotations"
+        rm "$folder/annotations/$maps.zip"
+    fi
 done
-for part in "train 118287" "val 5000"; do
-    read -r name whole <<<"$part"
-    found=$(find "$folder/images/${name}2017" -name '*.jpg' | wc -l)
-    echo "$((found)) of $whole $name images"
-done
+count_files "$folder/images/train2017" '*.jpg' 118287 "train images"
+count_files "$folder/images/val2017" '*.jpg' 5000 "val images"
 echo "next: python main.py mode=check_data dataset=coco_things dataset.root=$folder"

@@ -18,13 +18,14 @@ fi
 folder=$1
 voc=$folder/VOCdevkit/VOC2012
 mkdir -p "$folder"
-if [ ! -d "$voc/JPEGImages" ]; then
-    archive=$folder/VOCtrainval_11-May-2012.tar
+archive=$folder/VOCtrainval_11-May-2012.tar # it stays until it is unpacked, so a stopped run is not taken for a finished one
+if [ ! -d "$voc/JPEGImages" ] || [ -e "$archive" ]; then
     curl --fail --location --continue-at - --output "$archive" \
         http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar
     echo "6cd6e144f989b92b3379bac3b3de84fd  $archive" | md5sum --check --quiet ||
         { echo "error: $archive is damaged; delete it and repeat the command" >&2; exit 1; }
     tar --extract --file "$archive" --directory "$folder"
+    rm "$archive"
 fi
 if [ "${2:-}" = "--trainaug" ]; then
     archive=$folder/benchmark.tgz
