@@ -75,6 +75,20 @@ def set_threads(n_threads: int) -> None:
         torch.set_num_threads(n_threads)
 
 
+_table_width = 100
+
+
+def set_table_width(characters: int) -> None:
+    """Characters of a line that tables on the terminal may take (`report.width`)."""
+    global _table_width
+    _table_width = characters
+
+
+def table_width() -> int:
+    """What `set_table_width` was last called with; 100 before."""
+    return _table_width
+
+
 def keep_freed_memory() -> None:
     """Let the C library keep up to 64 MB of freed memory for the next arrays instead of handing it back at once.
 

@@ -27,11 +27,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from errors import UserError
 from files import cannot_write, write_atomically
-from machine import torch_facts
+from machine import set_table_width, torch_facts
 from runs import progress
 from runs.finished import newest_run, read_config, read_facts, source_run
 from runs.mirror import WANDB_MODES, open_mirror
@@ -44,7 +45,7 @@ __all__ = [
     "read_facts", "run_directory", "source_run",
 ]  # fmt: skip
 # Settings that change where or how a run is carried out, never its numbers.
-_NOT_IN_HASH = ("debug", "resume", "output_dir", "wandb", "threads", "run", "looks_at")
+_NOT_IN_HASH = ("debug", "resume", "output_dir", "wandb", "threads", "run", "looks_at", "report")
 # What of a configuration says nothing about a single fit.
 _NOT_OF_A_FIT = ("mode", "entry", "controls", "device", "eval", "vis", "export")
 # Of these a restart takes over what is there.
@@ -269,6 +270,7 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create the run directory {directory}: {error.strerror}; set output_dir=…") from error
+    set_table_width(cfg.report.width)
     with one_sentence(directory), open(directory / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -276,14 +278,17 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
             raise UserError(
                 f"another process is working in {directory}; wait for it, or start a second copy with resume=false"
             ) from error
-        write_atomically(directory / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        configuration = OmegaConf.to_yaml(cfg, resolve=True)
+        write_atomically(directory / "config.yaml", configuration)
         run = Run(directory, identify(cfg), reused, source)
         run.configuration = {k: v for k, v in jsonable(deciding(cfg)).items() if k not in _NOT_OF_A_FIT}
         if source is not None:  # its numbers belong to what was fitted there
             run.identity |= {**read_facts(source).get("identity", {}), "mode": cfg.mode}
         run.facts.update(provenance(), identity=run.identity, inputs=read_facts(directory).get("inputs"))
         run.facts.update(command=sys.argv, started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), status="running")
+        run.facts["config_sha256"] = hashlib.sha256(configuration.encode()).hexdigest()
         _write_facts(run)
+        _note_in_sweep(directory)
         run.start_mirror = None if rank else functools.partial(open_mirror, cfg, run.dir, run.say)
         status = "failed"
         with progress.shown(run.note) if not rank else contextlib.nullcontext(), run.ending:
@@ -310,6 +315,16 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
                     run.close()
                     if status == "refused" and {path.name for path in directory.iterdir()} <= OPENING_FILES:
                         shutil.rmtree(directory)  # nothing was computed: it would only be in the way
+
+
+def _note_in_sweep(directory: Path) -> None:
+    """A job of a sweep leaves its directory in the sweep's folder, for the report at the end."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return
+    hydra = HydraConfig.get()
+    folder = Path(hydra.sweep.dir) / "jobs"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / f"{int(hydra.job.num):04d}.json", json.dumps({"directory": directory.as_posix()}) + "\n")
 
 
 def _write_facts(run: Run) -> None:

@@ -1,5 +1,7 @@
 """What a reader sees: records, tables, text, and one style for all figures.
 
-Read records, choice, per_image, tables, text, style; look is mode=show.
-May import: runs, metrics, tasks, patches, activation, probes, files, backbones.load, datasets.scene, store.labelled
+Read records, choice (which layer), tables, per_image (the numbers of every image), text, style; look is mode=show. Read
+comparison (what may share a column), board (text), page (HTML), across_figures, across_runs: mode=report; sweep is the
+report at the end of a sweep.
+May import: runs, metrics, tasks, patches, activation, files, machine, probes, backbones.load, datasets.scene, store.labelled
 """

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -46,6 +47,13 @@ def figure_pixels(figure: Figure, dpi: int) -> Image.Image:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+
+
+def pdf_bytes(figure: Figure) -> bytes:
+    """A drawn figure as a PDF of vectors, for print; equal figures give equal bytes."""
+    data = io.BytesIO()
+    FigureCanvasPdf(figure).print_pdf(data, metadata={"CreationDate": None})
+    return data.getvalue()
 
 
 def png_bytes(figure: Figure) -> bytes:

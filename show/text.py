@@ -1,14 +1,43 @@
-"""Plain text for a terminal."""
+"""Plain text for a terminal and for Markdown."""
 
 from collections.abc import Sequence
 
+from machine import table_width
 
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain text table: first column flush left, the others flush right."""
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> str:
+    """A plain text table: first column flush left, the others flush right.
+
+    Columns that do not fit beside each other stand in blocks under each other, each with the first column.
+
+    Args:
+        width: characters of a line; None: `report.width`.
+    """
     widths = [max(len(str(row[i])) for row in (header, *rows)) for i in range(len(header))]
+    blocks = _blocks(widths, table_width() if width is None else width)
 
-    def line(row: Sequence[str]) -> str:
-        cells = [str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+    def line(row: Sequence[str], columns: Sequence[int]) -> str:
+        cells = [str(row[i]).ljust(widths[i]) if i == 0 else str(row[i]).rjust(widths[i]) for i in columns]
         return "  ".join(cells).rstrip()
 
-    return "\n".join([line(header), line(["-" * w for w in widths]), *(line(row) for row in rows)])
+    rule = ["-" * w for w in widths]
+    return "\n\n".join("\n".join(line(row, columns) for row in (header, rule, *rows)) for columns in blocks)
+
+
+def _blocks(widths: Sequence[int], limit: int) -> list[list[int]]:
+    """Columns that stand side by side: the first, and as many of the others as fit in a line (at least one)."""
+    blocks, length = [[0]], widths[0]
+    for i, width in enumerate(widths[1:], start=1):
+        if len(blocks[-1]) > 1 and length + 2 + width > limit:
+            blocks.append([0])
+            length = widths[0]
+        blocks[-1].append(i)
+        length += 2 + width
+    return blocks
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same as a Markdown table, numbers flush right."""
+    line = lambda row: "| " + " | ".join(str(cell).strip().replace("|", "\\|") for cell in row) + " |"
+    rule = "|" + "|".join(["---", *["---:"] * (len(header) - 1)]) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])

@@ -27,7 +27,7 @@ ROOT_IMPORTS = {
 # The places that call what a configuration names: modes, tasks, and the door of data sets, which checks the name first.
 DYNAMIC = {"main.py", "tasks.py", "datasets/scene.py"}
 DRAWS = {"show/style.py", "show/look.py", "pairs/layer_curve.py", "pairs/map_figures.py", "binding/figures.py"}
-DRAWS |= {"neco/figures.py", "dense/figures.py", "analysis/figures.py"}
+DRAWS |= {"show/across_figures.py", "neco/figures.py", "dense/figures.py", "analysis/figures.py"}
 LONGEST = 450
 SOURCES = [ROOT / f"{name}.py" for name in sorted(MODULES)]
 SOURCES += sorted(path for room in ROOMS for path in (ROOT / room).glob("*.py"))

@@ -1,0 +1,121 @@
+"""mode=report: every finished run in one page, one Markdown, one CSV and one LaTeX table, made of records alone.
+
+    python main.py mode=report runs=outputs
+    python main.py mode=report runs=[outputs/train/a,outputs/train/b] report.by=[dataset]
+
+A table holds runs that measure the same thing (`show.comparison.same_ground`). Its main columns are those that the mode
+prints; a score stands at the layer chosen on validation. Written again from the same records, every file has the same bytes.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+from files import write_atomically
+from runs.finished import read_facts
+from runs.progress import stage, stages, track
+from runs.run import Run
+from show.board import Table, csv_table, latex_tables, markdown, text_table
+from show.comparison import columns_of, labels_of, read_run, same_ground
+from show.page import html_page
+from show.style import pdf_bytes, png_bytes
+
+EVERYTHING = ("task", "dataset", "protocol", "split", "windows", "resamples", "images")  # a sweep: a table for each
+MEASURES = ("train", "train_class", "train_identity", "train_binding", "eval")  # the modes whose runs hold scores by layer
+
+
+def run(cfg: Any, run: Run) -> dict[str, Any]:
+    """Entry of mode=report: report.html, report.md, report.csv, report.tex and the figures, in the run directory.
+
+    Raises:
+        UserError: no run, a damaged one, runs that may not share a table, an unknown reference.
+    """
+    stages("records", "differences", "figures and page")
+    stage("records")
+    tables = open_tables(find_runs(cfg.runs), cfg.report.by, cfg.report.reference)
+    written = write_report(tables, run.dir)
+    run.finishing()
+    for table in tables:
+        run.say(f"{table.title}\n{text_table(table)}\n")
+    run.say(f"{sum(len(t.rows) for t in tables)} rows in {len(tables)} tables; " + ", ".join(path.name for path in written))
+    run.say(f"page: {run.dir / 'report.html'} (open it in a browser)")
+    return {"runs": sum(len(table.rows) for table in tables), "objective": None}
+
+
+def find_runs(runs: Any) -> list[Path]:
+    """The run directories that are named, or lie below a folder that is named, of the modes that score layers.
+
+    Raises:
+        UserError: there is none.
+    """
+    named = [Path(str(name)) for name in ([runs] if isinstance(runs, str | Path) else runs)]
+    found: dict[Path, None] = {}
+    for path in named:
+        if (path / "run.json").is_file():
+            found[path] = None
+            continue
+        below = sorted(p.parent for mode in MEASURES for p in path.glob(f"{mode}/*/run.json"))
+        if not below:
+            raise UserError(
+                f"runs={path} is no run directory and has none of modes {', '.join(MEASURES)} below; name a folder of runs "
+                "(runs=outputs) or run directories (runs=[a,b])"
+            )
+        found |= dict.fromkeys(below)
+    return list(found)
+
+
+def open_tables(directories: Sequence[Path], by: Iterable[str], reference: str | None = None) -> list[Table]:
+    """Read runs and put those that may share columns into tables.
+
+    Args:
+        by: fields that get a table each (`show.comparison.FIELDS`).
+        reference: directory of the run that differences are taken from; None: the first finished one of each table.
+
+    Raises:
+        UserError: as `read_run` and `same_ground`; the reference is none of the runs; a run holds no scores.
+    """
+    if reference is not None and Path(reference) not in directories:
+        raise UserError(f"report.reference={reference} is none of the {len(directories)} runs; name one of their directories")
+    rows = []
+    for directory in track(directories, "reading", "run"):
+        mode = (read_facts(directory).get("identity") or {}).get("mode", MEASURES[0])
+        if mode not in MEASURES:
+            raise UserError(f"{directory} is a run of mode={mode}; runs= takes those of {', '.join(MEASURES)}")
+        rows += read_run(directory)
+    tables = []
+    for group in same_ground(rows, by):
+        labels = labels_of(group)
+        order = sorted(range(len(group)), key=lambda i: labels[i])
+        group, labels = [group[i] for i in order], [labels[i] for i in order]
+        first = next((i for i, row in enumerate(group) if row.curves), 0)
+        named = [i for i, row in enumerate(group) if reference is not None and row.directory == Path(reference)]
+        ground = group[first].ground
+        parts = [ground["task"], ground["dataset.name"], f"protocol {ground['protocol.name']}", ground["split"]]
+        tables.append(Table(" · ".join(filter(None, parts)), group, labels, columns_of(group), (named or [first])[0]))
+    return sorted(tables, key=lambda table: table.title)
+
+
+def write_report(tables: Sequence[Table], folder: Path) -> list[Path]:
+    """Write page, tables and figures into a folder; only what changed is written."""
+    from show.across_figures import draw_depth_curves  # here: nothing waits for matplotlib but the figures
+
+    stage("differences")
+    files: dict[str, bytes] = {"report.csv": csv_table(tables).encode(), "report.tex": latex_tables(tables).encode()}
+    pictures = []
+    stage("figures and page")
+    for number, table in enumerate(tables, start=1):
+        if any(row.curves for row in table.rows):
+            figure = draw_depth_curves(table.rows, table.labels, table.columns[:4], table.title)
+            files |= {f"depth-{number}.png": png_bytes(figure), f"depth-{number}.pdf": pdf_bytes(figure)}
+            pictures.append(files[f"depth-{number}.png"])
+        else:
+            pictures.append(b"")
+    files["report.md"] = markdown(tables).encode()
+    files["report.html"] = html_page(tables, pictures).encode()
+    for name, content in files.items():
+        if not ((folder / name).is_file() and (folder / name).read_bytes() == content):
+            write_atomically(folder / name, content)
+    return [folder / name for name in files]
+
+

@@ -1,0 +1,177 @@
+"""A comparison as text: the main table and every column by layer, for a terminal, Markdown, CSV and LaTeX."""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from show.comparison import Cell, Difference, Key, RunRow, apart
+from show.text import format_table, markdown_table
+
+HEADER = (
+    "table", "run", "directory", "model", "dataset", "protocol", "probe", "row", "control", "split", "question", "readout",
+    "subset", "metric", "layer", "chosen", "value", "low", "high", "n_images", "n_seeds", "difference", "difference_low",
+    "difference_high", "difference_p", "flags",
+)  # fmt: skip
+TEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "·": r"$\cdot$", "–": "--", "†": r"$\dagger$", "°": r"$^\circ$",
+    "<": "$<$", ">": "$>$",
+}  # fmt: skip
+
+
+class Table(NamedTuple):
+    """Rows that may share columns: what they have in common, their labels, and which of them is the reference."""
+
+    title: str
+    rows: list[RunRow]
+    labels: list[str]
+    columns: list[Key]
+    reference: int
+
+    def difference(self, index: int, key: Key) -> Difference | None:
+        """A row minus the reference, at the layers chosen on validation."""
+        return None if index == self.reference else apart(self.rows[index], self.rows[self.reference], key)
+
+
+def shown(value: float, low: float, high: float, sign: str = "") -> str:
+    """A score with the ends of its interval: .753 [.738, .768]."""
+    if math.isnan(value):
+        return "–"
+    numbers = [f"{x:{sign}.3f}".replace("0.", ".", 1) for x in (value, low, high)]
+    return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
+
+
+def title_of(key: Key) -> str:
+    """What a column is called."""
+    question, readout, subset, metric = key
+    metric = {"auroc": "AUROC"}.get(metric, metric.replace("_", " "))
+    parts = [subset.replace("_", " "), metric] if subset else [metric]
+    return " ".join(part for part in parts if part)
+
+
+def cell_text(row: RunRow, key: Key) -> str:
+    """The score at the chosen layer, the layer, and a mark where the run is doubtful."""
+    cell = row.cell(key)
+    if cell is None:
+        return row.flags[0] if not row.curves and row.flags else "–"
+    return shown(cell.value, cell.low, cell.high) + (f" @{cell.layer}" if len(row.curves[key]) > 1 else "")
+
+
+def difference_text(found: Difference | None) -> str:
+    """A difference with its interval, and a star where its p-value is below .05."""
+    if found is None:
+        return ""
+    return shown(found.value, found.low, found.high, "+") + (" *" if found.p < 0.05 else "")
+
+
+def main_cells(table: Table) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the main table: scores at chosen layers, under each its difference from the reference."""
+    header = ["run", *(title_of(key) for key in table.columns)]
+    body = []
+    for index, (row, label) in enumerate(zip(table.rows, table.labels, strict=True)):
+        mark = " (reference)" if index == table.reference and len(table.rows) > 1 else ""
+        body.append([label + mark, *(cell_text(row, key) for key in table.columns)])
+        moved = [difference_text(table.difference(index, key)) for key in table.columns]
+        if any(moved):
+            body.append(["  minus reference", *moved])
+    return header, body
+
+
+def layer_cells(table: Table, key: Key) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of one column by layer; the chosen layer's score is marked with †."""
+    layers = list(dict.fromkeys(cell.layer for row in table.rows for cell in row.curves.get(key, ())))
+    body = []
+    for row, label in zip(table.rows, table.labels, strict=True):
+        at = row.cell(key)
+        cells = {cell.layer: cell for cell in row.curves.get(key, ())}
+        body.append([label, *(_layer_text(cells.get(layer), at) for layer in layers)])
+    return ["run", *map(str, layers)], body
+
+
+def _layer_text(cell: Cell | None, chosen: Cell | None) -> str:
+    if cell is None or math.isnan(cell.value):
+        return "–"
+    text = f"{cell.value:.3f}".replace("0.", ".", 1)
+    return text + ("†" if chosen is not None and chosen.layer == cell.layer else "")
+
+
+def footnotes(table: Table) -> list[str]:
+    """What a table rests on, and what is doubtful in it."""
+    finished = [row for row in table.rows if row.curves]
+    lines = []
+    if finished:
+        images, seeds = finished[0].n_images, sorted({row.n_seeds for row in finished})
+        lines.append(
+            f"{images} images, {'–'.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds; 95 % intervals over images; "
+            "@ layer chosen on validation; * p < .05 of the paired bootstrap, two-sided, not corrected over cells"
+        )
+    for row, label in zip(table.rows, table.labels, strict=True):
+        lines += [f"{label}: {flag}" for flag in row.flags]
+    return lines
+
+
+def text_table(table: Table) -> str:
+    """The main table for a terminal."""
+    return "\n".join([format_table(*main_cells(table)), *footnotes(table)])
+
+
+def markdown(tables: Sequence[Table]) -> str:
+    """All tables as Markdown: scores at chosen layers, then every column by layer, then the commands."""
+    parts = ["# Runs side by side"]
+    for table in tables:
+        parts += [f"## {table.title}", markdown_table(*main_cells(table)), "\n".join(f"- {line}" for line in footnotes(table))]
+        for key in table.columns:
+            parts += [f"### {title_of(key)} by layer († chosen on validation)", markdown_table(*layer_cells(table, key))]
+        commands = [f"- {label}: `{row.command}`" for label, row in zip(table.labels, table.rows, strict=True)]
+        parts += ["### Commands", "\n".join(commands)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def csv_table(tables: Sequence[Table]) -> str:
+    """Every score of every run and control at every layer, one per line."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, HEADER, restval="")
+    writer.writeheader()
+    for table in tables:
+        for index, (row, label) in enumerate(zip(table.rows, table.labels, strict=True)):
+            common = {
+                "table": table.title, "run": label, "directory": row.directory.as_posix(), "row": row.name,
+                "split": row.ground.get("split", ""), "n_images": row.n_images, "n_seeds": row.n_seeds,
+                "flags": "; ".join(row.flags), **{key: row.identity[key] for key in ("model", "dataset", "protocol", "probe")},
+            }  # fmt: skip
+            if not row.curves:
+                writer.writerow(common)
+            for control, curves in {"": row.curves, **row.controls}.items():
+                for key, cells in curves.items():
+                    named = dict(zip(("question", "readout", "subset", "metric"), key, strict=True))
+                    for at, cell in enumerate(cells):
+                        line = {**common, **named, "control": control, **cell._asdict()}
+                        if not control and row.chosen.get(key) == at:
+                            line["chosen"] = 1
+                            if (found := table.difference(index, key)) is not None:
+                                names = ("difference", "difference_low", "difference_high", "difference_p")
+                                line |= dict(zip(names, found, strict=True))
+                        writer.writerow(line)
+    return text.getvalue()
+
+
+def latex_tables(tables: Sequence[Table]) -> str:
+    """The main tables for a paper (needs the package booktabs)."""
+    parts = ["% needs \\usepackage{booktabs}"]
+    for table in tables:
+        header, body = main_cells(table)
+        lines = [" & ".join(map(_tex, row)) + r" \\" for row in body]
+        caption = _tex(f"{table.title}. {' '.join(footnotes(table))}")
+        parts.append("\n".join([
+            r"\begin{table}", rf"\caption{{{caption}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule", " & ".join(map(_tex, header)) + r" \\", r"\midrule",
+            *lines, r"\bottomrule", r"\end{tabular}", r"\end{table}",
+        ]))  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def _tex(text: str) -> str:
+    """Text with every sign that LaTeX reads as something else written out."""
+    return "".join(TEX.get(sign, sign) for sign in text)

@@ -1,0 +1,310 @@
+"""Finished runs side by side: what their records say, whether they may share a column, and how far they are apart.
+
+    read_run      the rows of one run directory, checked against each other: records, run.json, config.yaml, scores.safetensors
+    same_ground   refuses runs that do not measure the same thing, by the field that differs
+    labels_of     what tells runs apart in a table: model, probe, and every other setting that varies
+    apart         the difference of two runs at their chosen layers, paired over images
+
+Nothing is computed again but differences, and these from the influences of the images that a run keeps.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from errors import UserError
+from metrics.bootstrap import Estimate, difference, draws_of, p_value, percentiles, resample
+from runs.finished import read_config, read_facts
+from runs.records import read_lines
+from show.per_image import read_scores
+
+Key = tuple[str, str, str, str]  # question, readout, subset, metric of a column
+IDENTITY = ("mode", "task", "protocol", "model", "dataset", "probe")
+NOT_DATA = ("root", "allow", "on_error")  # of the section dataset: where it lies and what to do, not what it is
+# Fields that may differ between tables but never inside one; `report.by` names those that get a table each.
+FIELDS = ("task", "dataset", "protocol", "split", "windows", "resamples", "images")
+ROW_SECTIONS = ("model", "probe", "trainer", "binding", "seed")  # whose settings may vary from row to row
+UNFINISHED, FAILED = "unfinished", "failed"
+
+
+class Cell(NamedTuple):
+    """A score at a layer, mean over seeds, with the ends of its 95 % interval (nan where undefined)."""
+
+    layer: int | str
+    value: float
+    low: float
+    high: float
+
+
+class RunRow(NamedTuple):
+    """One row of a run (a run of binding information has several), as its files tell it.
+
+    ground: what must agree inside a table, by dotted name, in the order of FIELDS. settings: of the row, by dotted name.
+    curves: the probe by column, a cell per layer. controls: the same by control. chosen: position of the layer chosen on
+    validation, by column. flags: what is doubtful. images: keys of the scored images. influence: float64 [L, M] by column.
+    """
+
+    directory: Path
+    name: str
+    command: str
+    identity: dict[str, str]
+    ground: dict[str, str]
+    settings: dict[str, str]
+    curves: dict[Key, list[Cell]]
+    controls: dict[str, dict[Key, list[Cell]]]
+    chosen: dict[Key, int]
+    flags: tuple[str, ...]
+    images: tuple[str, ...]
+    influence: dict[Key, Tensor]
+    n_images: int
+    n_seeds: int
+    resamples: tuple[int, int]
+
+    def cell(self, key: Key) -> Cell | None:
+        """The score at the layer chosen on validation; None where there is none."""
+        at = self.chosen.get(key)
+        return None if at is None or key not in self.curves else self.curves[key][at]
+
+
+class Difference(NamedTuple):
+    """A run minus another at their chosen layers: value, ends of its interval, two-sided p-value."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+def read_run(directory: Path) -> list[RunRow]:
+    """The rows of a run directory.
+
+    Raises:
+        UserError: a file is missing, damaged, or of another run than the others; the file and what to do are named.
+    """
+    cfg, facts = read_config(directory), read_facts(directory)
+    identity = facts.get("identity")
+    remedy = "leave this run out, or repeat its command"
+    if not isinstance(identity, dict) or not isinstance(facts.get("command"), list):
+        raise UserError(f"{directory / 'run.json'} is missing or lacks identity or command; {remedy}")
+    _check_config(directory, facts, remedy)
+    lines = read_lines(directory / "metrics.jsonl")
+    if lines.damaged:
+        raise UserError(f"{lines.damaged[0]}; a table is made of whole records only: {remedy}")
+    for record in lines.records:
+        if wrong := next((key for key in IDENTITY if key in record and record[key] != identity.get(key)), None):
+            raise UserError(
+                f"{directory / 'metrics.jsonl'} holds a record of {wrong} {record[wrong]} and run.json says "
+                f"{identity.get(wrong)}; {remedy}"
+            )
+    if facts.get("status") != "finished":
+        return [_unfinished(directory, cfg, facts)]
+    state = read_scores(directory)
+    digest = hashlib.sha256((directory / "scores.safetensors").read_bytes()).hexdigest()
+    if (facts.get("sha256") or {}).get("scores.safetensors") != digest:
+        raise UserError(f"{directory / 'scores.safetensors'} is not the file that run.json names by its checksum; {remedy}")
+    scores = [r for r in lines.records if r.get("kind") == "score" and r.get("seed") == "mean"]
+    rows = []
+    for name in dict.fromkeys(entry["row"] for entry in state.recipe["results"] if not entry["control"]):
+        rows.append(_row(directory, cfg, facts, name, scores, lines.records, state))
+    return rows
+
+
+def _check_config(directory: Path, facts: Mapping[str, Any], remedy: str) -> None:
+    """Refuse a configuration that is not the one the numbers were made with."""
+    stored = facts.get("config_sha256")
+    if stored is not None and stored != hashlib.sha256((directory / "config.yaml").read_bytes()).hexdigest():
+        raise UserError(f"{directory / 'config.yaml'} is not the one this run was made with; {remedy}")
+
+
+def _unfinished(directory: Path, cfg: Any, facts: Mapping[str, Any]) -> RunRow:
+    """A run without results, so that a table shows that it is missing."""
+    flag = FAILED if facts.get("status") == "failed" else UNFINISHED
+    return RunRow(
+        directory, "", command_of(facts), facts["identity"], _ground(cfg, facts, "", ""), _settings(cfg), {}, {}, {}, (flag,),
+        (), {}, 0, 0, (0, 0),
+    )  # fmt: skip
+
+
+def _row(
+    directory: Path, cfg: Any, facts: Mapping[str, Any], name: str, scores: Sequence[dict], records: Sequence[dict], state: Any
+) -> RunRow:
+    """The row of a finished run, its curves from the records, its influences from the scores of every image."""
+    recipe, remedy = state.recipe, "leave this run out, or repeat its command"
+    entries = [entry for entry in recipe["results"] if entry["row"] == name and not entry["control"]]
+    keys = [(e["question"], e["readout"], e["subset"], metric) for e in entries for metric in e["metrics"]]
+    curves: dict[Key, list[Cell]] = {}
+    controls: dict[str, dict[Key, list[Cell]]] = {}
+    flags: dict[str, None] = {}
+    n_images = 0
+    for record in scores:
+        if record["row"] != name:
+            continue
+        for metric, value in record["metrics"].items():
+            key = (record["question"], record["readout"], record["subset"], metric)
+            if key in keys:
+                low, high = record["interval"][metric]
+                cells = controls.setdefault(record["control"], {}) if record["control"] else curves
+                cells.setdefault(key, []).append(Cell(record["layer"], *map(_number, (value, low, high))))
+        if not record["control"]:
+            flags |= dict.fromkeys(record.get("flags", ()))
+            n_images = max(n_images, record["n_images"])
+    layers = entries[0]["layers"]
+    for key in keys:
+        if [cell.layer for cell in curves.get(key, ())] != layers:
+            raise UserError(
+                f"{directory / 'metrics.jsonl'} has {len(curves.get(key, ()))} records of {key[2]} {key[3]} for the "
+                f"{len(layers)} layers of {name}; {remedy}"
+            )
+    chosen = {key: 0 for key in keys} if len(layers) == 1 else {}
+    for record in records:
+        if record.get("kind") == "choice" and record["row"] == name and not record["control"]:
+            key = (record["question"], record["readout"], record["subset"], record["metric"])
+            if record["layer"] not in layers:
+                raise UserError(f"{directory / 'metrics.jsonl'} chose layer {record['layer']}, none of the run's; {remedy}")
+            chosen[key] = layers.index(record["layer"])
+    influence = {}
+    for entry in entries:
+        for metric in entry["metrics"]:
+            key = (entry["question"], entry["readout"], entry["subset"], metric)
+            tensor = state.tensors["/".join((entry["name"], *key[:3], "influence", metric))]
+            influence[key] = tensor.mean(0) if tensor.ndim == 3 else tensor  # [L, M]
+    ground = _ground(cfg, facts, recipe["split"], _digest(recipe["images"]))
+    ground["resamples"] = f"{recipe['n_boot']} of seed {recipe['seed']}"
+    return RunRow(
+        directory, name, command_of(facts), facts["identity"], {key: ground[key] for key in sorted(ground, key=_field)},
+        _settings(cfg), curves, controls, chosen, tuple(flags), tuple(recipe["images"]), influence, n_images,
+        len(entries[0]["seeds"]), (recipe["n_boot"], recipe["seed"]),
+    )  # fmt: skip
+
+
+def command_of(facts: Mapping[str, Any]) -> str:
+    """The command of a run as it was typed."""
+    return "python main.py " + " ".join(_quoted(str(word)) for word in facts["command"][1:])
+
+
+def _quoted(word: str) -> str:
+    return f"'{word}'" if re.search(r"[^\w=.,/:+@%-]", word) else word
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def _digest(keys: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(keys)).encode()).hexdigest()[:12]
+
+
+def _field(key: str) -> tuple[int, str]:
+    """Order of the ground: fields as FIELDS has them."""
+    return FIELDS.index(key.partition(".")[0]), key
+
+
+def _flat(section: Any, prefix: str) -> dict[str, str]:
+    """A section of a configuration as dotted names and values."""
+    if not isinstance(section, Mapping):
+        return {prefix: str(section)}
+    flat: dict[str, str] = {}
+    for key, value in section.items():
+        flat |= _flat(value, f"{prefix}.{key}")
+    return flat
+
+
+def _ground(cfg: Any, facts: Mapping[str, Any], split: str, images: str) -> dict[str, str]:
+    """What must agree between the runs of one table."""
+    plain: Any = OmegaConf.to_container(cfg)
+    protocol = {key: value for key, value in plain["protocol"].items() if key not in ("geometry", "name")}
+    dataset = {key: value for key, value in plain["dataset"].items() if key not in NOT_DATA}
+    windows = {"geometry": plain["protocol"].get("geometry"), "image_size": plain["model"].get("image_size")}
+    ground = {"task": str(facts["identity"].get("task") or cfg.mode), "split": split, "images": images}
+    return ground | _flat(protocol, "protocol") | _flat(dataset, "dataset") | _flat(windows, "windows") | {
+        "protocol.name": str(plain["protocol"].get("name")), "dataset.name": str(facts["identity"].get("dataset")),
+    }  # fmt: skip
+
+
+def _settings(cfg: Any) -> dict[str, str]:
+    """Settings that may vary from row to row."""
+    plain: Any = OmegaConf.to_container(cfg)
+    flat: dict[str, str] = {}
+    for section in ROW_SECTIONS:
+        if section in plain:
+            flat |= _flat(plain[section], section)
+    return flat
+
+
+def same_ground(rows: Sequence[RunRow], by: Iterable[str]) -> list[list[RunRow]]:
+    """The rows in groups that may share a column: one per value of the fields named in `by`.
+
+    Raises:
+        UserError: two runs of a group differ in another field; it and both values are named.
+    """
+    by = list(by)
+    if unknown := [field for field in by if field not in FIELDS]:
+        raise UserError(f"report.by={unknown[0]} is no field that can have tables of its own; valid: {', '.join(FIELDS)}")
+    splitting = {*by, *({"images", "windows"} if {"dataset", "protocol", "split", "windows"} & set(by) else set())}
+    groups: dict[tuple, list[RunRow]] = {}
+    for row in rows:
+        groups.setdefault(tuple((k, v) for k, v in row.ground.items() if k.partition(".")[0] in splitting), []).append(row)
+    for group in groups.values():
+        finished = [row for row in group if row.curves]
+        for row in finished[1:]:
+            first = finished[0]
+            for key in dict.fromkeys([*first.ground, *row.ground]):
+                mine, other = first.ground.get(key, "not set"), row.ground.get(key, "not set")
+                if mine != other:
+                    fields = ",".join([*by, key.partition(".")[0]])
+                    raise UserError(
+                        f"{first.directory} and {row.directory} may not share a table: {key} is {mine} in the first and "
+                        f"{other} in the second; set report.by=[{fields}] for a table each, or name the runs with runs=[…]"
+                    )
+    return list(groups.values())
+
+
+def labels_of(rows: Sequence[RunRow]) -> list[str]:
+    """A label per row: model, probe and row of the run, then every setting in which rows of one label still differ."""
+    labels = []
+    several = len({row.name for row in rows if row.name}) > 1
+    for row in rows:
+        parts = [row.identity["model"], row.identity["probe"], *([row.name.replace("_", " ")] if several and row.name else [])]
+        labels.append(" · ".join(parts))
+    for _ in range(2):  # what the model's or the probe's name says already is not repeated
+        for label in [label for label in dict.fromkeys(labels) if labels.count(label) > 1]:
+            same = [i for i, other in enumerate(labels) if other == label]
+            keys = dict.fromkeys(key for i in same for key in rows[i].settings)
+            values = {key: [rows[i].settings.get(key, "not set") for i in same] for key in keys}
+            varying = [key for key, found in values.items() if len(set(found)) > 1]
+            for i in same:
+                labels[i] = " · ".join([label, *(f"{key}={rows[i].settings.get(key, 'not set')}" for key in varying)])
+    counts: dict[str, int] = {}
+    unique = []
+    for label in labels:  # equal settings, another code or another day
+        counts[label] = counts.get(label, 0) + 1
+        unique.append(label if counts[label] == 1 else f"{label} ({counts[label]})")
+    return unique
+
+
+def columns_of(rows: Sequence[RunRow]) -> list[Key]:
+    """The columns that every finished row has, in the order of the first."""
+    finished = [row for row in rows if row.curves]
+    return [key for key in finished[0].curves if all(key in row.curves for row in finished)] if finished else []
+
+
+def apart(row: RunRow, reference: RunRow, key: Key) -> Difference | None:
+    """A row minus the reference at the layer each chose on validation, over the same resamples of the same images."""
+    ours, theirs = row.chosen.get(key), reference.chosen.get(key)
+    if ours is None or theirs is None or row.images != reference.images or row.resamples != reference.resamples:
+        return None
+    estimates = []
+    for of_row, at in ((row, ours), (reference, theirs)):
+        value = torch.tensor([of_row.curves[key][at].value], dtype=torch.float64)
+        estimates.append(Estimate(value, of_row.influence[key][at : at + 1].double()))
+    found = difference(*estimates)
+    draws = draws_of(found, resample(len(row.images), *row.resamples))  # [1, n_boot]
+    low, high = percentiles(draws, (-float("inf"), float("inf")))
+    return Difference(float(found.value), float(low), float(high), float(p_value(draws)))
