@@ -164,10 +164,10 @@ def latex_tables(tables: Sequence[Table]) -> str:
         header, body = main_cells(table)
         lines = [" & ".join(map(_tex, row)) + r" \\" for row in body]
         caption = _tex(f"{table.title}. {' '.join(footnotes(table))}")
+        columns = "l" + "r" * (len(header) - 1)
         parts.append("\n".join([
-            r"\begin{table}", rf"\caption{{{caption}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule", " & ".join(map(_tex, header)) + r" \\", r"\midrule",
-            *lines, r"\bottomrule", r"\end{tabular}", r"\end{table}",
+            r"\begin{table}", rf"\caption{{{caption}}}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule",
+            " & ".join(map(_tex, header)) + r" \\", r"\midrule", *lines, r"\bottomrule", r"\end{tabular}", r"\end{table}",
         ]))  # fmt: skip
     return "\n\n".join(parts) + "\n"
 

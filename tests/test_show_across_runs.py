@@ -64,7 +64,7 @@ def test_a_table_shows_what_the_records_say(outputs: Path) -> None:
                 assert record["metrics"][key[3]] == pytest.approx(cell.value, nan_ok=True)
             chosen = [r["layer"] for r in recorded if r["kind"] == "choice" and r["name"] == "probe"
                       and (r["question"], r["readout"], r["subset"], r["metric"]) == key]  # fmt: skip
-            assert [row.cell(key).layer] == chosen
+            assert [cell.layer for cell in [row.cell(key)] if cell is not None] == chosen
 
 
 def test_differences_are_paired_over_images(outputs: Path) -> None:
@@ -74,7 +74,8 @@ def test_differences_are_paired_over_images(outputs: Path) -> None:
     ends = []
     for row in (table.rows[1 - table.reference], table.rows[table.reference]):
         at = row.chosen[key]
-        ends.append(Estimate(torch.tensor([row.curves[key][at].value]).double(), row.influence[key][at : at + 1].double()))
+        value = torch.tensor([row.curves[key][at].value], dtype=torch.float64)
+        ends.append(Estimate(value, row.influence[key][at : at + 1].double()))
     paired = Estimate(ends[0].value - ends[1].value, ends[0].influence - ends[1].influence)
     low, high = interval(paired, resample(8, 20, 0), bounds=(-1.0, 1.0))
     assert found[:3] == pytest.approx((float(paired.value), float(low), float(high)), abs=1e-9)
@@ -181,11 +182,14 @@ def first_score(records: list[dict], **change: Any) -> list[dict]:
 MIXED = {
     "protocol.selection.patches": 32, "protocol.selection.seed": 7, "protocol.labels.min_purity": 0.9, "protocol.name": "mine",
     "protocol.pairs.accuracy": "all", "dataset.noise": 0.5, "dataset.n_test": 9, "dataset.n_train": 17, "dataset.n_val": 9,
-    "dataset.seed": 5, "dataset._target_": "datasets.folder.Folder", "model.image_size": 224, "protocol.geometry.kind": "stretch",
-    "protocol.geometry.antialias": "other", "task": None,
+    "dataset.seed": 5, "dataset._target_": "datasets.folder.Folder", "model.image_size": 224,
+    "protocol.geometry.kind": "stretch", "protocol.geometry.antialias": "other", "task": None,
 }  # fmt: skip
 EDITED: dict[str, tuple[Callable[[Path], None], str]] = {
-    "config edited": (lambda d: (d / "config.yaml").write_text((d / "config.yaml").read_text() + "\n# x\n"), "config.yaml is not the one"),
+    "config edited": (
+        lambda d: (d / "config.yaml").write_text((d / "config.yaml").read_text() + "\n# x\n"),
+        "config.yaml is not the one",
+    ),
     "config gone": (lambda d: (d / "config.yaml").unlink(), "config.yaml"),
     "config not yaml": (lambda d: (d / "config.yaml").write_text("a: [b"), "config.yaml is damaged"),
     "config lacks a section": (lambda d: (d / "config.yaml").write_text("mode: train\nseed: 0\n"), "config.yaml is damaged"),
@@ -193,8 +197,14 @@ EDITED: dict[str, tuple[Callable[[Path], None], str]] = {
     "facts not json": (lambda d: (d / "run.json").write_text("{"), "run.json"),
     "facts without identity": (lambda d: change_facts(d, identity=None), "run.json"),
     "facts without command": (lambda d: change_facts(d, command=None), "run.json"),
-    "facts of another model": (lambda d: change_facts(d, identity={**facts_of(d)["identity"], "model": "dinov2"}), "run.json says dinov2"),
-    "facts of another probe": (lambda d: change_facts(d, identity={**facts_of(d)["identity"], "probe": "mlp"}), "run.json says mlp"),
+    "facts of another model": (
+        lambda d: change_facts(d, identity={**facts_of(d)["identity"], "model": "dinov2"}),
+        "run.json says dinov2",
+    ),
+    "facts of another probe": (
+        lambda d: change_facts(d, identity={**facts_of(d)["identity"], "probe": "mlp"}),
+        "run.json says mlp",
+    ),
     "records gone": (lambda d: (d / "metrics.jsonl").unlink(), "metrics.jsonl"),
     "records empty": (lambda d: (d / "metrics.jsonl").write_text(""), "metrics.jsonl has 0 records"),
     "a byte flipped in records": (lambda d: flip(d / "metrics.jsonl"), "metrics.jsonl: line"),
@@ -202,19 +212,34 @@ EDITED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a record of another protocol": (lambda d: change_records(d, lambda r: first_score(r, protocol="mine")), "protocol mine"),
     "a record of another data set": (lambda d: change_records(d, lambda r: first_score(r, dataset="mine")), "dataset mine"),
     "a record of another mode": (lambda d: change_records(d, lambda r: first_score(r, mode="eval")), "mode eval"),
-    "a layer lost": (lambda d: change_records(d, lambda r: [x for x in r if x.get("layer") != 1 or x["seed"] != "mean"]), "records of"),
-    "a layer twice": (lambda d: change_records(d, lambda r: r + [x for x in r if x["kind"] == "score" and x["layer"] == 0]), "records of"),
-    "a choice of no layer": (lambda d: change_records(d, lambda r: [{**x, "layer": 77} if x["kind"] == "choice" else x for x in r]), "layer 77"),
+    "a layer lost": (
+        lambda d: change_records(d, lambda r: [x for x in r if x.get("layer") != 1 or x.get("seed") != "mean"]),
+        "records of",
+    ),
+    "a layer twice": (
+        lambda d: change_records(d, lambda r: r + [x for x in r if x["kind"] == "score" and x["layer"] == 0]),
+        "records of",
+    ),
+    "a choice of no layer": (
+        lambda d: change_records(d, lambda r: [{**x, "layer": 77} if x["kind"] == "choice" else x for x in r]),
+        "layer 77",
+    ),
     "scores gone": (lambda d: (d / "scores.safetensors").unlink(), "scores.safetensors"),
     "a byte flipped in scores": (lambda d: flip(d / "scores.safetensors", 0.9), "scores.safetensors"),
-    "scores cut": (lambda d: (d / "scores.safetensors").write_bytes((d / "scores.safetensors").read_bytes()[:-9]), "scores.safetensors"),
+    "scores cut": (
+        lambda d: (d / "scores.safetensors").write_bytes((d / "scores.safetensors").read_bytes()[:-9]),
+        "scores.safetensors",
+    ),
     "scores of another run": (lambda d: change_scores(d, name_it=False, seed=3), "scores.safetensors is not the file"),
     "scores without checksum": (lambda d: change_facts(d, sha256={}), "scores.safetensors is not the file"),
     "other resamples": (lambda d: change_scores(d, n_boot=21), "resamples is"),
     "another seed of resamples": (lambda d: change_scores(d, seed=3), "resamples is"),
     "another split": (lambda d: change_scores(d, split="val"), "split is"),
     "other images": (lambda d: change_scores(d, images=[f"x{i}" for i in range(8)]), "images is"),
-    "images in another order": (lambda d: change_scores(d, images=load_state(d / "scores.safetensors").recipe["images"][::-1]), "images is"),
+    "images in another order": (
+        lambda d: change_scores(d, images=load_state(d / "scores.safetensors").recipe["images"][::-1]),
+        "images is",
+    ),
 }  # fmt: skip
 
 
@@ -275,6 +300,7 @@ def test_a_sweep_ends_with_its_report(tmp_path: Path) -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_the_page_sorts_and_fetches_nothing(outputs: Path, tmp_path: Path) -> None:
     write_report(tables(*find_runs(outputs)), tmp_path)
+    (tmp_path / "browser").mkdir()
     with open_browser(tmp_path / "browser") as page:
         page.size(390, 800)
         page.open((tmp_path / "report.html").as_uri(), "document.querySelector('td[title]')")
