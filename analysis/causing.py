@@ -25,8 +25,9 @@ METRICS = {
     "auroc": "AUROC, foreground", "flips": "answers flipped", "class_accuracy": "class accuracy",
     "attention": "attention on object",
 }  # fmt: skip
-# Beside an equal-rank random subspace and one of top variance.
+# Beside equal-rank random subspaces (the mean over RANDOM of them) and one of top variance.
 CONTROLS = {"shuffle": ["shuffle within object"], "remove": ["noise in binding"]}
+RANDOM = 3
 READOUT_IMAGES = 400  # training images of the class read-outs
 
 
@@ -97,34 +98,46 @@ def _prepare(subjects: Subjects, train: PatchSample, seed: int) -> _Data:
 
 
 def dose_rows(subjects: Subjects, train: PatchSample, doses: Sequence[float], seed: int, run: Run) -> list[dict[str, Any]]:
-    """The rows of `intervene`: per edit the binding subspace, a random one and one of top variance of the same rank, and
+    """The rows of `intervene`: per edit the binding subspace, random ones and one of top variance of the same rank, and
     what else is a control of this edit; then every head of the next block knocked out.
     """
     fitted, rank, data = subjects.run, subjects.rank, _prepare(subjects, train, seed)
     layer = fitted.layers[subjects.at]
     tokens = act.run_blocks(fitted.backbone, data.windows, [layer])[0][0].flatten(0, 1)
+    generator = torch.Generator().manual_seed(seed)
     bases = {
-        "binding": binding_basis(subjects.forms[subjects.at], rank),
-        "random": act.random_basis(tokens.shape[-1], rank, torch.Generator().manual_seed(seed)),
-        "top variance": act.variance_basis(tokens, rank),
+        "binding": [binding_basis(subjects.forms[subjects.at], rank)],
+        "random": [act.random_basis(tokens.shape[-1], rank, generator) for _ in range(RANDOM)],
+        "top variance": [act.variance_basis(tokens, rank)],
     }
     centred = tokens - tokens.mean(0)
-    for name, basis in bases.items():
-        share = float((centred @ basis).square().sum() / centred.square().sum())
+    for name, alike in bases.items():
+        share = sum(float((centred @ basis).square().sum() / centred.square().sum()) for basis in alike) / len(alike)
         run.say(f"{name}: rank {rank}, {share:.1%} of the variance of the tokens")
     rows = []
     for edit in ("remove", "shuffle", "inject", "swap"):
         for subspace in [*bases, *CONTROLS.get(edit, [])]:
-            basis, named = bases.get(subspace, bases["binding"]), edit if subspace in bases else subspace
+            alike, named = bases.get(subspace, bases["binding"]), edit if subspace in bases else subspace
             for dose in doses:
-                change = act.edited_after(fitted.backbone, layer, _edit(named, basis, dose, data, seed))
-                rows += _read(subjects, data, change, {"edit": edit, "subspace": subspace, "dose": dose})
+                read = []
+                for basis in alike:
+                    change = act.edited_after(fitted.backbone, layer, _edit(named, basis, dose, data, seed))
+                    read.append(_read(subjects, data, change, {"edit": edit, "subspace": subspace, "dose": dose}))
+                rows += [_mean_row(of_layer) for of_layer in zip(*read, strict=True)]
     if len(data.later) > 1:
         block = int(fitted.layers[data.later[1]])
         for head in range(fitted.backbone.facts.heads):
             change = act.without_heads(fitted.backbone, {block: [head]})
             rows += _read(subjects, data, change, {"edit": "knock out a head", "subspace": f"head {block}.{head}", "dose": 1.0})
     return rows
+
+
+def _mean_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One row of several that differ in their subspace alone: the mean of every metric that all of them have."""
+    if len(rows) == 1:
+        return rows[0]
+    known = [metric for metric in METRICS if all(row[metric] is not None for row in rows)]
+    return rows[0] | {metric: sum(row[metric] for row in rows) / len(rows) for metric in known}
 
 
 def _swapped_pairs(identity: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Reading the probe: eigenvalues and ranks of its form, accuracy against kept rank, binding coordinates, angles, attention."""
+"""Reading the probe: eigenvalues and ranks of its form, accuracy against kept rank, binding coordinates, attention."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -48,18 +48,24 @@ def truncated(form: PairForm, rank: int) -> PairForm:
 
 
 def pair_accuracy(form: PairForm, tokens: Tensor, identity: Tensor, valid: Tensor) -> dict[str, float | None]:
-    """Accuracy and AUROC of IsSameObject over the pairs i < j of all images: tokens [M, T, D], identity and valid [M, T].
+    """Accuracy and AUROC of IsSameObject over the pairs i < j of all images, and AUROC of those inside the foreground.
 
-    A pair is called one object where the mean probability over seeds is above one half.
+    A pair is called one object where the mean probability over seeds is above one half. Shapes: tokens [M, T, D], identity
+    and valid [M, T].
     """
     first, second = torch.triu_indices(tokens.shape[1], tokens.shape[1], 1)
-    scores, same = [], []
+    scores, same, inside = [], [], []
     for x, ids, used in zip(tokens, identity, valid, strict=True):
         both = used[first] & used[second]
+        a, b = ids[first][both], ids[second][both]
         scores.append(form.scores(x, x)[first, second][both])
-        same.append((ids[first] == ids[second])[both])
-    scores, same = torch.cat(scores), torch.cat(same)
-    return {"accuracy": float(((scores > 0.5) == same).float().mean()), "auroc": auroc(scores.numpy(), same.numpy())}
+        same.append(a == b)
+        inside.append((a > 0) & (b > 0))
+    scores, same, inside = torch.cat(scores), torch.cat(same), torch.cat(inside)
+    return {
+        "accuracy": float(((scores > 0.5) == same).float().mean()), "auroc": auroc(scores.numpy(), same.numpy()),
+        "foreground_auroc": auroc(scores[inside].numpy(), same[inside].numpy()),
+    }  # fmt: skip
 
 
 def kept_pairs(sample: PatchSample, at: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,7 +84,7 @@ def kept_pairs(sample: PatchSample, at: int, most: int) -> tuple[Tensor, Tensor,
 def kept_rank_rows(
     form: PairForm, layer: int | str, tokens: Tensor, identity: Tensor, valid: Tensor, ranks: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Accuracy and AUROC of the probe truncated to every rank, the whole one last."""
+    """`pair_accuracy` of the probe truncated to every rank, the whole one last."""
     dim = tokens.shape[-1]
     rows = []
     for rank in [*(rank for rank in ranks if rank < dim), dim]:
@@ -116,17 +122,6 @@ def principal_components(z: Tensor, n: int = 3) -> tuple[Tensor, Tensor]:
     centred = z - z.mean(0)
     u, values, _ = torch.linalg.svd(centred, full_matrices=False)
     return (u * values)[:, :n], (values.square() / values.square().sum())[:n]
-
-
-def principal_angles(a: Tensor, b: Tensor) -> Tensor:
-    """Principal angles in degrees [k], smallest first, between the spans of orthonormal bases [D, k]."""
-    return torch.linalg.svdvals(a.mT @ b).clamp(max=1).acos().rad2deg()
-
-
-def overlap(bases: Sequence[Tensor]) -> Tensor:
-    """Mean squared cosine of the principal angles between all pairs of bases [D, k]: 1 the same span, k / D by chance."""
-    stacked = torch.stack(list(bases))
-    return torch.einsum("adk,bdl->abkl", stacked, stacked).square().sum((-1, -2)) / stacked.shape[-1]
 
 
 def attention_correlation(weights: Tensor, scores: Tensor) -> Tensor:

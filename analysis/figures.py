@@ -6,9 +6,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from analysis.subspaces import Compared, overlap_square
 from pairs.map_figures import color_identities, layer_name
 from show.style import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE
 
@@ -17,46 +19,88 @@ DASHES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)))
 
 
 def draw_factors(
-    ranks: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, Any]], shared: Tensor, attention: Tensor, layers: Sequence
+    ranks: Sequence[Mapping[str, Any]],
+    kept: Sequence[Mapping[str, Any]],
+    compared: Sequence[Compared],
+    random: Tensor,
+    attention: Tensor,
+    layers: Sequence,
+    layer: int | str,
 ) -> Figure:
-    """Effective rank per layer, accuracy against kept rank, overlap of layers, and attention of every head with the scores.
+    """Ranks per layer, accuracy against kept rank, overlap of layers, principal angles, attention of heads with the scores.
 
     Args:
         ranks: rows of `factors.rank_rows`; kept: of `kept_rank_rows`, with how = truncated or refitted.
-        shared: [L, L] overlap of the binding subspaces. attention: [L, heads] Pearson r, NaN for the last layer.
+        compared: subspaces of layers, seeds and runs. random: [n, k] angles of random ones.
+        attention: [L, heads] Pearson r, NaN for the last layer. layer: whose angles are shown.
     """
-    names = [str(layer) for layer in layers]
+    names = [str(name) for name in layers]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, 6.4), layout="constrained")
-        (top, curve), (square, heads) = figure.subplots(2, 2)
+        figure = Figure(figsize=(14, 6.4), layout="constrained")
+        (top, curve, inside), (square, angles, heads) = figure.subplots(2, 3)
         for name, color, dash in zip(("effective_rank", "participation_ratio", "stable_rank"), COLORS, DASHES, strict=False):
-            mean = [np.mean([row[name] for row in ranks if row["layer"] == layer]) for layer in layers]
+            mean = [np.mean([row[name] for row in ranks if row["layer"] == of]) for of in layers]
             top.plot(names, mean, color=color, ls=dash, label=name.replace("_", " "))
         top.set_title("rank of the form", loc="left"), top.set_xlabel("layer"), top.set_ylim(0)
         top.legend(frameon=False, fontsize=7.5)
-        shown = [layers[0], layers[len(layers) // 2], layers[-1]]
-        for layer, color, dash in zip(dict.fromkeys(shown), COLORS, DASHES, strict=False):
-            rows = [row for row in kept if row["layer"] == layer and row["how"] == "truncated"]
-            x, y = zip(*((row["rank"], row["accuracy"]) for row in rows), strict=True)
-            curve.plot(x, y, color=color, ls=dash, marker="o", ms=3, label=f"{layer_name(layer)}, truncated")
-        refitted = [row for row in kept if row["how"] == "refitted"]
-        if refitted:
-            x, y = zip(*((row["rank"], row["accuracy"]) for row in refitted), strict=True)
-            curve.plot(x, y, color="black", ls=":", marker="s", ms=3, label=f"{layer_name(refitted[0]['layer'])}, refitted")
-        curve.set_xscale("log", base=2), curve.set_xlabel("kept rank"), curve.set_title("accuracy of all pairs", loc="left")
-        curve.legend(frameon=False, fontsize=7.5)
-        for axes, values, title, low in ((square, shared, "overlap of binding subspaces", 0), (heads, attention.T, "", -1)):
-            picture = axes.imshow(values.numpy(), vmin=low, vmax=1, cmap="viridis" if low == 0 else "RdBu_r", aspect="auto")
-            axes.set_title(title or "attention of the next block with P(same object), r", loc="left")
+        _draw_kept(curve, kept, layers, "accuracy", "accuracy of all pairs")
+        _draw_kept(inside, kept, layers, "foreground_auroc", "AUROC of pairs inside the foreground")
+        _draw_matrix(square, overlap_square(compared, layers), "overlap of the subspaces of layers", 0)
+        _draw_matrix(heads, attention.T, "attention of the next block with P(same object), r", -1)
+        for axes in (square, heads):
             axes.set_xticks(range(len(names)), names), axes.set_xlabel("layer")
-            figure.colorbar(picture, ax=axes, shrink=0.9)
-            for (y, x), value in np.ndenumerate(values.numpy()):
-                if np.isfinite(value) and values.numel() <= 150:
-                    axes.text(x, y, f"{value:.2f}".replace("0.", "."), ha="center", va="center", fontsize=6,
-                              color="white" if low == 0 and value < 0.6 else "black")  # fmt: skip
         square.set_yticks(range(len(names)), names), square.set_ylabel("layer")
         heads.set_yticks(range(attention.shape[1])), heads.set_ylabel("head")
+        _draw_angles(angles, compared, random, layer)
     return figure
+
+
+def _draw_kept(axes: Axes, kept: Sequence[Mapping[str, Any]], layers: Sequence, metric: str, title: str) -> None:
+    """A score against kept rank, of first, middle and last layer, and refitted."""
+    lines = []
+    for layer, color, dash in zip(
+        dict.fromkeys([layers[0], layers[len(layers) // 2], layers[-1]]), COLORS, DASHES, strict=False
+    ):
+        rows = [row for row in kept if row["layer"] == layer and row["how"] == "truncated"]
+        lines.append((rows, color, dash, "o", f"{layer_name(layer)}, truncated"))
+    refitted = [row for row in kept if row["how"] == "refitted"]
+    if refitted:
+        lines.append((refitted, "black", ":", "s", f"{layer_name(refitted[0]['layer'])}, refitted"))
+    for rows, color, dash, marker, label in lines:
+        known = [(row["rank"], row[metric]) for row in rows if row[metric] is not None]
+        if known:
+            axes.plot(*zip(*known, strict=True), color=color, ls=dash, marker=marker, ms=3, label=label)
+    axes.set_xscale("log", base=2), axes.set_xlabel("kept rank"), axes.set_title(title, loc="left")
+    ranks = sorted({row["rank"] for row in kept})
+    axes.set_xticks(ranks, [str(rank) for rank in ranks])
+    axes.legend(frameon=False, fontsize=7.5)
+
+
+def _draw_matrix(axes: Axes, values: Tensor, title: str, low: int) -> None:
+    """A matrix from `low` to 1 with its numbers, where they are few."""
+    picture = axes.imshow(values.numpy(), vmin=low, vmax=1, cmap="viridis" if low == 0 else "RdBu_r", aspect="auto")
+    axes.set_title(title, loc="left")
+    axes.figure.colorbar(picture, ax=axes, shrink=0.9)
+    for (y, x), value in np.ndenumerate(values.numpy()):
+        if np.isfinite(value) and values.numel() <= 150:
+            color = "white" if low == 0 and value < 0.6 else "black"
+            axes.text(x, y, f"{value:.2f}".replace("0.", "."), ha="center", va="center", fontsize=6, color=color)
+
+
+def _draw_angles(axes: Axes, compared: Sequence[Compared], random: Tensor, layer: int | str) -> None:
+    """Principal angles in order: the layer against the one before it, its seeds, other runs; random ones as a grey band."""
+    places = np.arange(1, random.shape[1] + 1)
+    low, high = np.quantile(random.numpy(), [0.025, 0.975], axis=0)
+    axes.fill_between(places, low, high, color=GREY, alpha=0.35, lw=0, label="random subspaces, 95 %")
+    lines: dict[str, list[Tensor]] = {}
+    before = [pair for pair in compared if pair.between == "layers" and pair.second == str(layer)][-1:]
+    for pair in [*before, *(pair for pair in compared if pair.between != "layers" and pair.layer == layer)]:
+        names = {"layers": f"layers {pair.first} and {layer}", "seeds": "its seeds, mean", "runs": pair.second[-28:]}
+        lines.setdefault(names[pair.between], []).append(pair.angles)
+    for (name, found), color, dash in zip(lines.items(), COLORS, DASHES, strict=False):
+        axes.plot(places, torch.stack(found).mean(0).numpy(), color=color, ls=dash, label=name)
+    axes.set_title(f"principal angles at {layer_name(layer)}, degrees", loc="left"), axes.set_ylim(0, 92)
+    axes.set_xlabel("angle, smallest first"), axes.legend(frameon=False, fontsize=7.5)
 
 
 def component_colors(components: Tensor) -> Tensor:

@@ -1,32 +1,30 @@
 """mode=analyze: read a fitted IsSameObject probe: factors, attention, binding coordinates, objects (or intervene: causing)."""
 
-import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image
 from torch import Tensor
 
 from activation import PatchSample, open_sample
 from analysis import interventions as act
-from analysis import objects
 from analysis.causing import Subjects, intervene
 from analysis.factors import (
     attention_correlation,
-    binding_basis,
     binding_coordinates,
     kept_pairs,
     kept_rank_rows,
-    overlap,
     pair_accuracy,
     principal_components,
     rank_rows,
     smallest_rank,
 )
 from analysis.figures import component_colors, draw_factors, draw_grid
+from analysis.grouping import METHODS, choose_settings, group_scenes, paint, patches_of, shown, summary, write_masks
+from analysis.subspaces import angle_rows, angle_table, check_same_space, compare_subspaces, random_angles
 from controls import Subject
 from datasets.scene import Scene
 from errors import UserError
@@ -35,8 +33,6 @@ from pairs.encode import EncodedScene, FittedRun, encode_scene, open_fitted_run,
 from pairs.map_figures import color_identities
 from pairs.pair_form import PairForm, pair_forms
 from pairs.task import Pairwise
-from patches.anchor import patch_box
-from patches.selection import owned_patches
 from runs.records import write_table
 from runs.run import Run
 from show.style import png_bytes
@@ -45,7 +41,6 @@ from store.index import build_dataset
 from trainer import FitOptions, fit_stack
 
 BLOCKS_LEFT = 3  # layers that are read after an intervention, unless a later layer is named
-METHODS = ("spectral", "correlation", "k-means", "normalised cut")
 
 
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
@@ -68,13 +63,22 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     )
     rank = smallest_rank(kept)
     run.say(f"layer {fitted.layers[at]}, binding subspace of rank {rank} (both chosen on val)")
-    dataset = build_dataset(fitted.cfg, str(options.split))
-    n_scenes = min(int(options.images), len(dataset))
-    scenes = [dataset[i * len(dataset) // n_scenes] for i in range(n_scenes)]
-    subjects = Subjects(fitted, forms, at, rank, scenes)
     if options.do == "intervene":
+        subjects = Subjects(fitted, forms, at, rank, spread_scenes(fitted, str(options.split), int(options.images)))
         return intervene(subjects, samples["train"], options, run)
-    return read(subjects, samples, options, run)
+    others = [open_fitted_run(Path(str(d)), cfg, [fitted.backbone], [fitted.cfg.model]) for d in options.compare]
+    check_same_space(fitted, others)
+    for other in others:
+        rank_rows(other.forms()[0], other.layers[0])
+    subjects = Subjects(fitted, forms, at, rank, spread_scenes(fitted, str(options.split), int(options.images)))
+    return read(subjects, others, samples, options, run)
+
+
+def spread_scenes(fitted: FittedRun, split: str, most: int) -> list[Scene]:
+    """At most so many scenes, evenly spread over a split."""
+    dataset = build_dataset(fitted.cfg, split)
+    n_scenes = min(most, len(dataset))
+    return [dataset[i * len(dataset) // n_scenes] for i in range(n_scenes)]
 
 
 def _layer(asked: Any, fitted: FittedRun, forms: Sequence[PairForm], val: PatchSample, left: int) -> int:
@@ -93,50 +97,74 @@ def _layer(asked: Any, fitted: FittedRun, forms: Sequence[PairForm], val: PatchS
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def read(subjects: Subjects, samples: dict[str, PatchSample], options: Any, run: Run) -> dict[str, Any]:
-    """Factors, what layers share, attention, binding coordinates and objects."""
+def read(
+    subjects: Subjects, others: Sequence[FittedRun], samples: dict[str, PatchSample], options: Any, run: Run
+) -> dict[str, Any]:
+    """Factors, what layers, seeds and runs share, attention, binding coordinates and objects."""
     fitted, forms, at, rank, scenes = subjects
-    split = str(options.split)
-    ranks = [row for form, layer in zip(forms, fitted.layers, strict=True) for row in rank_rows(form, layer)]
+    split, layers = str(options.split), fitted.layers
+    ranks = [row for form, layer in zip(forms, layers, strict=True) for row in rank_rows(form, layer)]
     kept = []
-    for position, (form, layer) in enumerate(zip(forms, fitted.layers, strict=True)):
+    for position, (form, layer) in enumerate(zip(forms, layers, strict=True)):
         kept += kept_rank_rows(form, layer, *kept_pairs(samples[split], position, int(options.pair_images)), options.ranks)
     kept += refitted_rows(subjects, split, options, run)
-    shared = overlap([binding_basis(form, rank) for form in forms])
-    per_seed = [form._replace(form=form.form[s : s + 1]) for form in forms[at : at + 1] for s in range(len(form.bias))]
-    seeds = overlap([binding_basis(form, rank) for form in per_seed])
-    seen = [encode_scene(scene, fitted.layers, fitted.cfg, fitted.backbone) for scene in scenes]
+    compared = compare_subspaces(fitted, forms, others, rank)
+    random = random_angles(forms[at].form.shape[-1], rank, int(options.seed))
+    seen = [encode_scene(scene, layers, fitted.cfg, fitted.backbone) for scene in scenes]
     attention = head_correlations(subjects, seen)
     write_table(run.dir / "ranks.csv", ranks)
     write_table(run.dir / "kept_rank.csv", kept)
-    layers = fitted.layers
-    write_table(run.dir / "overlap.csv", [
-        {"layer": a, "other": b, "overlap": float(shared[i, j])} for i, a in enumerate(layers) for j, b in enumerate(layers)
-    ])  # fmt: skip
+    write_table(run.dir / "angles.csv", list(angle_rows(compared, random)))
     write_table(run.dir / "attention.csv", [
         {"layer": layer, "head": head, "r": float(r)}
         for layer, row in zip(layers, attention, strict=True)
         for head, r in enumerate(row)
     ])  # fmt: skip
-    write_atomically(run.dir / "factors.png", png_bytes(draw_factors(ranks, kept, shared, attention, layers)))
+    figure = draw_factors(ranks, kept, compared, random, attention, layers, layers[at])
+    write_atomically(run.dir / "factors.png", png_bytes(figure))
     write_atomically(run.dir / "components.png", png_bytes(draw_components(subjects, seen[:4])))
-    rows, pictures = object_rows(subjects, seen, run)
-    write_table(run.dir / "objects.csv", rows)
-    write_atomically(run.dir / "objects.png", png_bytes(draw_grid(pictures[:4])))
     table = [[str(layer), *(_mean(ranks, "layer", layer, name) for name in ("effective_rank", "stable_rank", "rank_95%")),
-              *(_at_rank(kept, layer, r) for r in (rank, None)), f"{float(attention[i].nanmean()):.2f}"]
+              *(_at_rank(kept, layer, r) for r in (rank, None)), _number(float(attention[i].nanmean()))]
              for i, layer in enumerate(layers)]  # fmt: skip
     header = ["layer", "effective rank", "stable rank", "rank of 95 %", f"accuracy, rank {rank}", "whole", "attention r"]
     run.say(format_table(header, table))
-    off = ~torch.eye(len(seeds), dtype=torch.bool)
-    if bool(off.any()):
-        chance = rank / forms[at].form.shape[-1]
-        run.say(f"seeds share {float(seeds[off].mean()):.2f} of the subspace at layer {layers[at]} (chance {chance:.2f})")
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    scores = [[m, *(_mean(rows, "method", m, key) for key in ("fg_ari", "mbo", "n_groups"))] for m in methods]
-    run.say("\n" + format_table(["objects by", "FG-ARI", "mBO", "groups"], scores))
+    header = [f"subspaces of rank {rank}", "pairs", "overlap", "smallest angle", "median", "largest"]
+    run.say("\n" + format_table(header, angle_table(compared, random, layers[at])))
+    read_objects(subjects, options, run)
     run.say(f"\ntables and figures: {run.dir}")
     return {"rank": rank, "layer": layers[at], "objective": kept[-1]["accuracy"]}
+
+
+def read_objects(subjects: Subjects, options: Any, run: Run) -> None:
+    """Group the patches of scenes into objects: what was tried on val, scores with intervals, pictures, and masks.
+
+    The masks are those of the method that reads the probe and is best on validation images.
+    """
+    fitted, form, layer = subjects.run, subjects.forms[subjects.at], subjects.run.layers[subjects.at]
+    look = lambda scene: encode_scene(scene, [layer], fitted.cfg, fitted.backbone)
+    val = [patches_of(look(scene), form, 0) for scene in spread_scenes(fitted, "val", int(options.val_images))]
+    chosen, tried = choose_settings(val)
+    del val
+    seen = [look(scene) for scene in spread_scenes(fitted, str(options.split), int(options.object_images))]
+    rows, masks = group_scenes((patches_of(encoded, form, 0) for encoded in seen), chosen)
+    records, gain = summary(rows, chosen, int(options.seed))
+    write_table(run.dir / "objects_tried.csv", tried)
+    write_table(run.dir / "objects.csv", rows)
+    write_table(run.dir / "objects_mean.csv", records)
+    best = max((name for name, method in METHODS.items() if method.reads_probe), key=lambda name: chosen[name].score)
+    for encoded, of_scene in zip(seen, masks, strict=True):
+        write_masks(encoded, of_scene[best], run)
+    pictures = [[*_first_panels(encoded), *of_scene.items()] for encoded, of_scene in zip(seen[:4], masks[:4], strict=True)]
+    write_atomically(run.dir / "objects.png", png_bytes(draw_grid(pictures)))
+    table = [[r["method"], r["chosen_on_val"], shown(r, "fg_ari"), shown(r, "mbo"), f"{r['n_groups']:.1f}"] for r in records]
+    table.append([gain["method"], "", shown(gain, "fg_ari"), shown(gain, "mbo"), ""])
+    header = [f"objects at layer {layer}", "chosen on val", "FG-ARI", "mBO", "groups"]
+    run.say("\n" + format_table(header, table))
+    run.say(f"[95 % intervals over {records[0]['images']} images]; masks of '{best}': {run.dir / 'objects'}")
+
+
+def _number(value: float) -> str:
+    return "–" if np.isnan(value) else f"{value:.2f}"
 
 
 def _mean(rows: Sequence[dict], key: str, value: Any, name: str) -> str:
@@ -203,69 +231,3 @@ def draw_components(subjects: Subjects, seen: Sequence[EncodedScene]) -> Any:
 def _first_panels(encoded: EncodedScene) -> list[tuple[str, Any]]:
     scene = encoded.scene
     return [("image", scene.image.permute(1, 2, 0).numpy()), ("true objects", color_identities(scene.labels["identity"]))]
-
-
-def paint(encoded: EncodedScene, values: Tensor) -> Tensor:
-    """A map of the image from one value per patch: values [n N, ...] -> [H, W, ...], of the patches that stand for areas."""
-    image_hw = encoded.scene.image.shape[-2:]
-    picture = torch.zeros(*image_hw, *values.shape[1:], dtype=values.dtype)
-    numbers = torch.arange(len(values)).view(len(encoded.geometry.starts), *encoded.geometry.grid)
-    for place in owned_patches(encoded.geometry).nonzero().tolist():
-        top, left, bottom, right = (round(v) for v in patch_box(place, encoded.geometry, image_hw))
-        picture[top:bottom, left:right] = values[numbers[tuple(place)]]
-    return picture
-
-
-def object_rows(subjects: Subjects, seen: Sequence[EncodedScene], run: Run) -> tuple[list[dict], list[list[tuple[str, Any]]]]:
-    """Objects of every image by every method: scores against the pixels, masks as PNG, and pictures.
-
-    `objects/` is laid out for `dataset=folder dataset.root=…/objects`: images, and the masks of correlation clustering,
-    whose largest group that touches the border is the background.
-    """
-    rows, pictures = [], []
-    for encoded in seen:
-        owned = owned_patches(encoded.geometry).flatten()
-        x = encoded.tokens[subjects.at].flatten(0, 1)[owned]
-        logits = subjects.forms[subjects.at].logits(x, x).mean(0)
-        unit = torch.nn.functional.normalize(x, dim=-1)
-        groups = {
-            "spectral": objects.normalised_cut(logits.sigmoid()),
-            "correlation": objects.correlation_clustering(logits),
-            "normalised cut": objects.normalised_cut((unit @ unit.mT).clamp_min(0)),
-        }
-        groups["k-means"] = objects.k_means(unit, int(groups["normalised cut"].max()) + 1)
-        true = encoded.scene.labels["identity"]
-        masks = {}
-        for method in METHODS:
-            everywhere = torch.zeros(len(owned), dtype=torch.long)
-            everywhere[owned] = groups[method] + 1
-            masks[method] = paint(encoded, everywhere)
-        ceiling = paint(encoded, encoded.labels["identity"].label.flatten().long())
-        for method, mask in [*masks.items(), ("true patches (ceiling)", ceiling)]:
-            rows.append({
-                "key": encoded.scene.key, "method": method, "n_groups": len(mask.unique()),
-                "fg_ari": objects.foreground_ari(true.numpy(), mask.numpy()),
-                "mbo": objects.mean_best_overlap(true.numpy(), mask.numpy()),
-            })  # fmt: skip
-        _write_masks(encoded.scene, masks["correlation"], run)
-        pictures.append([*_first_panels(encoded), *((method, masks[method] - 1) for method in METHODS)])
-    return rows, pictures
-
-
-def _write_masks(scene: Scene, mask: Tensor, run: Run) -> None:
-    """Image and mask of a scene as `dataset=folder` reads them."""
-    border = torch.cat([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
-    background = int(border.mode().values)
-    ids = torch.where(mask == background, 0, mask).unique(return_inverse=True)[1]
-    ids = ids if bool((mask == background).any()) else ids + 1
-    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in scene.key)
-    for folder, array in (("images", scene.image.permute(1, 2, 0).numpy()), ("identity", ids.numpy().astype(np.uint8))):
-        path = run.dir / "objects" / folder / "test" / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, _png(array))
-
-
-def _png(array: np.ndarray) -> bytes:
-    data = io.BytesIO()
-    Image.fromarray(array).save(data, "png")
-    return data.getvalue()

@@ -226,8 +226,10 @@ def _image(encoded: EncodedScene, anchor: Sequence[int], antialias: bool, interp
         if name in scene.labels:
             found[name] = _label_picture(shrink(scene.labels[name]))
     if encoded.labels:
-        of_patches = {name: labels.label for name, labels in encoded.labels.items()}
-        of_patches["valid"] = encoded.labels["identity"].valid.int()
+        of_patches = {}
+        for name, labels in encoded.labels.items():
+            of_patches |= {name: labels.label, f"{name}_valid": labels.valid.int()}
+            of_patches[f"{name}_share"] = (100 * labels.purity).round().int()
         found["labels"] = {name: _text(x.numpy().astype("<i4").tobytes()) for name, x in of_patches.items()}
     return found
 

@@ -72,7 +72,7 @@ def draw_score_maps(maps: ScoreMaps, about: str = "") -> Figure:
     columns, w = _arrange(shape, n_rows, n_layers, len(first), foot, gutter)
     with matplotlib.rc_context(STYLE):
         sheet = _sheet(w, shape, 1 + columns, math.ceil(n_layers / columns), n_rows, len(first), foot, gutter)
-        _write_line(sheet.figure, about)
+        _write_line(sheet.figure, about + _legend(maps))
         for number, view in enumerate(first):
             _draw_view(sheet.place(HEAD + TITLE + number * (sheet.h + TITLE + GAP), GAP), maps, view)
         for index, row in enumerate(maps.rows):
@@ -133,6 +133,13 @@ def _foot(maps: ScoreMaps) -> float:
 def _row_name(maps: ScoreMaps, row: MapRow) -> str:
     several = len({other.run for other in maps.rows}) > 1
     return f"{row.run[:28]}\n{VIEW_NAMES[row.view]}" if several else VIEW_NAMES[row.view]
+
+
+def _legend(maps: ScoreMaps) -> str:
+    """What the outlines are, for the line above the panels."""
+    if maps.identity is None or maps.anchor.object_id <= 0:
+        return ""
+    return " · outlined: the anchor's object" + (", dashed: the nearest other of its class" if maps.neighbour > 0 else "")
 
 
 def _write_line(figure: Figure, text: str) -> None:
@@ -211,6 +218,8 @@ def _mark(axes: Axes, maps: ScoreMaps, outlines: bool = True) -> None:
 def _outline(axes: Axes, mask: Tensor, style: str) -> None:
     inside = np.pad(mask.numpy(), 1)  # so that an outline closes at the border
     y, x = (np.arange(n + 2) - 0.5 for n in mask.shape)
+    if style == "dashed":  # a dark line below, so that the gaps are seen on light maps too
+        axes.contour(x, y, inside, levels=[0.5], colors="black", linewidths=1.6, alpha=0.55)
     line = axes.contour(x, y, inside, levels=[0.5], colors="white", linewidths=1.2, linestyles=style)
     if style == "solid":
         line.set_path_effects([withStroke(linewidth=2.2, foreground="black")])
@@ -257,7 +266,7 @@ def draw_sheet(several: Sequence[ScoreMaps], about: str = "", most: int = 5) -> 
     width, height = GAP + n_columns * (w + GAP) + BAR, HEAD + sum(heights)
     with matplotlib.rc_context(STYLE):
         figure, top = Figure(figsize=(width, height)), height - HEAD
-        _write_line(figure, about)
+        _write_line(figure, about + _legend(several[0]))
         for maps, taken in zip(several, heights, strict=True):
             top -= taken
             for column in range(n_columns):
@@ -293,7 +302,7 @@ def draw_frames(maps: ScoreMaps, about: str = "") -> Frames:
     w = 4.0 if n_columns == 1 else min(2.4, 3.6 / shape)
     with matplotlib.rc_context(STYLE):
         sheet = _sheet(w, shape, n_columns, math.ceil(n_panels / n_columns), 1, 0, foot)
-        _write_line(sheet.figure, about)
+        _write_line(sheet.figure, about + _legend(maps))
         panels = []
         for number in range(n_panels):
             axes = sheet.panel(*divmod(number, n_columns))

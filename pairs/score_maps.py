@@ -17,6 +17,7 @@ from pairs.encode import EncodedScene, FittedRun, encode_scene, open_fitted_run
 from pairs.explorer import explorer_page, plain_vit
 from pairs.map_figures import PALETTE, draw_score_maps, draw_sheet, gif_bytes
 from pairs.maps import VIEWS, ScoreMaps, auroc, choose_anchor, map_row, nearest_of_class
+from runs.finished import read_facts
 from runs.run import Run
 from runs.states import pack
 from show.style import png_bytes
@@ -52,12 +53,12 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         for nth in range(int(vis.anchors)):
             several.append(maps_of(of_scene, runs, vis, nth))
     for maps in several:
-        about = f"{first.directory.name} · {maps.key}"
+        about = f"{describe(first)} · image {maps.key}"
         facts = {"run": str(first.directory), "split": split}
         for path in write_score_maps(maps, folder, gif=bool(vis.gif), facts=facts, about=about):
             run.say(str(path))
     if len(several) > 1:
-        write_atomically(folder / "sheet.png", png_bytes(draw_sheet(several, first.directory.name)))
+        write_atomically(folder / "sheet.png", png_bytes(draw_sheet(several, describe(first))))
         run.say(str(folder / "sheet.png"))
     if vis.page:
         write_atomically(folder / "explorer.html", _page(seen, several, runs, dataset))
@@ -89,6 +90,16 @@ def open_runs(directories: Sequence[Path], cfg: DictConfig) -> list[FittedRun]:
             )
         runs.append(fitted)
     return runs
+
+
+def model_name(run: FittedRun) -> str:
+    """The backbone as its run calls it: the file of the config group, else the architecture."""
+    return str(read_facts(run.directory).get("identity", {}).get("model") or run.backbone.facts.name)
+
+
+def describe(run: FittedRun) -> str:
+    """Model, probe and directory of a run, for the line above a figure."""
+    return f"{model_name(run)} · {run.cfg.probe.mode} probe · run {run.directory.name}"
 
 
 def encode_all(scene: Scene, runs: Sequence[FittedRun]) -> list[EncodedScene]:
@@ -269,6 +280,6 @@ def _page(
             number += 1
     places = [anchors.get(of_scene[0].scene.key) or choose_anchor(of_scene[0], "patch").place for of_scene in seen]
     names = " beside ".join(run.directory.name for run in runs)
-    about = f"{first.backbone.facts.name} · {first.cfg.probe.mode} probe · {names}"
+    about = f"{model_name(first)} · {first.cfg.probe.mode} probe · {names}"
     classes = [] if dataset is None else dataset.classes
     return explorer_page(about, runs, seen, places, classes, [(tone * 255).round().astype(int).tolist() for tone in PALETTE])

@@ -10,17 +10,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from analysis import grouping, objects
 from analysis import interventions as act
-from analysis import objects
 from analysis.factors import (
     attention_correlation,
     binding_basis,
     kept_rank_rows,
-    overlap,
-    principal_angles,
     rank_rows,
     smallest_rank,
     truncated,
+)
+from analysis.subspaces import (
+    angle_rows,
+    angle_table,
+    check_same_space,
+    compare_subspaces,
+    overlap,
+    overlap_square,
+    principal_angles,
+    random_angles,
 )
 from backbones.contract import Backbone, BackboneFacts
 from errors import UserError
@@ -120,7 +128,62 @@ def test_principal_angles_and_overlap():
     assert float(principal_angles(basis, turned).max()) < 0.1
     apart = torch.linalg.qr(torch.cat([basis, torch.randn(10, 3)], 1))[0][:, 3:6]
     torch.testing.assert_close(principal_angles(basis, apart), torch.full((3,), 90.0), atol=0.1, rtol=0)
-    torch.testing.assert_close(overlap([basis, turned, apart])[0], torch.tensor([1.0, 1.0, 0.0]), atol=1e-5, rtol=0)
+    angles = torch.stack([principal_angles(basis, other) for other in (basis, turned, apart)])
+    torch.testing.assert_close(overlap(angles), torch.tensor([1.0, 1.0, 0.0]), atol=1e-4, rtol=0)
+    half = torch.eye(10)[:, [0, 1]] @ torch.diag(torch.tensor([1.0, 1.0])), torch.eye(10)[:, [1, 2]]
+    torch.testing.assert_close(principal_angles(*half), torch.tensor([0.0, 90.0]), atol=0.1, rtol=0)
+
+
+def test_random_subspaces_overlap_by_rank_over_width():
+    angles = random_angles(24, 6, seed=1)
+    assert angles.shape == (200, 6) and float(overlap(angles).mean()) == pytest.approx(6 / 24, abs=0.01)
+    assert bool((angles.diff(dim=1) >= 0).all()) and torch.equal(angles, random_angles(24, 6, seed=1))
+
+
+def fitted_on(backbone: str, forms: list[PairForm], layers: list, name: str) -> SimpleNamespace:
+    """What the comparison of subspaces needs of a finished run."""
+    facts = SimpleNamespace(name=backbone, weights="sha256:1", dim=12)
+    return SimpleNamespace(
+        forms=lambda: forms, layers=layers, directory=Path(name), backbone=SimpleNamespace(facts=facts)
+    )  # fmt: skip
+
+
+def test_subspaces_of_layers_seeds_and_runs_are_compared():
+    axes = torch.eye(12)
+    of = lambda *places: sum(((k + 1.0) * torch.outer(axes[p], axes[p]) for k, p in enumerate(places)), torch.zeros(12, 12))
+    seeds = lambda *matrices: pair_form(matrices[0])._replace(form=torch.stack(matrices), bias=torch.zeros(len(matrices)))
+    mine = [seeds(of(0, 1), of(0, 1)), seeds(of(0, 2), of(0, 2))]
+    run = fitted_on("vit", mine, ["embed", 3], "mine")
+    other = fitted_on("vit", [seeds(of(4, 5)), seeds(of(2, 0))], [7, 3], "other")
+    check_same_space(run, [other])
+    compared = compare_subspaces(run, mine, [other], 2)
+    shared = {(c.between, c.layer, c.second): float(overlap(c.angles)) for c in compared}
+    expected = {
+        ("layers", "embed", "3"): 0.5,
+        ("seeds", "embed", "seed 1"): 1,
+        ("seeds", 3, "seed 1"): 1,
+        ("runs", 3, "other"): 1,
+    }
+    assert shared == pytest.approx(expected, abs=1e-5)
+    torch.testing.assert_close(overlap_square(compared, run.layers), torch.tensor([[1, 0.5], [0.5, 1]]), atol=1e-5, rtol=0)
+    random = random_angles(12, 2)
+    rows = list(angle_rows(compared, random))
+    assert [row["between"] for row in rows] == ["layers", "seeds", "seeds", "runs", "random"]
+    assert rows[0]["smallest"] == pytest.approx(0, abs=0.1) and rows[0]["largest"] == pytest.approx(90, abs=0.1)
+    names = [line[0] for line in angle_table(compared, random, 3)]
+    assert names == ["layers embed and 3", "seeds at layer 3", "other at layer 3", "random subspaces"]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (fitted_on("deit", [], [3], "b"), "b reads tokens of another backbone than a .name deit, not vit.*one backbone"),
+        (fitted_on("vit", [], [9], "b"), "b has none of the layers of a"),
+    ],
+)
+def test_runs_whose_tokens_differ_are_not_compared(other, message):
+    with pytest.raises(UserError, match=message):
+        check_same_space(fitted_on("vit", [], [3], "a"), [other])
 
 
 def test_attention_on_the_object_and_correlation_are_what_they_say():
@@ -310,9 +373,46 @@ def test_planted_groups_are_found_without_their_number(method):
     logits = 6 * same - 3 + 0.8 * torch.randn(40, 40, generator=generator)
     logits = (logits + logits.mT) / 2
     points = torch.nn.functional.one_hot(true, 5) + 0.05 * torch.randn(40, 5, generator=generator)
+    spectrum = objects.spectrum(logits.sigmoid())
+    assert objects.count_by_gap(spectrum) == objects.count_above(spectrum, 0.5) == 5
     found = {
-        "spectral": lambda: objects.normalised_cut(logits.sigmoid()),
+        "spectral": lambda: objects.normalised_cut(spectrum, 5),
         "correlation": lambda: objects.correlation_clustering(logits),
         "k-means": lambda: objects.k_means(points, 5),
     }[method]()
     assert objects.adjusted_rand_index(true.numpy(), found.numpy()) == 1.0
+
+
+def planted_patches(key: str, shift: float, seed: int, n: int = 4) -> grouping.Patches:
+    """A scene of 36 patches of n objects and background: tokens know nothing of them, logits do, but lean by `shift`."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(36) % (n + 1)
+    same = (labels[:, None] == labels).float()
+    logits = 4 * same - 2 + shift + 0.5 * torch.randn(36, 36, generator=generator)
+    place = torch.arange(36).view(6, 6).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    tokens = torch.randn(36, 8, generator=generator)
+    return grouping.Patches(key, tokens, (logits + logits.mT) / 2, place, labels[place].numpy(), labels[place].numpy())
+
+
+def test_the_setting_is_chosen_on_validation_scenes_and_undoes_a_lean_of_the_probe():
+    val = [planted_patches(f"val {i}", -2.75, i) for i in range(3)]
+    chosen, tried = grouping.choose_settings(val)
+    assert chosen["correlation"].setting[1] <= -2.0 and chosen["correlation"].score == pytest.approx(1.0)
+    assert {row["method"] for row in tried} == set(grouping.METHODS)
+    assert max(row["fg_ari"] + row["mbo"] for row in tried if row["method"] == "k-means") / 2 == chosen["k-means"].score
+    test = [planted_patches(f"test {i}", -2.75, 100 + i) for i in range(6)]
+    rows, masks = grouping.group_scenes(test, chosen)
+    assert len(rows) == 6 * 5 and len(masks) == 6 and masks[0]["spectral"].shape == (12, 12)
+    records, gain = grouping.summary(rows, chosen, 0)
+    by_method = {record["method"]: record for record in records}
+    assert by_method["correlation"]["mbo"] == by_method[grouping.CEILING]["fg_ari"] == 1.0
+    assert by_method["k-means"]["mbo_low"] < by_method["k-means"]["mbo"] < by_method["k-means"]["mbo_high"] < 0.8
+    first, second = gain["method"].split(" minus ")
+    assert gain["mbo"] == pytest.approx(by_method[first]["mbo"] - by_method[second]["mbo"]) and gain["mbo_low"] > 0
+    with pytest.raises(UserError, match="none of the validation images has an object"):
+        grouping.choose_settings([val[0]._replace(true=val[0].true * 0)])
+
+
+def test_the_group_at_the_border_is_the_background():
+    mask = torch.tensor([[7, 7, 7, 2], [7, 3, 3, 7], [7, 3, 3, 7], [7, 7, 7, 7]])
+    assert grouping.background_first(mask).tolist() == [[0, 0, 0, 1], [0, 2, 2, 0], [0, 2, 2, 0], [0, 0, 0, 0]]

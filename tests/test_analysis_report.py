@@ -9,7 +9,14 @@ from program import TINY, Finished, run
 
 from datasets.folder import Folder
 
-SMALL = ["wandb.mode=disabled", "analyze.images=2", "analyze.pair_images=4", "analyze.ranks=[2,8]"]
+SMALL = [
+    "wandb.mode=disabled",
+    "analyze.images=2",
+    "analyze.object_images=2",
+    "analyze.val_images=2",
+    "analyze.pair_images=4",
+    "analyze.ranks=[2,8]",
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +35,12 @@ def table(finished: Finished, name: str) -> list[dict[str, str]]:
 
 
 def test_reading_writes_tables_figures_and_masks(folder: Path, trained: Finished) -> None:
-    finished = run(folder, "mode=analyze", f"run={trained.dir}", *SMALL)
+    finished = run(folder, "mode=analyze", f"run={trained.dir}", f"analyze.compare=[{trained.dir}]", *SMALL)
     names = {path.name for path in finished.dir.iterdir()}
-    assert {"factors.png", "components.png", "objects.png", "ranks.csv", "overlap.csv", "attention.csv"} <= names
+    assert {"factors.png", "components.png", "objects.png", "ranks.csv", "attention.csv", "objects_tried.csv"} <= names
+    angles = table(finished, "angles.csv")
+    assert [row["between"] for row in angles] == ["layers"] * 3 + ["seeds"] * 3 + ["runs"] * 3 + ["random"]
+    assert all(float(row["overlap"]) > 0.999 for row in angles if row["between"] == "runs")
     kept = table(finished, "kept_rank.csv")
     assert {(row["layer"], row["rank"]) for row in kept if row["how"] == "truncated"} == {
         (layer, rank) for layer in ("embed", "0", "1") for rank in ("2", "8", "32")
@@ -38,6 +48,8 @@ def test_reading_writes_tables_figures_and_masks(folder: Path, trained: Finished
     assert [row["rank"] for row in kept if row["how"] == "refitted"] == ["2", "8"]
     methods = [row["method"] for row in table(finished, "objects.csv")]
     assert methods == ["spectral", "correlation", "k-means", "normalised cut", "true patches (ceiling)"] * 2
+    means = table(finished, "objects_mean.csv")
+    assert all(-1 <= float(row["mbo_low"]) <= float(row["mbo"]) <= float(row["mbo_high"]) <= 1 for row in means)
     masks = Folder("test", root=finished.dir / "objects")
     assert len(masks) == 2 and masks[0].image.shape == (3, 96, 96) and masks[0].labels["identity"].shape == (96, 96)
 
