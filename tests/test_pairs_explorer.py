@@ -236,6 +236,37 @@ def test_keys_alone_move_everything_and_the_link_reopens_the_view(opened, demo):
 
 
 @needs_browser
+def test_layers_runs_and_labels_of_patches_are_shown_side_by_side(opened, demo):
+    at, seen = state(opened)["at"], demo.seen[0][0]
+    for name, called in (("identity", "object {}"), ("class", "{}")):
+        labels = seen.labels[name]
+        number, share = int(labels.label.flatten()[at]), round(100 * float(labels.purity.flatten()[at]))
+        number = {0: "background", 1: "thing", 2: "other"}.get(number, f"class {number}") if name == "class" else number
+        element = {"identity": "object", "class": "class"}[name]
+        for place in ("patch", "anchor"):
+            shown = opened.run(f"document.querySelector('#{place}-{element}').textContent")
+            assert shown == f"{called.format(number)}, {share} %"
+    opened.run("(() => { const s = document.querySelector('#pane0 input'); s.value = 2; s.oninput(); })()")
+    settle(opened, "explorer.state.panes[0].layer === 2 && location.hash.includes('a=0.1.probe')")
+    opened.run("document.querySelector('#compare').click()")
+    settle(opened, "explorer.current()[1] && !document.querySelector('#pane1').hidden")
+    assert opened.run("document.querySelector('#pane1 select').value") == "1"  # the second run
+    assert opened.run("document.querySelector('#pane1 input').max") == "2"
+    for run, layer, element in ((0, 2, "score-a"), (1, 2, "score-b")):
+        exact = expected_maps(demo, 0, run, at)["probe"][layer][at]
+        assert abs(float(opened.run(f"document.querySelector('#{element}').textContent")) - exact) < 2e-3
+    assert opened.run("document.querySelector('#pane0 .ticks').innerText").split() == ["0", "0.25", "0.5", "0.75", "1"]
+    light = opened.run("getComputedStyle(document.body).backgroundColor")
+    opened.run("document.querySelector('#theme').click()")
+    assert opened.run("getComputedStyle(document.body).backgroundColor") != light
+    before = opened.run("document.querySelector('#pane0 canvas').toDataURL()")
+    opened.run("(() => { const o = document.querySelector('#opacity'); o.value = 20; o.oninput(); })()")
+    settle(opened, "location.hash.includes('opacity=20')")
+    assert opened.run("document.querySelector('#pane0 canvas').toDataURL()") != before
+    assert opened.complaints() == []
+
+
+@needs_browser
 def test_a_photo_is_cut_scaled_and_scored_as_python_does(opened, demo, tmp_path):
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (12, 20, 3)).astype(np.uint8)).resize((333, 200), Image.Resampling.BICUBIC)
