@@ -266,7 +266,7 @@ def draw_sheet(several: Sequence[ScoreMaps], about: str = "", most: int = 5) -> 
     width, height = GAP + n_columns * (w + GAP) + BAR, HEAD + sum(heights)
     with matplotlib.rc_context(STYLE):
         figure, top = Figure(figsize=(width, height)), height - HEAD
-        _write_line(figure, about + _legend(several[0]))
+        _write_line(figure, about + max((_legend(maps) for maps in several), key=len))
         for maps, taken in zip(several, heights, strict=True):
             top -= taken
             for column in range(n_columns):

@@ -3,7 +3,7 @@
     python main.py && python main.py mode=vis
     python scripts/screenshot_explorer.py outputs/vis/<run>/explorer.html [--out docs]
 
-Writes explorer.png, two layers side by side on a laptop (1280 px), and explorer_phone.png, a scene drawn in the page on a
+Writes explorer.png, layers 0 and 7 side by side on a laptop (1280 px), and explorer_phone.png, a scene drawn in the page on a
 phone (390 px, dark). Nothing but the page's own controls is used; what it logs as an error ends the script.
 """
 
@@ -25,9 +25,7 @@ def take(tab: Page, page: Path, out: Path) -> list[Path]:
     """Both pictures of a page."""
     files = [out / "explorer.png", out / "explorer_phone.png"]
     tab.size(1280, 800)
-    tab.open(f"{page.as_uri()}#opacity=80", READY)
-    tab.press("c")
-    tab.wait("explorer.current()[1] && location.hash.includes('&b=')")
+    tab.open(f"{page.as_uri()}#opacity=80&a=0.0.probe&b=0.7.probe", READY)
     tab.shot(files[0], whole=False)
     tab.size(390, 844, dark=True)
     tab.open(f"{page.as_uri()}#opacity=80&scene={SCENE.replace(',', '%2C').replace(';', '%3B')}&at=0.2.4", READY)
