@@ -67,7 +67,7 @@ def draw_score_maps(maps: ScoreMaps, about: str = "") -> Figure:
     """
     first = ["image"] if maps.identity is None else ["image", "objects"]
     foot, n_rows, n_layers = _foot(maps), len(maps.rows), max(len(row.layers) for row in maps.rows)
-    gutter = LABEL if n_rows > 1 else 0.0
+    gutter = _gutter(maps)
     shape = maps.image.shape[1] / maps.image.shape[2]
     columns, w = _arrange(shape, n_rows, n_layers, len(first), foot, gutter)
     with matplotlib.rc_context(STYLE):
@@ -126,13 +126,22 @@ def _sheet(
 
 
 def _foot(maps: ScoreMaps) -> float:
-    """Inches below a panel: for its AUROC, where there is one."""
-    return FOOT if any(value is not None for row in maps.rows for value in row.auroc) else 0.0
+    """Inches below a panel: for its AUROC, or for the word that it has no numbers."""
+    said = any(value is not None for row in maps.rows for value in row.auroc)
+    return FOOT if said or any(bool(of_layer.isnan().all()) for row in maps.rows for of_layer in row.maps) else 0.0
+
+
+def _gutter(maps: ScoreMaps) -> float:
+    """Inches for the names of rows: none for one row, two lines where there are several runs."""
+    if len(maps.rows) == 1:
+        return 0.0
+    return LABEL if len({row.run for row in maps.rows}) == 1 else 1.8 * LABEL
 
 
 def _row_name(maps: ScoreMaps, row: MapRow) -> str:
-    several = len({other.run for other in maps.rows}) > 1
-    return f"{row.run[:28]}\n{VIEW_NAMES[row.view]}" if several else VIEW_NAMES[row.view]
+    """What a row shows; of several runs also the run's number, whose name stands in the line above all panels."""
+    runs = list(dict.fromkeys(other.run for other in maps.rows))
+    return f"run {runs.index(row.run) + 1}\n{VIEW_NAMES[row.view]}" if len(runs) > 1 else VIEW_NAMES[row.view]
 
 
 def _legend(maps: ScoreMaps) -> str:
@@ -218,11 +227,8 @@ def _mark(axes: Axes, maps: ScoreMaps, outlines: bool = True) -> None:
 def _outline(axes: Axes, mask: Tensor, style: str) -> None:
     inside = np.pad(mask.numpy(), 1)  # so that an outline closes at the border
     y, x = (np.arange(n + 2) - 0.5 for n in mask.shape)
-    if style == "dashed":  # a dark line below, so that the gaps are seen on light maps too
-        axes.contour(x, y, inside, levels=[0.5], colors="black", linewidths=1.6, alpha=0.55)
     line = axes.contour(x, y, inside, levels=[0.5], colors="white", linewidths=1.2, linestyles=style)
-    if style == "solid":
-        line.set_path_effects([withStroke(linewidth=2.2, foreground="black")])
+    line.set_path_effects([withStroke(linewidth=2.2, foreground="black")])
 
 
 def _draw_box(axes: Axes, anchor: Anchor, width: int) -> None:

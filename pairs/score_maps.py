@@ -53,12 +53,12 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         for nth in range(int(vis.anchors)):
             several.append(maps_of(of_scene, runs, vis, nth))
     for maps in several:
-        about = f"{describe(first)} · image {maps.key}"
+        about = f"{describe(runs)} · image {maps.key}"
         facts = {"run": str(first.directory), "split": split}
         for path in write_score_maps(maps, folder, gif=bool(vis.gif), facts=facts, about=about):
             run.say(str(path))
     if len(several) > 1:
-        write_atomically(folder / "sheet.png", png_bytes(draw_sheet(several, describe(first))))
+        write_atomically(folder / "sheet.png", png_bytes(draw_sheet(several, describe(runs[:1]))))
         run.say(str(folder / "sheet.png"))
     if vis.page:
         write_atomically(folder / "explorer.html", _page(seen, several, runs, dataset))
@@ -97,9 +97,11 @@ def model_name(run: FittedRun) -> str:
     return str(read_facts(run.directory).get("identity", {}).get("model") or run.backbone.facts.name)
 
 
-def describe(run: FittedRun) -> str:
-    """Model, probe and directory of a run, for the line above a figure."""
-    return f"{model_name(run)} · {run.cfg.probe.mode} probe · run {run.directory.name}"
+def describe(runs: Sequence[FittedRun]) -> str:
+    """Model, probe and directory of a run for the line above a figure; of several, their numbers and directories."""
+    if len(runs) == 1:
+        return f"{model_name(runs[0])} · {runs[0].cfg.probe.mode} probe · run {runs[0].directory.name}"
+    return " · ".join(f"run {number}: {run.directory.name}" for number, run in enumerate(runs, 1))
 
 
 def encode_all(scene: Scene, runs: Sequence[FittedRun]) -> list[EncodedScene]:

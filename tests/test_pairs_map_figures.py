@@ -23,7 +23,8 @@ def test_the_strip_shows_image_objects_and_every_layer_on_one_scale(shape, n_lay
     *panels, bar = figure.axes
     titles = [axes.get_title() for axes in panels]
     assert titles == ["image", "true objects", "embed", *(f"layer {i}" for i in range(n_layers - 1))]
-    assert bar.get_ylabel() == "P(same object)" and figure.texts[0].get_text() == "a line"
+    line = "a line · outlined: the anchor's object, dashed: the nearest other of its class"
+    assert bar.get_ylabel() == "P(same object)" and line.startswith(figure.texts[0].get_text().rstrip("…"))
     for index, axes in enumerate(panels):
         shown = axes.images[0]
         assert shown.get_extent() == [0, shape[1], shape[0], 0]
@@ -57,6 +58,17 @@ def test_rows_stand_under_each_other_and_a_layer_is_a_column():
     boxes = [axes.get_position() for axes in figure.axes]
     apart = lambda a, b: min(a.x1, b.x1) <= max(a.x0, b.x0) + 1e-9 or min(a.y1, b.y1) <= max(a.y0, b.y0) + 1e-9
     assert all(apart(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_rows_of_several_runs_are_named_by_number_beside_their_panels():
+    maps = painted((40, 56), 3, views=("probe", "cosine"))
+    several = maps._replace(rows=[row._replace(run=name) for name in ("a long name of a run " * 4, "b") for row in maps.rows])
+    figure = draw_score_maps(several)
+    names = [figure.axes[2 + 3 * row].texts[-1] for row in range(4)]
+    assert [name.get_text() for name in names] == ["run 1\nprobe", "run 1\ncosine", "run 2\nprobe", "run 2\ncosine"]
+    figure.canvas.draw()
+    first = figure.axes[1].get_window_extent()
+    assert all(name.get_window_extent().x0 >= first.x1 for name in names)
 
 
 def test_outlines_follow_the_anchors_object_and_its_neighbour():

@@ -62,7 +62,7 @@ def test_mode_vis_takes_an_anchor_and_a_folder(finished, tmp_path):
 
 def test_several_images_and_anchors_have_a_sheet_and_a_page(finished, tmp_path):
     run = FakeRun(tmp_path / "vis", finished.directory)
-    finished.cfg.vis.update(image=[0, "test-002"], anchors=2, gif=False, page=True)
+    finished.cfg.vis.update(image=[0, "test-002"], anchors=2, rows=["probe"], gif=False, page=True)
     run_vis(finished.cfg, run)
     names = sorted(path.name for path in run.dir.iterdir())
     assert sum(name.endswith(".png") for name in names) == 5 and "sheet.png" in names and "explorer.html" in names
