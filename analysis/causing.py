@@ -120,7 +120,7 @@ def dose_rows(subjects: Subjects, train: PatchSample, doses: Sequence[float], se
             alike, named = bases.get(subspace, bases["binding"]), edit if subspace in bases else subspace
             for dose in doses:
                 read = []
-                for basis in alike:
+                for basis in alike if dose else alike[:1]:  # no dose, no difference between subspaces
                     change = act.edited_after(fitted.backbone, layer, _edit(named, basis, dose, data, seed))
                     read.append(_read(subjects, data, change, {"edit": edit, "subspace": subspace, "dose": dose}))
                 rows += [_mean_row(of_layer) for of_layer in zip(*read, strict=True)]

@@ -1,4 +1,4 @@
-"""Objects out of pairs on whole scenes: one setting per method chosen on validation images, scored on others, written as masks.
+"""Objects out of pairs, scene by scene: every method has a setting chosen on validation images, scores on others, and masks.
 
 Every method has one thing to choose, because the number of objects is unknown: the offset that is taken from the log-odds
 before correlation clustering; how many groups the spectral methods and k-means make (`SETTINGS`). It is the setting of the
@@ -174,8 +174,13 @@ def summary(rows: Sequence[dict[str, Any]], chosen: dict[str, Choice], seed: int
     """Per method its scores with 95 % intervals over scenes; and the best method that reads the probe minus the best without.
 
     Which of them is best is decided by validation scenes (`chosen`); both see the same resamples.
+
+    Raises:
+        UserError: no scene has an object.
     """
     n_scenes = sum(row["method"] == CEILING and row["mbo"] is not None for row in rows)
+    if not n_scenes:
+        raise UserError("none of the images that are grouped has an object; set analyze.object_images higher")
     draws, records = resample(n_scenes, seed=seed), []
     for name in [*METHODS, CEILING]:
         groups = float(np.mean([row["n_groups"] for row in rows if row["method"] == name]))
@@ -191,9 +196,9 @@ def summary(rows: Sequence[dict[str, Any]], chosen: dict[str, Choice], seed: int
     return records, gain
 
 
-def _with_intervals(found: dict[str, Estimate], draws: Tensor) -> dict[str, float]:
+def _with_intervals(means: dict[str, Estimate], draws: Tensor) -> dict[str, float]:
     record = {}
-    for key, estimate in found.items():
+    for key, estimate in means.items():
         low, high = interval(estimate, draws, bounds=(-1.0, 1.0))
         record |= {key: float(estimate.value), f"{key}_low": float(low), f"{key}_high": float(high)}
     return record

@@ -91,7 +91,7 @@ def seconds_of_photo(tab: Page) -> tuple[float, float]:
 
 def milliseconds_of_clicks(tab: Page) -> list[float]:
     """A new anchor until the maps of all layers are computed and drawn, sorted."""
-    found = tab.run(f"""(async () => {{
+    times = tab.run(f"""(async () => {{
       const out = [];
       for (let i = 0; i < {CLICKS}; i++) {{
         explorer.state.at = 3 + 5 * i;
@@ -100,7 +100,7 @@ def milliseconds_of_clicks(tab: Page) -> list[float]:
       }}
       return out;
     }})()""")
-    return sorted(found)
+    return sorted(times)
 
 
 def main() -> None:
@@ -125,7 +125,8 @@ def main() -> None:
         photos = [seconds_of_photo(tab) for _ in range(3)]
         clicks = milliseconds_of_clicks(tab)
         print(f"photo to maps of {len(run.layers)} layers: {min(photos)[0]:.2f} s, of which the model {min(photos)[1]:.2f} s")
-        print(f"click to maps of all layers: median {clicks[len(clicks) // 2]:.0f} ms, slowest {clicks[-1]:.0f} ms")
+        median = clicks[len(clicks) // 2]
+        print(f"click to maps of all layers: least {clicks[0]:.0f}, median {median:.0f}, slowest {clicks[-1]:.0f} ms")
         page.write_bytes(explorer_page("benchmark", [run], [[s] for s in seen], places, dataset.classes, [[0, 0, 0]]))
         tab.open(page.as_uri(), READY)
         width = seen[0].geometry.grid[1]

@@ -4,7 +4,7 @@
     python scripts/screenshot_explorer.py outputs/vis/<run>/explorer.html [--out docs]
 
 Writes explorer.png, layers 0 and 7 side by side on a laptop (1280 px), and explorer_phone.png, a scene drawn in the page on a
-phone (390 px, dark). Nothing but the page's own controls is used; what it logs as an error ends the script.
+phone (390 px, dark). The view comes from the link alone; an error that the page logs ends the script.
 """
 
 import argparse

@@ -411,6 +411,8 @@ def test_the_setting_is_chosen_on_validation_scenes_and_undoes_a_lean_of_the_pro
     assert gain["mbo"] == pytest.approx(by_method[first]["mbo"] - by_method[second]["mbo"]) and gain["mbo_low"] > 0
     with pytest.raises(UserError, match="none of the validation images has an object"):
         grouping.choose_settings([val[0]._replace(true=val[0].true * 0)])
+    with pytest.raises(UserError, match="none of the images that are grouped has an object"):
+        grouping.summary(grouping.group_scenes([val[0]._replace(true=val[0].true * 0)], chosen)[0], chosen, 0)
 
 
 def test_the_group_at_the_border_is_the_background():
