@@ -54,7 +54,10 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         raise UserError(f"unknown analyze.do={options.do}; valid: read, intervene")
     fitted = open_fitted_run(run.source, cfg)
     forms = fitted.forms()
-    rank_rows(forms[0], fitted.layers[0])  # refuses what has no form, before anything is read
+    others = [open_fitted_run(Path(str(d)), cfg, [fitted.backbone], [fitted.cfg.model]) for d in options.compare]
+    check_same_space(fitted, others)
+    for seen in (fitted, *others):
+        rank_rows(seen.forms()[0], seen.layers[0])  # refuses what has no form, before anything is read
     samples = {split: open_sample(fitted.cfg, split, say=run.say) for split in ("train", "val", str(options.split))}
     left = BLOCKS_LEFT if options.do == "intervene" else 0
     at = _layer(options.layer, fitted, forms, samples["val"], left)
@@ -63,14 +66,9 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     )
     rank = smallest_rank(kept)
     run.say(f"layer {fitted.layers[at]}, binding subspace of rank {rank} (both chosen on val)")
-    if options.do == "intervene":
-        subjects = Subjects(fitted, forms, at, rank, spread_scenes(fitted, str(options.split), int(options.images)))
-        return intervene(subjects, samples["train"], options, run)
-    others = [open_fitted_run(Path(str(d)), cfg, [fitted.backbone], [fitted.cfg.model]) for d in options.compare]
-    check_same_space(fitted, others)
-    for other in others:
-        rank_rows(other.forms()[0], other.layers[0])
     subjects = Subjects(fitted, forms, at, rank, spread_scenes(fitted, str(options.split), int(options.images)))
+    if options.do == "intervene":
+        return intervene(subjects, samples["train"], options, run)
     return read(subjects, others, samples, options, run)
 
 

@@ -71,6 +71,7 @@ def test_intervening_writes_every_dose_and_dose_zero_is_no_intervention(folder: 
     [
         ("analyze.do=guess", "unknown analyze.do=guess; valid: read, intervene"),
         ("analyze.layer=7", "analyze.layer=7: the run has layers embed, 0, 1"),
+        ("analyze.compare=[/nowhere]", "/nowhere is not a run directory"),
     ],
 )
 def test_what_cannot_be_analysed_is_said(folder: Path, trained: Finished, setting: str, message: str) -> None:
