@@ -194,6 +194,15 @@ def painted_patches(image: Looked, colors: Tensor) -> np.ndarray:
     return picture
 
 
+def label_colors(labels: PatchLabels) -> Tensor:
+    """Colours [n, h, w, 3] of patch labels: by their place among the labels of the image, so that up to seven are unlike."""
+    ids = labels.label.long()
+    present = ids[ids > 0].unique()
+    table = torch.tensor([BACKGROUND, *(PALETTE[i % len(PALETTE)] for i in range(len(present)))])
+    place = torch.where(ids > 0, torch.searchsorted(present, ids) + 1, 0)
+    return torch.where(labels.valid[..., None], table[place], torch.tensor(UNUSED))
+
+
 def _draw_labels(axes: Axes, image: Looked, name: str, classes: Sequence[str]) -> None:
     """The label of every patch, and a dot in those that are kept (a cross: kept, but without a label)."""
     labels = image.labels.get(name)
@@ -202,9 +211,7 @@ def _draw_labels(axes: Axes, image: Looked, name: str, classes: Sequence[str]) -
         axes.set_axis_off()
         return
     ids = labels.label.long()
-    table = torch.tensor([BACKGROUND, *(PALETTE[i % len(PALETTE)] for i in range(max(int(ids.max()), 1)))])
-    colors = torch.where(labels.valid[..., None], table[ids], torch.tensor(UNUSED))
-    axes.imshow(painted_patches(image, colors))
+    axes.imshow(painted_patches(image, label_colors(labels)))
     image_hw = image.scene.image.shape[-2:]
     boxes = np.array([patch_box(place, image.geometry, image_hw) for place in image.kept.tolist()])
     y, x = (boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2

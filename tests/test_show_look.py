@@ -14,7 +14,8 @@ from activation import build_dataset, open_sample
 from backbones.load import backbone_facts
 from errors import UserError
 from pairs.scores import pair_strata
-from show.look import Looked, draw_contact_sheet, look_at, painted_patches, pair_kinds
+from patches.labels import PatchLabels
+from show.look import BACKGROUND, UNUSED, Looked, draw_contact_sheet, label_colors, look_at, painted_patches, pair_kinds
 from show.look import run as run_show
 from store.labelled import LabelledItems
 
@@ -55,6 +56,14 @@ def test_every_patch_is_painted_where_it_lies(cfg):
     number = torch.arange(image.owned.numel()).view(image.owned.shape).float() / image.owned.numel()
     picture = painted_patches(image, number[..., None].expand(*number.shape, 3))
     assert picture.shape == (32, 80, 3) and len(np.unique(picture[..., 0])) == int(image.owned.sum())
+
+
+def test_labels_seven_apart_have_colours_of_their_own():
+    label = torch.tensor([[[0, 1, 8, 15, 1, 0]]], dtype=torch.int32)
+    valid = torch.tensor([[[True, True, True, True, True, False]]])
+    colors = label_colors(PatchLabels(label, torch.ones(label.shape), valid))[0, 0]
+    assert torch.equal(colors[1], colors[4]) and len(colors.unique(dim=0)) == 5  # background, three labels, not used
+    assert colors[0].tolist() == pytest.approx(BACKGROUND) and colors[5].tolist() == list(UNUSED)
 
 
 def test_the_sheet_has_a_row_of_five_panels_per_image(cfg):
