@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,25 +98,40 @@ def run(cfg: Any, run: Any) -> dict[str, Any]:
     return {"splits": records}
 
 
-def open_samples(
+def plan_samples(
     cfg: Any,
     say: Callable[[str], None],
     splits: Sequence[str] = SPLITS,
     check: Callable[[dict[str, PatchSample]], None] | None = None,
-) -> dict[str, PatchSample]:
-    """The tokens and labels of several splits.
+) -> dict[str, Labelled]:
+    """The labels of several splits and the plans of their tokens.
 
     Args:
         check: looks at all splits while their tokens are only planned, and refuses what labels and sizes show to be wrong.
     """
     labelled = {split: open_labels(cfg, split, say=say) for split in splits}
     if check is not None:
-        check({split: found.sample for split, found in labelled.items()})
-    return {split: open_tokens(found, say=say) for split, found in labelled.items()}
+        check({split: of_split.sample for split, of_split in labelled.items()})
+    return labelled
+
+
+def open_planned(labelled: Mapping[str, Labelled], say: Callable[[str], None]) -> dict[str, PatchSample]:
+    """The tokens of splits whose labels are open (`open_tokens`)."""
+    return {split: open_tokens(of_split, say=say) for split, of_split in labelled.items()}
+
+
+def open_samples(
+    cfg: Any,
+    say: Callable[[str], None],
+    splits: Sequence[str] = SPLITS,
+    check: Callable[[dict[str, PatchSample]], None] | None = None,
+) -> dict[str, PatchSample]:
+    """The tokens and labels of several splits: `plan_samples`, then `open_planned`."""
+    return open_planned(plan_samples(cfg, say, splits, check), say)
 
 
 def fingerprints(sample: PatchSample) -> dict[str, str]:
-    """What tells these activations and labels from all others."""
+    """What tells these activations and labels from all others; known before any token is extracted."""
     return {"activations": sample.meta["fingerprint"], "labels": sample.meta["index"]}
 
 
@@ -192,8 +207,10 @@ def open_labels(cfg: Any, split: str, *, say: Callable[[str], None] = print) -> 
         "model": cfg.model,
         "norm": bool(cfg.model.norm),
     }
+    wanted = Extraction(cfg, dataset, split, index, facts, layers, STORED[mode])
+    meta["fingerprint"] = wanted.store().digest
     sample = PatchSample(tokens, position, labels, dict(dataset.info()), index.keys, index.grids.long(), meta)
-    return Labelled(sample, Extraction(cfg, dataset, split, index, facts, layers, STORED[mode]))
+    return Labelled(sample, wanted)
 
 
 def open_tokens(labelled: Labelled, *, say: Callable[[str], None] = print) -> PatchSample:

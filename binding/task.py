@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import trainer
-from activation import PatchSample, fingerprints, open_samples
+from activation import Labelled, PatchSample, fingerprints, open_planned, open_samples, plan_samples
 from binding.examples import decoded_examples
 from binding.information import bits_per_image, combine, suspicions
 from binding.probes import BINDING_PROBES
@@ -35,6 +35,7 @@ from files import write_atomically
 from machine import free_memory
 from metrics.bootstrap import mean_estimate
 from probes import Probe, build_probe
+from runs.conclusion import concluded
 from runs.progress import stage, stages
 from runs.records import read_records
 from runs.run import Run
@@ -282,10 +283,13 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     whole_first = sorted(rows, key=lambda name: rows[name].model.output_mode != "all")
     stages(("activations", 3), ("activations of controls", 3), *[(name, 4) for name in rows], "table and figure")
     stage("activations", parts=6 * len(rows))
-    samples: dict[str, dict[str, PatchSample]] = {}
+    planned: dict[str, dict[str, Labelled]] = {}
     for name in whole_first:
-        samples[name] = open_samples(rows[name], run.say, check=partial(check_plan, rows[name], options[name]))
-    run.rest_on({name: {split: fingerprints(s) for split, s in of_row.items()} for name, of_row in samples.items()})
+        planned[name] = plan_samples(rows[name], run.say, check=partial(check_plan, rows[name], options[name]))
+    run.rest_on({name: {split: fingerprints(s.sample) for split, s in of_row.items()} for name, of_row in planned.items()})
+    if (ended := concluded(run)) is not None:
+        return ended
+    samples = {name: open_planned(of_row, run.say) for name, of_row in planned.items()}
     report_splits(samples[next(iter(rows))], run)
     stage("activations of controls", parts=9 * len(rows))
     controls = {name: build_controls(Opened(rows[name], samples[name], name), CONTROLS, run.say) for name in whole_first}

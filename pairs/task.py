@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 import trainer
-from activation import PatchSample, fingerprints, open_samples
+from activation import PatchSample, fingerprints, open_planned, open_samples, plan_samples
 from backbones.attention import next_block_query_key
 from backbones.load import backbone_facts, load_backbone, resolve_layers
 from controls import CONTROLS, PROBE_ROW, Opened, Subject, build_controls, control_names
@@ -31,6 +31,7 @@ from pairs.losses import agreement, class_loss, identity_loss, pair_bce, pair_ma
 from pairs.newton import PairBatch
 from pairs.scores import upper_pairs
 from probes import PROBES, Probe, Projections, build_probe
+from runs.conclusion import concluded
 from runs.progress import stage, stages
 from runs.run import Run
 from show.choice import read_validation
@@ -311,8 +312,11 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     names = [name for name in control_names(cfg.controls) if name in fitting]
     stages(("activations", 3), ("activations of controls", 3), (PROBE_ROW, 3 + len(seeds)), *names, "table and figure")
     stage("activations", parts=6)
-    samples = open_samples(cfg, run.say, check=check_plan)
-    run.rest_on({PROBE_ROW: {split: fingerprints(sample) for split, sample in samples.items()}})
+    planned = plan_samples(cfg, run.say, check=check_plan)
+    run.rest_on({PROBE_ROW: {split: fingerprints(of_split.sample) for split, of_split in planned.items()}})
+    if (ended := concluded(run)) is not None:
+        return ended
+    samples = open_planned(planned, run.say)
     stage("activations of controls", parts=9)
     controls = build_controls(Opened(cfg, samples), fitting, run.say)
     stages((PROBE_ROW, 3 + len(seeds)), *(control.title for control in controls), "table and figure")

@@ -51,7 +51,7 @@ _NOT_OF_A_FIT = ("mode", "entry", "controls", "device", "eval", "vis", "export")
 # Of these a restart takes over what is there.
 RESULT_FILES = (
     "metrics.jsonl", "history.jsonl", "layers.csv", "layers.png", "scores.csv", "scores.safetensors", "predictions.safetensors",
-    "predictions", "checkpoints",
+    "predictions", "checkpoints", "table.txt",
 )  # fmt: skip
 DATA_MODES = ("check_data", "export_data")  # which know no backbone
 OPENING_FILES = {"config.yaml", "run.json", "log.txt", ".lock"}  # of a run that has not computed anything yet
@@ -78,6 +78,7 @@ class Run:
         dir: the run directory.
         facts: what `run.json` holds; entries may add to it, it is written when the run ends.
         reused: True when this directory already held this configuration (finished, failed or killed).
+        before: what `run.json` held when this process opened the directory.
         source: the directory of the run this one looks at (mode=eval, vis), else None.
         configuration: what of the configuration decides the numbers, as plain values; written into checkpoints.
     """
@@ -86,6 +87,7 @@ class Run:
         self.dir = directory
         self.identity = dict(identity)
         self.facts: dict[str, Any] = {}
+        self.before: dict[str, Any] = {}
         self.reused = reused
         self.source = source
         self.configuration: dict[str, Any] = {}
@@ -284,7 +286,8 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
         run.configuration = {k: v for k, v in jsonable(deciding(cfg)).items() if k not in _NOT_OF_A_FIT}
         if source is not None:  # its numbers belong to what was fitted there
             run.identity |= {**read_facts(source).get("identity", {}), "mode": cfg.mode}
-        run.facts.update(provenance(), identity=run.identity, inputs=read_facts(directory).get("inputs"))
+        run.before = read_facts(directory)
+        run.facts.update(provenance(), identity=run.identity, inputs=run.before.get("inputs"))
         run.facts.update(command=sys.argv, started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), status="running")
         run.facts["config_sha256"] = hashlib.sha256(configuration.encode()).hexdigest()
         _write_facts(run)

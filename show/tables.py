@@ -8,6 +8,7 @@ from torch import Tensor
 
 from metrics.bootstrap import interval, mean_over_seeds
 from metrics.sample_size import size_warnings, spread_of
+from runs.conclusion import conclude
 from runs.records import write_table
 from runs.run import Run
 from show.choice import best_layer, chosen, chosen_estimate, gains, objective, regret, write_choices
@@ -53,10 +54,9 @@ def present(
     warnings = few_images(results[0], columns, remedy)
     if not figure.exists():  # a finished run that is shown again has its figure
         draw(scores, columns, figure, "\n".join([about(run, results[0]), *warnings]))
-    run.finishing()  # all is written: what follows is only shown
-    run.say("\n".join([text, *warnings]))
-    run.say(f"\nrecords, curve and checkpoints: {run.dir}")
-    return {"objective": objective(results[0], columns[0], split)}
+    value = objective(results[0], columns[0], split)
+    conclude(run, "\n".join([text, *warnings, f"\nrecords, curve and checkpoints: {run.dir}"]), value)
+    return {"objective": value}
 
 
 def about(run: Run, probe: ProbeResult) -> str:
