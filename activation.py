@@ -9,6 +9,7 @@ resumes at the next missing shard and ends with the same bytes; the ranks of a `
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +21,9 @@ from torch import Tensor
 
 from backbones.attention import check_attention
 from backbones.contract import Layer, Tokens
-from backbones.load import backbone_facts, resolve_layers
+from backbones.load import backbone_facts, layers_of
 from errors import UserError
-from files import check_folder
+from files import check_folder, plain
 from machine import choose_device, rank
 from runs.progress import stage, stages
 from store.extract import STORED, Extraction, open_store
@@ -32,6 +33,9 @@ from store.shards import DTYPES, StackedTokens
 
 __all__ = ["PatchSample", "StackedTokens", "Tokens", "build_dataset", "open_sample", "run"]
 SPLITS = ("train", "val", "test")
+# Of a backbone: what decides the meaning of its tokens.
+MADE_BY = ("weights", "depth", "dim", "patch_size", "image_size", "num_prefix_tokens", "has_class_token", "mean", "std",
+           "interpolation")  # fmt: skip
 
 
 class PlannedTokens(NamedTuple):
@@ -135,6 +139,21 @@ def fingerprints(sample: PatchSample) -> dict[str, str]:
     return {"activations": sample.meta["fingerprint"], "labels": sample.meta["index"]}
 
 
+def made_by(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What activations must have been made with for a probe fitted on them to mean anything (`runs.validity`).
+
+    Args:
+        meta: "facts" of the backbone, "norm", "geometry" (windows) and "output_mode"; of a `PatchSample` or alike.
+    """
+    if "facts" not in meta:
+        return {}
+    facts = meta["facts"]
+    known = {name: facts[name] for name in MADE_BY} | {name: meta[name] for name in ("norm", "output_mode")}
+    windows = {f"windows.{name}": value for name, value in meta["geometry"].items()}
+    scale = {"scale": json.loads(facts["kwargs"])["scale"]} if facts["source"] == "module" else {}
+    return known | windows | scale
+
+
 def _silent(text: str) -> None:
     pass
 
@@ -176,7 +195,7 @@ def open_labels(cfg: Any, split: str, *, say: Callable[[str], None] = print) -> 
         check_folder(Path(cfg.cache.dir) / folder, "cache.dir")
     facts = backbone_facts(cfg.model, Path(cfg.cache.dir) / "architectures")
     check_attention(cfg.model, choose_device(cfg.device))
-    layers = resolve_layers(cfg.model.layers, facts.depth)
+    layers = layers_of(cfg.model.layers, facts)
     if mode in ("cls", "cls_mean") and not facts.has_class_token:
         raise UserError(
             f"model.output_mode={mode} needs a class token and {facts.name} has none, use mean_spatial, all or patches"
@@ -205,6 +224,7 @@ def open_labels(cfg: Any, split: str, *, say: Callable[[str], None] = print) -> 
         "skipped": index.manifest["skipped"],
         "facts": facts.as_dict(),
         "model": cfg.model,
+        "geometry": plain(cfg.protocol.geometry),
         "norm": bool(cfg.model.norm),
     }
     wanted = Extraction(cfg, dataset, split, index, facts, layers, STORED[mode])

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from activation import PatchSample, open_sample
+from backbones.module import has_random_weights
 from errors import UserError
 from forms import FitAxes, Probe
 from probes import PROBES, Pairwise
@@ -178,8 +179,9 @@ def pixels_position(opened: Opened) -> Subject | None:
 
 
 def random(opened: Opened) -> Subject | None:
-    """The probe on the same architecture with random weights; None when the backbone itself is random."""
-    if not opened.cfg.model.pretrained:
+    """The probe on the same architecture with random weights; None when the backbone is random or has no such variant."""
+    model = opened.cfg.model
+    if not model.pretrained or (model.source == "module" and not has_random_weights(model.name)):
         return None
     return opened.subject("random", _through_model(opened, pretrained=False, weights=None, digest=None))
 

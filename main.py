@@ -23,9 +23,6 @@ from files import ROOT
 from runs import signals
 from runs.run import open_run
 
-# Hydra would print its own trace and exit; with this set it hands the exception to `cli`, which prints one sentence.
-os.environ["HYDRA_FULL_ERROR"] = "1"
-
 
 def find_entry(cfg: DictConfig) -> Callable:
     """The entry function of the chosen mode, as the mode's file names it and nothing else does.
@@ -54,20 +51,29 @@ def find_entry(cfg: DictConfig) -> Callable:
         raise UserError(f"{files[0]}: entry {entry} cannot be imported ({error}); put its folder on PYTHONPATH") from error
 
 
+def carry_out(cfg: DictConfig) -> tuple[Path, dict]:
+    """Run one job in the surroundings of Hydra: the run directory, and what the mode's entry returned.
+
+    Raises:
+        UserError: a mistake in command, data or weights.
+    """
+    options.check(cfg)
+    options.name_protocol(cfg)
+    with open_run(cfg) as run:
+        with signals.stop_later():  # an import of torch that is broken off half-way kills the process
+            entry = find_entry(cfg)
+        return run.dir, entry(cfg, run)
+
+
 @hydra.main(version_base="1.3", config_path="cfgs", config_name="config")
 def main(cfg: DictConfig) -> float | None:
     """Run one Hydra job; the returned objective lets a Hydra sweeper optimise over jobs."""
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        options.check(cfg)
-        options.name_protocol(cfg)
-        with open_run(cfg) as run:
-            with signals.stop_later():  # an import of torch that is broken off half-way kills the process
-                entry = find_entry(cfg)
-            objective = entry(cfg, run).get("objective")
+        _, found = carry_out(cfg)
         if not sweeping:
             signals.ignore()  # what is left is the way out: it does not turn success into anything else
-        return objective
+        return found.get("objective")
     except UserError as error:
         if sweeping:  # the other jobs go on; Hydra raises the first failure at the end
             print(f"job {HydraConfig.get().job.num} failed: {error}", file=sys.stderr)
@@ -79,6 +85,8 @@ def main(cfg: DictConfig) -> float | None:
 def cli() -> None:
     """Turn every failure into one sentence and an exit status; `debug=true` shows the full trace."""
     debug = any(argument.lstrip("+").lower() in ("debug=true", "debug=1") for argument in sys.argv[1:])
+    # Hydra would print its own trace and exit; with this set it hands the exception over, which becomes one sentence.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     signals.install()
     try:
         main()

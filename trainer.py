@@ -21,7 +21,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from activation import PatchSample
+from activation import PatchSample, made_by
 from controls import Subject, control_names
 from errors import UserError
 from machine import choose_device, keep_freed_memory, set_threads
@@ -34,6 +34,7 @@ from runs.fit_state import Progress, load_fit, save_fit
 from runs.progress import count, track
 from runs.run import Run, checkpoint_files, checkpoint_path, identify, read_config, read_facts
 from runs.signals import stop_later
+from runs.validity import refuse_other_use
 from tasks import Batch, ProbeResult, SubsetResult, Task, find_question, mean_scores, stack_bytes
 
 OPTIMIZERS = ("adamw", "adam")
@@ -169,6 +170,7 @@ def load_stack(directory: Path, name: str, which: str, task: Task, sample: Patch
         )
     for file, probe in zip(files, probes, strict=True):
         check_fit(file, probe.facts, directory, name)
+        refuse_other_use(file, probe.facts.get("made_by"), made_by(sample.meta))
     return probes
 
 
@@ -299,7 +301,7 @@ def fit(probe: Probe, task: Task, subject: Subject, options: FitOptions, run: Ru
 def _fitted_on(train: PatchSample, identity: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of its fit and of the data it was fitted on."""
     weights, classes = train.meta.get("facts", {}).get("weights"), list(train.meta.get("classes", ()))
-    return {"backbone": weights, "classes": classes, "fit": identity}
+    return {"backbone": weights, "classes": classes, "fit": identity, "made_by": made_by(train.meta)}
 
 
 def _solve(

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from backbones.contract import Backbone, BackboneFacts, Layer, Options
+from backbones.module import ModuleBackbone
 from backbones.pixels import Pixels
 from backbones.timm_vit import TimmViT
 from errors import UserError
 
-SOURCES: dict[str, type[Backbone]] = {"timm": TimmViT, "pixels": Pixels}
+SOURCES: dict[str, type[Backbone]] = {"timm": TimmViT, "module": ModuleBackbone, "pixels": Pixels}
 
 
 def backbone_facts(model_cfg: Mapping[str, Any], remembered: Path | None = None) -> BackboneFacts:
@@ -50,6 +51,22 @@ def _read(model_cfg: Mapping[str, Any]) -> tuple[type[Backbone], Options]:
     if options.source not in SOURCES:
         raise UserError(f"model.source={options.source} is unknown, expected one of {', '.join(SOURCES)}")
     return SOURCES[options.source], options
+
+
+def layers_of(spec: Any, facts: BackboneFacts) -> list[Layer]:
+    """As `resolve_layers`; a module of the user's own has no `embed`: its layers are what it returns.
+
+    Raises:
+        UserError: no such layer.
+    """
+    if facts.source != "module":
+        return resolve_layers(spec, facts.depth)
+    layers = resolve_layers(spec, facts.depth)
+    if spec == "all":
+        return layers[1:]
+    if "embed" in layers:
+        raise UserError(f"model.layers: {facts.name} has no layer embed, only what it returns: 0…{facts.depth - 1}")
+    return layers
 
 
 def resolve_layers(spec: Any, depth: int) -> list[Layer]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbones.contract import Backbone, BackboneFacts, Layer, Options
+from backbones.module import ModuleBackbone
 from backbones.timm_vit import TimmViT
 from errors import UserError
 
@@ -23,7 +24,10 @@ class Pixels(Backbone):
         """Sizes and preprocessing of the named model, nothing else of it: all models that share them share a cache."""
         if options.norm:
             raise UserError("model.norm=true and pixels have no norm, set model.norm=false")
-        seen = TimmViT.describe(dataclasses.replace(options, pretrained=False), remembered)
+        if ":" in options.name:  # a module of the user's own (`module.py`), no name of timm has a colon
+            seen = ModuleBackbone.describe(options, remembered)
+        else:
+            seen = TimmViT.describe(dataclasses.replace(options, pretrained=False), remembered)
         changes = {"depth": 0, "dim": 3 * seen.patch_size**2, "heads": 0, "num_prefix_tokens": 0, "kwargs": "{}"}
         changes |= {"has_class_token": False, "final_norm": "none", "weights": "none", "dynamic_size": True}
         return dataclasses.replace(seen, name="pixels", source="pixels", **changes)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop, functional
 
 from activation import build_dataset
-from backbones.load import load_backbone, resolve_layers
+from backbones.load import layers_of, load_backbone
 from dense.contract import LabelMaps, resize_map
 from errors import UserError
 from machine import choose_device
@@ -83,7 +83,7 @@ def live_stream(
     device, dataset = choose_device(cfg.device), build_dataset(cfg, split)
     backbone = load_backbone(cfg.model, device, say)
     facts = backbone.facts
-    layers = resolve_layers(cfg.model.layers, facts.depth)
+    layers = layers_of(cfg.model.layers, facts)
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (facts.mean, facts.std))
 
     def stream(images: Tensor, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -9,11 +9,13 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from activation import made_by
 from backbones.attention import RecordAttention
 from backbones.contract import Backbone, Layer
 from backbones.load import load_backbone
 from datasets.scene import Scene
 from errors import UserError
+from files import plain
 from machine import choose_device
 from pairs.pair_form import PairForm, pair_forms
 from patches.geometry import DroppedImage, Geometry, plan_geometry
@@ -23,6 +25,7 @@ from probes import Probe, load_probe
 from runs.adopt import adopt
 from runs.finished import check_fit
 from runs.run import checkpoint_files, read_config
+from runs.validity import refuse_other_use
 
 
 class FittedRun(NamedTuple):
@@ -80,6 +83,10 @@ def open_fitted_run(
     device = choose_device(cfg.device)
     same = [backbone for backbone, model in zip(backbones, models, strict=True) if _weights(model) == _weights(fitted.model)]
     backbone = same[0] if same else load_backbone(fitted.model, device)
+    here = {"facts": backbone.facts.as_dict(), "norm": bool(fitted.model.norm), "output_mode": fitted.model.output_mode}
+    for file, probe in zip(files, probes, strict=True):
+        at_hand = made_by(here | {"geometry": plain(fitted.protocol.geometry)})
+        refuse_other_use(file, probe.facts.get("made_by"), at_hand)
     return FittedRun(directory, fitted, probes, backbone)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 import trainer
 from activation import PatchSample, fingerprints, open_planned, open_samples, plan_samples
 from backbones.attention import next_block_query_key
-from backbones.load import backbone_facts, load_backbone, resolve_layers
+from backbones.load import backbone_facts, layers_of, load_backbone
 from controls import CONTROLS, PROBE_ROW, Opened, Subject, build_controls, control_names
 from errors import UserError
 from machine import free_memory
@@ -231,8 +231,10 @@ def check_probe(cfg: DictConfig) -> None:
             f"probe.mode={mode} scores {PROBES[mode].arity} and mode={cfg.mode} needs a {arity} probe; valid: {fitting}"
         )
     if mode == "attention":  # refused here, not after an extraction
-        depth = backbone_facts(cfg.model).depth
-        layers = resolve_layers(cfg.model.layers, depth)
+        facts = backbone_facts(cfg.model)
+        depth, layers = facts.depth, layers_of(cfg.model.layers, facts)
+        if facts.source == "module":
+            raise UserError("probe.mode=attention reads with blocks of timm models, a module has none; take another probe")
         if depth - 1 in layers:
             kept = [layer for layer in layers if layer != depth - 1] or ["embed"]
             raise UserError(

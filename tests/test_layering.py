@@ -13,6 +13,8 @@ FREE = {"errors"}
 # What a module at the root may import (a room says it in its docstring); the rest is reached by name, from a mode's config.
 ROOT_IMPORTS = {
     "main": {"options", "runs", "files"},
+    # the same entries from Python, and what they hand over and give back
+    "vit_probing": {"main", "options", "activation", "backbones", "datasets.in_memory", "files", "pairs", "probes", "runs"},
     "options": set(),
     "errors": set(),
     "files": set(),
@@ -21,11 +23,12 @@ ROOT_IMPORTS = {
     "activation": {"store", "backbones", "machine", "datasets.scene", "files", "runs.progress"},
     "probes": {"forms", "machine", "runs.states", "files"},
     "tasks": {"activation", "probes", "metrics"},
-    "controls": {"activation", "forms", "probes", "tasks"},
+    "controls": {"activation", "backbones.module", "forms", "probes", "tasks"},
     "trainer": {"tasks", "controls", "probes", "activation", "metrics", "runs", "options", "machine", "files"},
 }
-# The places that call what a configuration names: modes, tasks, and the door of data sets, which checks the name first.
-DYNAMIC = {"main.py", "tasks.py", "datasets/scene.py"}
+# The places that call what a configuration names: modes, tasks, and the doors of data sets and of modules of the user's
+# own, which check the name first.
+DYNAMIC = {"main.py", "tasks.py", "datasets/scene.py", "backbones/module.py"}
 DRAWS = {"show/style.py", "show/look.py", "pairs/layer_curve.py", "pairs/map_figures.py", "binding/figures.py"}
 DRAWS |= {"show/across_figures.py", "neco/figures.py", "dense/figures.py", "analysis/figures.py"}
 LONGEST = 450
@@ -74,6 +77,10 @@ def test_rooms_do_not_import_in_a_circle() -> None:
         lowest = {name for name, entries in left.items() if not entries & (left.keys() - {name})}
         assert lowest, f"these import each other: {sorted(left)}"
         left = {name: entries for name, entries in left.items() if name not in lowest}
+
+
+def test_nothing_imports_the_page_of_calls() -> None:
+    assert not [name_of(path) for path in SOURCES if "vit_probing" in imports_of(path)]
 
 
 def test_every_room_is_introduced() -> None:
