@@ -58,6 +58,7 @@ NAMES = (
 TEXTS = (
     "model.weights", "model.weights_part", "model.digest", "model.rebuild", "model.interpolation", "vis.out",
     "protocol.geometry.interpolation", "probe.F.mode", "probe.F.readout", "wandb.entity", "wandb.group",
+    "cache.prune",
 )  # fmt: skip
 # Lists that may not be empty.
 NEEDED_LISTS = ("protocol.pairs.fit", "export.splits")

@@ -20,6 +20,7 @@ from machine import choose_device, job, rank, resolve_dtype
 from runs.progress import count
 from store.chunks import Chunk, WindowItems, cut_chunks, order_of_images, stored_chunks
 from store.index import Index
+from store.listing import hold
 from store.reading import ImageItems, load_items, read_ahead
 from store.shards import TokenStore
 from store.writing import ShardWriter
@@ -100,6 +101,7 @@ def open_store(wanted: Extraction, say: Callable[[str], None]) -> Opened:
         UserError: too large for `cache.disk_gb` or the disk; held by another process; damaged; see also `ShardWriter`.
     """
     store, cache = wanted.store(), wanted.cfg.cache
+    store.use = hold(store.directory)
     exists = store.read()
     # Tokens that fit in memory are read as a whole anyway, so checking all their bytes costs little.
     store.verify = store.verify or store.layer_bytes * len(wanted.layers) <= cache.ram_gb * 1e9
@@ -120,6 +122,7 @@ def open_store(wanted: Extraction, say: Callable[[str], None]) -> Opened:
         complete = lambda: (beat() or not store.missing(wanted.layers, verify=False)) or None
         others = [path for path in locks if path != locks[mine]]
         wait(complete, others, cache.lock_timeout, "the other ranks, which write their shards")
+        store.use = store.use or hold(store.directory)
     return Opened(store, n_bytes, n_images)
 
 

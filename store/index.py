@@ -26,6 +26,7 @@ from machine import rank
 from patches.selection import PRIMARY, primary_label
 from runs.progress import track
 from store.labelled import SKIP_HINT, LabelledItems
+from store.listing import hold
 from store.reading import ImageItems, load_items
 from store.shards import read_manifest
 
@@ -149,6 +150,8 @@ def open_index(
                 items = LabelledItems(ImageItems(dataset, made_from, cache.ram_gb), protocol, facts, whole_images)
                 index = _build(items, made_from, cache.workers, beat)
                 _write(directory, index)
+    if (used := hold(directory)) is not None:  # now; all of it is in memory
+        used.close()
     _log_left_out(index, dataset, split, say)
     return index
 

@@ -6,11 +6,13 @@ Estimates are of the largest tensors alone; what fits by them may still be tight
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from backbones.contract import BackboneFacts, by_pixels
 from errors import UserError
 from machine import free_memory
+from store.shards import TokenStore
 
 LABEL_BYTES = 40  # of a kept patch in the index: position, two labels with validity and purity, place
 IMAGE_BYTES = 200  # of an image in it: name, digest, grid
@@ -25,6 +27,12 @@ def tokens_per_image(cfg: Any, facts: BackboneFacts) -> int:
     if cfg.model.output_mode == "patches":
         return patches if cfg.protocol.selection.patches == "all" else cfg.protocol.selection.patches
     return patches + facts.has_class_token if cfg.model.output_mode == "all" else 1 + facts.has_class_token
+
+
+def stored_bytes(cfg: Any, n_images: int, n_tokens: int, dim: int, n_layers: int) -> int:
+    """Bytes of the token files of so many images, exactly."""
+    store = TokenStore(Path(), {"dtype": cfg.cache.dtype}, n_images, n_tokens, dim, cfg.cache)
+    return n_layers * sum(map(store.file_bytes, range(store.n_shards)))
 
 
 def check_index(cfg: Any, split: str, n_images: int, facts: BackboneFacts) -> None:

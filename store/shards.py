@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -118,6 +118,7 @@ class TokenStore:
         widest = SHARD_BYTES // (n_tokens * dim * self.itemsize)
         self.shard_images = max(1, min(int(cache.shard_images), widest))
         self._maps: OrderedDict[Path, Tensor] = OrderedDict()
+        self.use: IO[str] | None = None  # held open while the tokens are in use (`store.listing.hold`)
 
     def read(self) -> bool:
         """Take over the shard size of the directory; False if nothing is there yet."""

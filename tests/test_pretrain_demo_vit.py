@@ -18,6 +18,8 @@ SCRIPT = ROOT / "scripts/pretrain_demo_vit.py"
 sys.path.insert(0, str(SCRIPT.parent))  # also found by the rendering processes
 
 import pretrain_demo_vit as pretrain  # noqa: E402
+import pretraining_publish as publishing  # noqa: E402
+import pretraining_scenes as rendering  # noqa: E402
 
 TINY = {
     "steps": 6,
@@ -44,7 +46,7 @@ def options(**changes) -> list[str]:
 def run(tmp_path, name="a", *extra, **changes):
     out = tmp_path / f"{name}.safetensors"
     arguments = [*options(**changes), "--out", str(out), "--state", str(tmp_path / f"{name}.state"), "--device", "cpu"]
-    pretrain.main([*arguments, "--threads", "1", "--save-every", "2", *extra])
+    pretrain.main([*arguments, "--threads", "1", "--save-every", "2", "--watch", "0", *extra])
     return out
 
 
@@ -79,6 +81,12 @@ def test_interrupted_and_uninterrupted_runs_write_the_same_bytes(tmp_path):
     run(tmp_path, "broken")
     assert whole.read_bytes() == broken.read_bytes()
     assert [s["from_step"] for s in json.loads(broken.with_suffix(".json").read_text())["sittings"]] == [0, 3]
+
+
+def test_watching_changes_no_byte(tmp_path, capsys):
+    assert run(tmp_path, "alone").read_bytes() == run(tmp_path, "watched", "--watch", "2").read_bytes()
+    out = capsys.readouterr().out
+    assert "before the first step: same object AUROC all" in out and "scores while training took" in out
 
 
 def test_seed_decides(tmp_path):
@@ -161,13 +169,13 @@ def test_pool_at_a_step_does_not_depend_on_the_way_there():
 
 def test_shown_picture_is_that_of_the_data_set_and_motion_comes_from_pixels():
     recipe = pretrain.Recipe(episodes=3)
-    images, moved = pretrain.render(recipe, range(20))
-    scenes = pretrain.Scenes("pretrain")
+    images, moved = rendering.render(recipe, range(20))
+    scenes = rendering.Scenes("pretrain")
     still, identity, _ = scenes.render_batch(range(20))
     assert torch.equal(images, still) and moved.shape == (20, 12, 12, 3) and moved.dtype == torch.bool
     clips = scenes.render_clip(range(20), 3)
     clips[:, 2] = clips[:, 0]  # what has come to rest by the moment shown has not moved
-    again = pretrain.moved_patches(clips, 8)
+    again = rendering.moved_patches(clips, 8)
     assert not again[..., 0].any() and torch.equal(again[..., 1:], moved[..., 1:])
     # Sanity of the signal against the maps, which training never sees: the background rests, about half of the objects move.
     background = torch.nn.functional.avg_pool2d((identity == 0).float()[:, None], 8)[:, 0] == 1
@@ -181,7 +189,7 @@ def test_two_processes_share_a_step(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29533", str(SCRIPT)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, *arguments, "--device", "cpu", "--threads", "1"],
+        [*command, *arguments, "--device", "cpu", "--threads", "1", "--watch", "0"],
         capture_output=True,
         text=True,
         env=environment,
@@ -217,7 +225,7 @@ def test_state_of_another_recipe_or_damaged_is_refused(tmp_path):
 
 
 def test_too_large_a_file_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "MOST_BYTES", 10_000)
+    monkeypatch.setattr(publishing, "MOST_BYTES", 10_000)
     with pytest.raises(UserError, match="lower --dim"):
         run(tmp_path)
     assert not list(tmp_path.glob("a.safetensors*"))
@@ -232,7 +240,7 @@ def test_unknown_option_is_refused(capsys):
 def test_published_file_is_the_one_described_and_configured():
     about = json.loads((ROOT / "weights/demo_vit.json").read_text())
     weights = ROOT / "weights/demo_vit.safetensors"
-    assert pretrain.digest(weights) == about["digest"] and weights.stat().st_size == about["bytes"] <= 8_000_000
+    assert publishing.digest(weights) == about["digest"] and weights.stat().st_size == about["bytes"] <= 8_000_000
     VisionTransformer(**about["architecture"]).load_state_dict({k: v.float() for k, v in load_file(weights).items()})
     assert pretrain.Recipe(**about["recipe"]) == pretrain.Recipe()  # the script as it stands makes this file
     config = OmegaConf.load(ROOT / "cfgs/model/demo_vit.yaml")
