@@ -55,7 +55,7 @@ class Result:
     """A finished run, read from its directory.
 
     Attributes:
-        dir: the run directory. objective: the headline score of the best layer, of a run of this process.
+        dir: the run directory. objective: the headline score on validation, of a run of this process.
     """
 
     def __init__(self, directory: str | Path, objective: float | None = None) -> None:
@@ -77,7 +77,7 @@ class Result:
 
     @property
     def table(self) -> str:
-        """Every layer, then every control at its best layer, with 95 % intervals over images; `print` it."""
+        """Every layer, the chosen one, every control at its own, with 95 % intervals over images; `print` it."""
         return table_of(self.dir)
 
     def curve(self) -> Any:
@@ -86,7 +86,7 @@ class Result:
 
     @property
     def image_scores(self) -> list[dict[str, Any]]:
-        """The score of every test image at every layer, "image", "layer" and one entry per score."""
+        """What scores.csv holds: AUROC and influence of every scored image, by layer and subset."""
         return image_scores_of(self.dir)
 
     @cached_property

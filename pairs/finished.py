@@ -1,4 +1,4 @@
-"""A finished run of pairs, read from its files: rows, table, curve, scores by image, and its probe for further tokens."""
+"""A finished run, read from its files: rows, table, curve, scores by image, and its probe for further tokens."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -9,13 +9,10 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-import trainer
-from activation import PatchSample, open_samples
 from controls import PROBE_ROW
 from errors import UserError
-from machine import choose_device
 from pairs.pair_form import PairForm, pair_forms
-from pairs.task import ARITY, columns, task_maker
+from pairs.task import ARITY, columns
 from probes import Probe, load_probe
 from runs.adopt import complete, with_new_names
 from runs.finished import check_fit, read_config
@@ -23,9 +20,8 @@ from runs.run import checkpoint_files
 from runs.validity import refuse_other_layer, refuse_other_use, refuse_standardised
 from show.records import Column
 from show.text import format_table
-from tasks import read_seeds
 
-NUMBERS = ("value", "low", "high")
+NUMBERS = {"value", "low", "high", "p", "p_holm", "auroc", "influence", "n_pairs", "n_positive"}
 
 
 def rows_of(directory: Path) -> list[dict[str, Any]]:
@@ -34,58 +30,82 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: the run has none.
     """
-    path = directory / "layers.csv"
-    if not path.is_file():
-        raise UserError(f"{directory} has no layers.csv: it is no run of probes, or has not finished; look at its log.txt")
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = _read_csv(directory / "layers.csv", "it is no run of probes, or has not finished; look at its log.txt")
     for row in rows:
         row["layer_index"] = int(row["layer_index"])
+        row |= {"kind": row.get("kind", "score"), "chosen": row.get("chosen") == "1"}  # runs of before have neither
+    return rows
+
+
+def image_scores_of(directory: Path) -> list[dict[str, Any]]:
+    """The rows of scores.csv: AUROC and influence of every scored image, by layer and subset.
+
+    Raises:
+        UserError: the run has none.
+    """
+    return _read_csv(directory / "scores.csv", "it is no run of probes, or one of an earlier version; repeat its command")
+
+
+def _read_csv(path: Path, why: str) -> list[dict[str, Any]]:
+    """The rows of a table of a run: numbers as numbers, an empty field as None."""
+    if not path.is_file():
+        raise UserError(f"{path.parent} has no {path.name}: {why}")
+    with open(path, newline="", encoding="utf-8") as file:
+        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    for row in rows:
         row["layer"] = int(row["layer"]) if row["layer"].lstrip("-").isdigit() else row["layer"]
-        row |= {key: float(row[key]) if row[key] not in ("", "nan") else None for key in NUMBERS}
+        for key in NUMBERS & row.keys():
+            row[key] = None if row[key] in ("", "nan") else float(row[key])
     return rows
 
 
 def _shown(directory: Path, rows: Sequence[Mapping[str, Any]]) -> list[Column]:
-    """The columns of a run's table: those of its task; every AUROC for a task of another question."""
+    """The columns of a run's table: those of its task; every score that was chosen by, for a task of another question."""
     cfg = read_config(directory)
     questions = list(dict.fromkeys(row["question"] for row in rows))
     if cfg.get("task") in ARITY:
         return columns(cfg.task, cfg.protocol.pairs.accuracy, questions)
-    keys = dict.fromkeys((row["question"], row["readout"], row["subset"], row["metric"]) for row in rows)
+    listed = [row for row in rows if row["chosen"]] or rows
+    keys = dict.fromkeys(tuple(row[key] for key in Column._fields[:4]) for row in listed)
     return [Column(*key, " ".join(key)) for key in keys]
 
 
 def table_of(directory: Path) -> str:
-    """Layers of the probe, then every other row at its best layer, from layers.csv."""
+    """Layers of the probe, then the chosen layer of everything and what the probe gains, from layers.csv."""
     rows = rows_of(directory)
     shown = _shown(directory, rows)
-    at = {(row["name"], row["layer"], *(row[key] for key in Column._fields[:4])): row for row in rows}
-    layers: dict[str, list] = {}
-    for row in sorted(rows, key=lambda row: row["layer_index"]):
-        of_name = layers.setdefault(row["name"], [])
-        of_name += [] if row["layer"] in of_name else [row["layer"]]
+    of_kind: dict[str, dict[tuple, dict[int | str, dict]]] = {"score": {}, "gain": {}}
+    for row in rows:
+        key = (row["name"], *(row[name] for name in Column._fields[:4]))
+        of_kind[row["kind"]].setdefault(key, {})[row["layer"]] = row
+    names = sorted(dict.fromkeys(row["name"] for row in rows), key=lambda name: name != PROBE_ROW)
 
-    def best(name: str, column: Column) -> str:
-        scored = [(row["value"], layer) for layer in layers[name] if (row := at.get((name, layer, *column[:4])))]
-        value, layer = max(((v, n) for v, n in scored if v is not None), key=lambda pair: pair[0], default=(None, None))
-        where = f" @{layer}" if len(layers[name]) > 1 and value is not None else ""
-        return _cell(at.get((name, layer, *column[:4]))) + where
+    def chosen(kind: str, name: str, column: Column) -> str:
+        at = of_kind[kind].get((name, *column[:4]), {})
+        found = [row for row in at.values() if row["chosen"]] or (list(at.values()) if len(at) == 1 else [])
+        if not found:
+            return ""
+        where = f" @{found[0]['layer']}" if len(at) > 1 and kind == "score" else ""
+        return _cell(found[0], sign="+" if kind == "gain" else "") + where
 
-    names = sorted(layers, key=lambda name: name != PROBE_ROW)
     body = []
     for name in names:
-        if name == PROBE_ROW:
-            body += [[str(layer), *(_cell(at.get((name, layer, *c[:4]))) for c in shown)] for layer in layers[name]]
-        else:
-            body.append([name, *(best(name, column) for column in shown)])
+        layers = {layer: None for c in shown for layer in of_kind["score"].get((name, *c[:4]), {})}
+        if name == names[0]:
+            scores = [of_kind["score"].get((name, *c[:4]), {}) for c in shown]
+            body += [[str(layer), *(_cell(at.get(layer)) for at in scores)] for layer in layers]
+        title = "chosen on val" if name == names[0] else name
+        if name != names[0] or len(layers) > 1:
+            body.append([title, *(chosen("score", name, c) for c in shown)])
+        if any(gained := [chosen("gain", name, c) for c in shown]):
+            body.append(["  probe gains", *gained])
     return format_table(["layer", *(column.title for column in shown)], body)
 
 
-def _cell(row: Mapping[str, Any] | None) -> str:
+def _cell(row: Mapping[str, Any] | None, sign: str = "") -> str:
     if row is None or row["value"] is None:
         return "–"
-    value, low, high = (f"{row[key]:.3f}".replace("0.", ".", 1) for key in NUMBERS)
+    value, low, high = (f"{row[key]:{sign}.3f}".replace("0.", ".", 1) for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 
 
@@ -94,7 +114,7 @@ def curve_of(directory: Path) -> Any:
     from pairs.layer_curve import draw_layer_curve  # here: nothing waits for matplotlib but the figure
 
     rows = rows_of(directory)
-    return draw_layer_curve(rows, _shown(directory, rows))
+    return draw_layer_curve([row for row in rows if row["kind"] == "score"], _shown(directory, rows))
 
 
 class TrainedProbe(NamedTuple):
@@ -175,54 +195,3 @@ def open_trained(directory: Path) -> TrainedProbe:
         check_fit(file, probe.facts, directory, PROBE_ROW)
         probe.matmul_dtype = "float32"
     return TrainedProbe(directory, cfg, probes)
-
-
-def image_scores_of(directory: Path, split: str = "test") -> list[dict[str, Any]]:
-    """The AUROC of the pairs of every image at every layer, mean over seeds: all pairs, and those inside the foreground.
-
-    An image without two kinds of pairs has None. Tokens come from the cache, or are extracted again.
-
-    Raises:
-        UserError: as `open_trained`; a probe of another question than pairs of tokens.
-    """
-    fitted = open_trained(directory)
-    if ARITY[fitted.cfg.task] != "pairwise":
-        raise UserError(f"{directory} is a run of mode={fitted.cfg.mode}, scores by image are of mode=train; read its records")
-    task = task_maker(fitted.cfg)(read_seeds(fitted.cfg.trainer.seeds))
-    sample = open_samples(fitted.cfg, print, [split])[split]
-    stack = trainer.load_stack(directory, PROBE_ROW, "best", task, sample)
-    device, n_images = choose_device(fitted.cfg.device), int(fitted.cfg.trainer.batch_images)
-    rows = []
-    for probe in stack:
-        probe.to(device).eval()
-        at = [list(sample.tokens.layers).index(layer) for layer in probe.layers]
-        for batch in task.batches(sample, n_images, None):
-            with torch.no_grad():
-                logits = task.logits(probe, batch.tokens(sample, at, device), batch).cpu()  # [S, L, B, T, T]
-            rows += _image_rows(sample, batch, dict(zip(task.variants, logits.split(len(task.seeds)), strict=True)), probe)
-    return rows
-
-
-def _image_rows(sample: PatchSample, batch: Any, logits: Mapping[str, Tensor], probe: Probe) -> list[dict[str, Any]]:
-    """One row per image and layer of a batch; the subset inside the foreground is scored by the fit that saw only it."""
-    rows = []
-    for number, image in enumerate(batch.images.tolist()):
-        identity, valid = (batch.labels[name][number] for name in ("identity", "identity_valid"))  # [T]
-        for index, layer in enumerate(probe.layers):
-            row = {"image": sample.keys[image], "layer": layer}
-            for subset, kept in (("all", valid), ("foreground", valid & (identity > 0))):
-                of_fit = logits.get(subset, next(iter(logits.values())))[:, index, number]  # [S, T, T]
-                row[f"{subset}_auroc"] = _auroc(of_fit[:, kept][:, :, kept], identity[kept])
-            rows.append(row)
-    return rows
-
-
-def _auroc(logits: Tensor, identity: Tensor) -> float | None:
-    """Mean over seeds of the AUROC of the pairs i < j, logits [S, T, T], identity [T]; ties count one half."""
-    first, second = torch.triu_indices(len(identity), len(identity), 1)
-    scores, same = logits[:, first, second].contiguous(), identity[first] == identity[second]
-    positive, negative = scores[:, same].contiguous(), scores[:, ~same].sort(1).values.contiguous()
-    if not positive.shape[1] or not negative.shape[1]:
-        return None
-    below = torch.searchsorted(negative, positive), torch.searchsorted(negative, positive, right=True)
-    return float(sum(side.double() for side in below).mean() / (2 * negative.shape[1]))

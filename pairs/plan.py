@@ -45,7 +45,7 @@ class Costs(NamedTuple):
     """Seconds of a run: what does not grow with images, and per image.
 
     fixed: loading weights. read: an image of the data set. tokens: labels and tokens of an image, for all models. fit: a
-    visit of an image by every fit. score: a test image by every fit, with its records.
+    visit of an image by every fit. score: a scored image by every fit, with its records.
     """
 
     fixed: float
@@ -60,7 +60,7 @@ class Costs(NamedTuple):
         return {
             "labels and tokens": self.fixed + total * (self.read + self.tokens),
             "fits": self.fit * visits(images, epochs),
-            "scores": self.score * images["test"],
+            "scores": self.score * (images["test"] + images["val"]),
         }
 
 
@@ -95,6 +95,8 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     width = cfg.plan.width
     if width is not None and not (isinstance(width, int | float) and 0 < width < 0.5):
         raise UserError(f"plan.width: got {width}, expected a half-width between 0 and 0.5, such as 0.01, or null")
+    if cfg.trainer.folds != 1:
+        raise UserError(f"mode=plan plans one fit of each probe, got trainer.folds={cfg.trainer.folds}; leave it out")
     stages(("a few images", 1), ("a quarter of them", 2), ("all of them", 6), "plan")
     stage("a few images")
     data = {split: build_dataset(cfg, split) for split in SPLITS}
@@ -232,11 +234,12 @@ def _fit(cfg: DictConfig, run: Run, samples: dict[str, PatchSample], controls: S
         stack = trainer.fit_stack(run, task, subject, options)
         fitted = time.perf_counter()
         scored = trainer.evaluate(task, stack, subject, options, split="test")
+        trainer.evaluate(task, stack, subject, options, split="val", detail=False)
         list(records(scored, resampling, split="test"))
         fitting, scoring = fitting + fitted - began, scoring + time.perf_counter() - fitted
         if result is None:
             main_stack, result = (stack, subject), scored
-    costs = costs._replace(fit=fitting / visits(counts, options.epochs), score=scoring / counts["test"])
+    costs = costs._replace(fit=fitting / visits(counts, options.epochs), score=scoring / (counts["test"] + counts["val"]))
     shown = [
         c for c in columns(cfg.task, cfg.protocol.pairs.accuracy, {s.question for s in result.subsets}) if c.metric == "auroc"
     ]

@@ -72,8 +72,8 @@ def test_a_call_leaves_the_records_of_the_command(tmp_path: Path, monkeypatch: p
     (directory,) = (tmp_path / "command" / "outputs" / "train").iterdir()
     assert called.dir.name == directory.name
     assert numbers_of(called.dir) == numbers_of(directory) and len(numbers_of(directory)) >= 5
-    assert called.objective == pytest.approx(max(row["value"] for row in called.rows if row["metric"] == "auroc"
-                                                 and row["subset"] == "all" and row["name"] == "probe"))  # fmt: skip
+    chosen = [record for record in called.records if record["kind"] == "validation" and record["name"] == "probe"]
+    assert called.objective == max(r["metrics"]["auroc"] for r in chosen if r["subset"] == "all")
     again = vp.run(*places(tmp_path / "call"), *TINY, "controls=[position]")
     assert again.dir == called.dir and numbers_of(again.dir) == numbers_of(directory), "a second call takes up the first"
 
@@ -123,11 +123,11 @@ def test_activations_are_those_the_modes_read(tmp_path: Path) -> None:
 
 
 def test_result_of_a_module(result: vp.Result, handed, own) -> None:
-    assert "position" in result.table and "foreground AUROC" in result.table and "finished" in repr(result)
+    assert "foreground AUROC" in result.table and "  probe gains" in result.table and "finished" in repr(result)
     assert {row["name"] for row in result.rows} == {"probe", "position"}
     assert len(result.curve().axes) == 4
-    by_image = result.image_scores
-    assert len(by_image) == 4 and set(by_image[0]) == {"image", "layer", "all_auroc", "foreground_auroc"}
+    by_image = [row for row in result.image_scores if row["subset"] == "all"]
+    assert len(by_image) == 4 and {row["layer"] for row in by_image} == {0} and all(row["auroc"] > 0 for row in by_image)
     form = result.form(layer=0)
     assert torch.equal(form.form, form.form.mT) and form.form.shape == (2, 12, 12)
     assert not torch.equal(form.form, result.form(0, "foreground").form)
@@ -148,7 +148,7 @@ def test_scores_of_one_image_are_those_of_the_run(result: vp.Result, handed, own
     same = (identity[first] == identity[second])[used]
     logits = result.trained.form(0).logits(tokens, tokens)[:, first, second][:, used]
     above = (logits[:, same][:, :, None] > logits[:, ~same][:, None]).double().mean()
-    assert float(above) == pytest.approx(result.image_scores[0]["all_auroc"], abs=2e-3)  # tokens are kept as float16
+    assert float(above) == pytest.approx(result.image_scores[0]["auroc"], abs=2e-3)  # tokens are kept as float16
     assert scores.shape == (len(tokens), len(tokens)) and 0 <= float(scores.min()) <= float(scores.max()) <= 1
 
 
@@ -247,8 +247,6 @@ def test_other_questions_of_a_module(tmp_path: Path, handed, own) -> None:
     named = {"class_maps": classes, "class_names": ["background", "thing"], "probe": "class_linear"}
     result = vp.probe(own, handed[0], None, *places(tmp_path), *QUICK, **named, **SIZES)
     assert result.config.mode == "train_class" and "class accuracy" in result.table
-    with pytest.raises(UserError, match="scores by image are of mode=train"):
-        _ = result.image_scores
     with pytest.raises(UserError, match="is no run of probes, or has not finished"):
         _ = vp.run("mode=extract", *places(tmp_path), *TINY).table
 
