@@ -97,6 +97,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         raise UserError(f"plan.width: got {width}, expected a half-width between 0 and 0.5, such as 0.01, or null")
     if cfg.trainer.folds != 1:
         raise UserError(f"mode=plan plans one fit of each probe, got trainer.folds={cfg.trainer.folds}; leave it out")
+    task_maker(cfg), trainer.FitOptions.read(cfg)  # what these refuse is refused before any image is read
     stages(("a few images", 1), ("a quarter of them", 2), ("all of them", 6), "plan")
     stage("a few images")
     data = {split: build_dataset(cfg, split) for split in SPLITS}
