@@ -28,7 +28,7 @@ def plan_of(folder: Path, *overrides: str) -> dict:
     return next(record for record in run.records if record["kind"] == "plan")
 
 
-@pytest.mark.parametrize("more", [[], ["protocol.selection.patches=7", "cache.dtype=float32"]])
+@pytest.mark.parametrize("more", [[], ["protocol.selection.patches=7", "cache.dtype=float32", "controls=none"]])
 def test_bytes_are_those_that_come_out(tmp_path: Path, more: list[str]) -> None:
     plan = plan_of(tmp_path, "plan.images=8", *SMALL, *more)
     assert not list((tmp_path / "cache").glob("tokens/*")), "nothing is left of the pilot"

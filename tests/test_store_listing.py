@@ -46,8 +46,9 @@ def test_entries_are_what_lies_there(cache: Path) -> None:
         assert entry.bytes == sum(files) and entry.images == 10 and not entry.state
         assert (entry.model, entry.layers) == (("vit_tiny_patch16_224", 3) if entry.kind == "tokens" else ("", 0))
     assert {round((time.time() - entry.used) / DAY) for entry in found} == {10, 40}
-    (cache / "tokens" / found[1].directory.name / "shards" / "00000.json").unlink()
-    (found[0].directory / "manifest.json").write_text("{")
+    tokens, index = (next(entry.directory for entry in found if entry.kind == kind) for kind in ("tokens", "index"))
+    (tokens / "shards" / "00000.json").unlink()
+    (index / "manifest.json").write_text("{")
     assert {entry.state for entry in entries(cache)} == {"", "unfinished", "damaged"}
 
 
