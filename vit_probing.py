@@ -77,7 +77,7 @@ class Result:
 
     @property
     def table(self) -> str:
-        """Every layer, the chosen one, every control at its own, with 95 % intervals over images; `print` it."""
+        """The text the run ended with: layers, controls, gains, with 95 % intervals over images; `print` it."""
         return table_of(self.dir)
 
     def curve(self) -> Any:

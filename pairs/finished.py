@@ -15,12 +15,13 @@ from pairs.pair_form import PairForm, pair_forms
 from pairs.task import ARITY, columns
 from probes import Probe, load_probe
 from runs.adopt import complete, with_new_names
+from runs.conclusion import TABLE
 from runs.finished import check_fit, read_config
 from runs.run import checkpoint_files
 from runs.validity import refuse_other_layer, refuse_other_use, refuse_standardised
 from show.records import Column
-from show.text import format_table
 
+NO_PROBES = "it is no run of probes, is unfinished or of an earlier version; look at its log.txt, or repeat its command"
 NUMBERS = {"value", "low", "high", "p", "p_holm", "auroc", "influence", "n_pairs", "n_positive"}
 
 
@@ -30,7 +31,7 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: the run has none.
     """
-    rows = _read_csv(directory / "layers.csv", "it is no run of probes, or has not finished; look at its log.txt")
+    rows = _read_csv(directory / "layers.csv")
     for row in rows:
         row["layer_index"] = int(row["layer_index"])
         row |= {"kind": row.get("kind", "score"), "chosen": row.get("chosen") == "1"}  # runs of before have neither
@@ -43,13 +44,13 @@ def image_scores_of(directory: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: the run has none.
     """
-    return _read_csv(directory / "scores.csv", "it is no run of probes, or one of an earlier version; repeat its command")
+    return _read_csv(directory / "scores.csv")
 
 
-def _read_csv(path: Path, why: str) -> list[dict[str, Any]]:
+def _read_csv(path: Path) -> list[dict[str, Any]]:
     """The rows of a table of a run: numbers as numbers, an empty field as None."""
     if not path.is_file():
-        raise UserError(f"{path.parent} has no {path.name}: {why}")
+        raise UserError(f"{path.parent} has no {path.name}: {NO_PROBES}")
     with open(path, newline="", encoding="utf-8") as file:
         rows: list[dict[str, Any]] = list(csv.DictReader(file))
     for row in rows:
@@ -71,42 +72,15 @@ def _shown(directory: Path, rows: Sequence[Mapping[str, Any]]) -> list[Column]:
 
 
 def table_of(directory: Path) -> str:
-    """Layers of the probe, then the chosen layer of everything and what the probe gains, from layers.csv."""
-    rows = rows_of(directory)
-    shown = _shown(directory, rows)
-    of_kind: dict[str, dict[tuple, dict[int | str, dict]]] = {"score": {}, "gain": {}}
-    for row in rows:
-        key = (row["name"], *(row[name] for name in Column._fields[:4]))
-        of_kind[row["kind"]].setdefault(key, {})[row["layer"]] = row
-    names = sorted(dict.fromkeys(row["name"] for row in rows), key=lambda name: name != PROBE_ROW)
+    """The text a run ended with.
 
-    def chosen(kind: str, name: str, column: Column) -> str:
-        at = of_kind[kind].get((name, *column[:4]), {})
-        found = [row for row in at.values() if row["chosen"]] or (list(at.values()) if len(at) == 1 else [])
-        if not found:
-            return ""
-        where = f" @{found[0]['layer']}" if len(at) > 1 and kind == "score" else ""
-        return _cell(found[0], sign="+" if kind == "gain" else "") + where
-
-    body = []
-    for name in names:
-        layers = {layer: None for c in shown for layer in of_kind["score"].get((name, *c[:4]), {})}
-        if name == names[0]:
-            scores = [of_kind["score"].get((name, *c[:4]), {}) for c in shown]
-            body += [[str(layer), *(_cell(at.get(layer)) for at in scores)] for layer in layers]
-        title = "chosen on val" if name == names[0] else name
-        if name != names[0] or len(layers) > 1:
-            body.append([title, *(chosen("score", name, c) for c in shown)])
-        if any(gained := [chosen("gain", name, c) for c in shown]):
-            body.append(["  probe gains", *gained])
-    return format_table(["layer", *(column.title for column in shown)], body)
-
-
-def _cell(row: Mapping[str, Any] | None, sign: str = "") -> str:
-    if row is None or row["value"] is None:
-        return "–"
-    value, low, high = (f"{row[key]:{sign}.3f}".replace("0.", ".", 1) for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
+    Raises:
+        UserError: there is none.
+    """
+    path = directory / TABLE
+    if not path.is_file():
+        raise UserError(f"{directory} has no {TABLE}: {NO_PROBES}")
+    return path.read_text(encoding="utf-8").rstrip("\n")
 
 
 def curve_of(directory: Path) -> Any:

@@ -247,7 +247,7 @@ def test_other_questions_of_a_module(tmp_path: Path, handed, own) -> None:
     named = {"class_maps": classes, "class_names": ["background", "thing"], "probe": "class_linear"}
     result = vp.probe(own, handed[0], None, *places(tmp_path), *QUICK, **named, **SIZES)
     assert result.config.mode == "train_class" and "class accuracy" in result.table
-    with pytest.raises(UserError, match="is no run of probes, or has not finished"):
+    with pytest.raises(UserError, match="has no table.txt: it is no run of probes"):
         _ = vp.run("mode=extract", *places(tmp_path), *TINY).table
 
 
