@@ -94,7 +94,8 @@ def draw_layers(rows: Sequence[Mapping[str, Any]], layers: Sequence[int | str]) 
                 if not chosen:
                     continue
                 x, found = zip(*chosen, strict=True)
-                axes.plot(x, [row["value"] for row in found], "o-", ms=3, lw=1.4, color=colour, label=NAMES[subject])
+                marks = "-" if len(here) == 1 else "o-"
+                axes.plot(x, [row["value"] for row in found], marks, ms=3, lw=1.4, color=colour, label=NAMES[subject])
                 axes.fill_between(
                     x, [row["low"] for row in found], [row["high"] for row in found], color=colour, alpha=0.2, lw=0
                 )
@@ -103,7 +104,8 @@ def draw_layers(rows: Sequence[Mapping[str, Any]], layers: Sequence[int | str]) 
             axes.set_title(" ".join(key).replace("_", " ").strip(), loc="left")
             axes.set_xlabel("layer")
         figure.axes[0].set_ylabel("score")
-        figure.axes[0].legend(frameon=False)
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, frameon=False, loc="outside upper right", ncols=len(labels))
     return figure
 
 
