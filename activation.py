@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from backbones.attention import check_attention
@@ -253,3 +254,29 @@ def open_tokens(labelled: Labelled, *, say: Callable[[str], None] = print) -> Pa
     }
     tokens = StackedTokens.from_store(store, wanted.layers, wanted.cfg.model.output_mode, wanted.cfg.cache.ram_gb)
     return sample._replace(tokens=tokens, meta=sample.meta | meta)
+
+
+def token_statistics(sample: PatchSample, layers: Sequence, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every channel over the valid patches of a (training) sample, those of its primary label.
+
+    Returns:
+        two float32 tensors [L, D]; a constant channel gets deviation 1.
+    """
+    index = [list(sample.tokens.layers).index(layer) for layer in layers]
+    n_images = sample.tokens.shape[1]
+    valid = sample.valid
+    total, square = torch.zeros(2, len(index), sample.tokens.shape[-1], dtype=torch.float64)
+    count = 0.0
+    for first in range(0, n_images, batch_size):
+        images = torch.arange(first, min(first + batch_size, n_images))
+        weight = torch.ones(len(images), sample.tokens.shape[2]) if valid is None else valid[images]
+        weight = weight.flatten().to(torch.float64)  # [B T]
+        for row, layer in enumerate(index):  # one at a time: float64 copies of all layers at once are large
+            x = sample.tokens.gather(images, [layer])[0].flatten(0, 1).to(weight)  # [B T, D]
+            total[row] += weight @ x
+            square[row] += weight @ x.square_()
+        count += float(weight.sum())
+    mean = total / count
+    std = (square / count - mean.square()).clamp_min(0).sqrt()
+    std = torch.where(std > 1e-6 * (1 + mean.abs()), std, torch.ones_like(std))
+    return mean.float(), std.float()

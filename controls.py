@@ -89,6 +89,41 @@ class ClassCode(Probe):
         return (200.0 * code).expand(len(self.seeds), *code.shape)
 
 
+class ConstantAnswer(Probe):
+    """The same logits for every token: what a probe must beat to have read anything.
+
+    Args:
+        task: what is asked; its `constant` gives the logits.
+        train: the split whose base rates they are.
+    """
+
+    def __init__(self, task: Task, train: PatchSample) -> None:
+        super().__init__(FitAxes([fit.seed for fit in task.fits()], [0]), 1)
+        self.values = task.constant(train)  # [S] or [S, K]
+
+    def form_parts(self, x: Tensor) -> None:
+        """It has no form (`probes.Pairwise.form_parts`)."""
+
+    def forward(self, x: Tensor, code: Tensor | None = None) -> Tensor:
+        """Tokens x [1, B, T, D] -> logits [S, 1, B, T, T] of pairs, [S, 1, B, T, K] of tokens, [S, 1, B, K] of codes."""
+        n_images, n_tokens = x.shape[1:3]
+        if self.values.ndim == 1:
+            return self.values[:, None, None, None, None].expand(-1, 1, n_images, n_tokens, n_tokens)
+        if code is not None:
+            return self.values[:, None, None].expand(-1, 1, n_images, -1)
+        return self.values[:, None, None, None].expand(-1, 1, n_images, n_tokens, -1)
+
+
+def constant_loss(task: Task, samples: Mapping[str, PatchSample], batch_size: int) -> Tensor:
+    """The validation loss [S] of the best answer that looks at nothing (`Task.constant`, from the training split)."""
+    answer, val, total = ConstantAnswer(task, samples["train"]), samples["val"], 0.0
+    for batch in task.batches(val, batch_size, None):
+        n_tokens = val.tokens.shape[2] if batch.visited is None else batch.visited.shape[1]
+        x = torch.zeros(1, len(batch.images), n_tokens, 1)  # its shape alone is read
+        total = total + task.loss(answer, x, batch)[:, 0] * len(batch.images)
+    return total / val.position.shape[0]
+
+
 ORACLES: dict[str, type[Probe]] = {"pairwise": SameClass, "pointwise": ClassCode}  # by arity of the task's probe
 
 

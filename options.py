@@ -39,6 +39,8 @@ NUMBER_OR_LIST = (
 ALSO: dict[str, tuple] = {
     "protocol.selection.patches": ("all",),
     "protocol.selection.per_visit": (None,),
+    "trainer.patience": (None,),
+    "trainer.averaging": (None,),
     "neco.teacher_steepness": (None,),
     "neco.evaluate.every": (0,),
     "overcluster.pca": (None,),

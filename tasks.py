@@ -21,6 +21,7 @@ from torch import Tensor
 from activation import PatchSample
 from errors import UserError
 from metrics.bootstrap import Estimate, mean_over_seeds
+from metrics.convergence import Convergence
 from probes import PROBES, Probe, options_of
 
 # Evaluation draws the tokens of a visit with this seed, so that every probe, layer and epoch is judged on the same ones.
@@ -60,7 +61,7 @@ class SubsetResult(NamedTuple):
     subset: which pairs, patches or images were asked. counts: how many. distance: AUROC by distance of the patches.
     notes: what every record of the subset states beside its numbers. bounds: where an interval may end.
     over_seeds: intervals of the mean resample the seeds too. per_image: scores of the images by themselves, "auroc"
-    [S * L, M] (nan where undefined), "n_pairs" and "n_positive" [M].
+    [S * L, M] (nan where undefined), "n_pairs" and "n_positive" [M]. variant: of the fits that answered; "": all of them did.
     """
 
     question: str
@@ -73,6 +74,26 @@ class SubsetResult(NamedTuple):
     bounds: tuple[float, float] = (0.0, 1.0)
     over_seeds: bool = False
     per_image: Mapping[str, Tensor] = {}
+    variant: str = ""
+
+
+class FitReport(NamedTuple):
+    """How one fit ended (`metrics.convergence`).
+
+    part: which of several tasks of a row. epochs: how many it had; 0 of a fit that was solved for. best_epoch: the one
+    that is kept. val_loss: its validation loss. epochs_needed: those that would do, 0 where that cannot be told.
+    """
+
+    part: str
+    variant: str
+    seed: int
+    layer: int | str
+    epochs: int
+    best_epoch: int
+    val_loss: float | None
+    still_falling: bool
+    epochs_needed: int
+    worse_than_constant: bool
 
 
 class ProbeResult(NamedTuple):
@@ -84,6 +105,7 @@ class ProbeResult(NamedTuple):
         (question, readout, subset, metric). None: no layer is chosen.
     n_train: images the probe was fitted on, where that is known. keys: names of the M scored images.
     folds: the results this one is pooled from (`trainer.folds`); it has no validation scores of its own then.
+    fits: how its fits ended, of every variant, seed and layer; none where nothing was fitted.
     """
 
     row: str
@@ -96,6 +118,7 @@ class ProbeResult(NamedTuple):
     n_train: int | None = None
     keys: Sequence[str] = ()
     folds: "Sequence[Fold]" = ()
+    fits: Sequence[FitReport] = ()
 
 
 class Fold(NamedTuple):
@@ -122,6 +145,25 @@ class Collector(Protocol):
 
     def results(self) -> list[SubsetResult]:
         """The numbers of every subset."""
+
+
+def ending(verdict: Convergence, epochs: Tensor, best_epoch: Tensor, best: Tensor) -> dict[str, Any]:
+    """How the fits [S, L] of a stack ended, as its checkpoint says it."""
+    return {
+        "epochs": epochs.tolist(), "best_epoch": best_epoch.tolist(), "val_loss": best.tolist(),
+        "still_falling": verdict.still_falling.tolist(), "epochs_needed": verdict.epochs.tolist(),
+        "worse_than_constant": verdict.worse_than_constant.tolist(),
+    }  # fmt: skip
+
+
+def fit_reports(task: "Task", probe: Probe, part: str) -> Iterator[FitReport]:
+    """How each fit of a stack ended; nothing of one that was not fitted, or by the version before this one."""
+    if "still_falling" not in probe.facts:
+        return
+    for s, of_fit in enumerate(task.fits()):
+        for i, layer in enumerate(probe.layers):
+            numbers = {key: probe.facts[key][s][i] for key in FitReport._fields[4:]}
+            yield FitReport(part, of_fit.variant, of_fit.seed, layer, **numbers)
 
 
 class Task:
@@ -166,6 +208,10 @@ class Task:
     def loss(self, probe: Probe, x: Tensor, batch: Batch) -> Tensor:
         """Loss [S, L] of every fit on activations x [L, B, T, D], mean over the batch."""
         raise NotImplementedError(f"{type(self).__name__}.loss")
+
+    def constant(self, train: PatchSample) -> Tensor:
+        """The logits of the best answer that looks at nothing, from the base rates of a split: [S] or [S, K]."""
+        raise NotImplementedError(f"{type(self).__name__}.constant")
 
     def solve(self, probe: Probe, batches: Callable[[], Iterator[tuple[Tensor, Batch]]]) -> dict[str, Any]:
         """Set a probe that declares `solver = "newton"` to the optimum of its loss over a split.

@@ -21,25 +21,27 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from activation import PatchSample, made_by
-from controls import Subject, control_names
+from activation import PatchSample, made_by, token_statistics
+from controls import Subject, constant_loss, control_names
 from errors import UserError
 from machine import choose_device, keep_freed_memory, set_threads
 from metrics.bootstrap import Estimate
+from metrics.convergence import judge, solved
 from options import named
 from probes import Probe, load_probe
 from runs.adopt import adopt
 from runs.finished import check_fit
-from runs.fit_state import Progress, load_fit, save_fit
+from runs.fit_state import Progress, Weights, load_fit, save_fit
 from runs.progress import count, track
 from runs.run import Run, checkpoint_files, checkpoint_path, identify, read_config, read_facts
 from runs.signals import stop_later
 from runs.validity import refuse_other_use
-from tasks import Batch, ProbeResult, SubsetResult, Task, find_question, mean_scores, stack_bytes
+from tasks import Batch, ProbeResult, SubsetResult, Task, ending, find_question, fit_reports, mean_scores, stack_bytes
 
 OPTIMIZERS = ("adamw", "adam")
 CHECKPOINTS = ("best", "last")
-SCHEDULES = ("constant", "linear", "cosine", "step")
+SCHEDULES = ("constant", "inverse_sqrt", "linear", "cosine", "step")
+CPU_STACK = 18  # fits; on a processor a larger stack is no faster per fit (measured), and a smaller one stops sooner
 BATCH_ORDER = 100_003  # a prime: the seeds of the batch order of two runs (cfg.seed) meet in no epoch
 
 
@@ -47,10 +49,13 @@ BATCH_ORDER = 100_003  # a prime: the seeds of the batch order of two runs (cfg.
 class FitOptions:
     """How stacks are fitted: the `trainer` section, the seed of the batch order, the device."""
 
-    epochs: int
+    epochs: int  # at most
+    patience: int | None  # epochs without a gain after which a fit is stopped; None: never
+    averaging: float | None  # `runs.fit_state.Weights`
     batch_images: int
     optimizer: str
     lr: float
+    beta2: float  # how much of the mean square gradient of the steps before is kept
     weight_decay: float
     schedule: str
     step_size: int  # epochs
@@ -65,20 +70,29 @@ class FitOptions:
         """Read them, and refuse what would otherwise be refused only after an extraction.
 
         Raises:
-            UserError: the device is not there; an unknown control, schedule or optimizer.
+            UserError: the device is not there; an unknown control, schedule or optimizer; a patience below 1.
         """
         trainer = cfg.trainer
         control_names(cfg.controls)
         for key, valid in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):
             if trainer[key] not in valid:
                 raise UserError(f"unknown trainer.{key} '{trainer[key]}'; valid: {', '.join(valid)}")
+        if trainer.patience is not None and not trainer.patience >= 1:
+            raise UserError(f"trainer.patience is {trainer.patience}; expected a number of epochs of at least 1, or null")
+        if not 0 <= trainer.beta2 < 1:
+            raise UserError(f"trainer.beta2 is {trainer.beta2}; expected a number from 0 to below 1")
+        if trainer.averaging is not None and not trainer.averaging >= 0:
+            raise UserError(f"trainer.averaging is {trainer.averaging}; expected a number of at least 0, or null")
         set_threads(int(cfg.threads or 0))
         keep_freed_memory()
         return cls(
             epochs=int(trainer.epochs),
+            patience=None if trainer.patience is None else int(trainer.patience),
+            averaging=None if trainer.averaging is None else float(trainer.averaging),
             batch_images=int(trainer.batch_images),
             optimizer=trainer.optimizer,
             lr=float(trainer.lr),
+            beta2=float(trainer.beta2),
             weight_decay=float(trainer.weight_decay),
             schedule=trainer.schedule,
             step_size=int(trainer.step_size),
@@ -90,10 +104,15 @@ class FitOptions:
         )
 
     def learning_rate(self, epoch: float) -> float:
-        """Learning rate at a (fractional) epoch: constant, linear or cosine to zero, or a drop every `step_size` epochs."""
+        """Learning rate at a (fractional) epoch.
+
+        constant; inverse_sqrt: falling as 1 / sqrt(1 + epoch), whatever the number of epochs; linear or cosine: to zero at
+        the last epoch; step: a drop every `step_size` epochs.
+        """
         share = min(epoch / self.epochs, 1.0)
         return self.lr * {
             "constant": 1.0,
+            "inverse_sqrt": (1.0 + epoch) ** -0.5,
             "linear": 1.0 - share,
             "cosine": 0.5 * (1 + math.cos(math.pi * share)),
             "step": self.gamma ** (int(epoch) // self.step_size),
@@ -196,53 +215,29 @@ def rests_on_run(run: Run, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def layers_per_chunk(task: Task, probe_cfg: Mapping, sample: PatchSample, options: FitOptions) -> int:
-    """How many layers fit into `stack_gb` at once (at least one): tokens, logits and four copies of the weights."""
+    """How many layers are fitted at once (at least one): what fits into `stack_gb`, on a processor at most `CPU_STACK` fits."""
     shared, fits = stack_bytes(task, probe_cfg, sample, options.batch_images)
-    return max(1, min(sample.tokens.shape[0], int(options.stack_gb * 1e9 // (shared + fits))))
-
-
-def token_statistics(sample: PatchSample, layers: Sequence, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every channel over the valid patches of a (training) sample, those of its primary label.
-
-    Returns:
-        two float32 tensors [L, D]; a constant channel gets deviation 1.
-    """
-    index = [list(sample.tokens.layers).index(layer) for layer in layers]
-    n_images = sample.tokens.shape[1]
-    valid = sample.valid
-    total, square = torch.zeros(2, len(index), sample.tokens.shape[-1], dtype=torch.float64)
-    count = 0.0
-    for first in range(0, n_images, batch_size):
-        images = torch.arange(first, min(first + batch_size, n_images))
-        weight = torch.ones(len(images), sample.tokens.shape[2]) if valid is None else valid[images]
-        weight = weight.flatten().to(torch.float64)  # [B T]
-        for row, layer in enumerate(index):  # one at a time: float64 copies of all layers at once are large
-            x = sample.tokens.gather(images, [layer])[0].flatten(0, 1).to(weight)  # [B T, D]
-            total[row] += weight @ x
-            square[row] += weight @ x.square_()
-        count += float(weight.sum())
-    mean = total / count
-    std = (square / count - mean.square()).clamp_min(0).sqrt()
-    std = torch.where(std > 1e-6 * (1 + mean.abs()), std, torch.ones_like(std))
-    return mean.float(), std.float()
+    n_layers = min(sample.tokens.shape[0], int(options.stack_gb * 1e9 // (shared + fits)))
+    return max(1, n_layers if options.device.type != "cpu" else min(n_layers, CPU_STACK // len(task.fits())))
 
 
 def build_optimizer(probe: Probe, options: FitOptions) -> torch.optim.Optimizer:
     """AdamW (decoupled decay; none on biases) or Adam as published."""
     named = [(n, p) for n, p in probe.named_parameters() if p.requires_grad]
-    lr, decay = options.lr, options.weight_decay
+    lr, decay, betas = options.lr, options.weight_decay, (0.9, options.beta2)
     if options.optimizer == "adam":
-        return torch.optim.Adam([p for _, p in named], lr=lr, weight_decay=decay, fused=True)
+        return torch.optim.Adam([p for _, p in named], lr=lr, betas=betas, weight_decay=decay, fused=True)
     groups = [
         {"params": [p for n, p in named if "bias" not in n], "weight_decay": decay},
         {"params": [p for n, p in named if "bias" in n], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=True)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
 
 
 def fit(probe: Probe, task: Task, subject: Subject, options: FitOptions, run: Run, *, number: int = 0) -> Probe:
     """Fit a stack of probes and restore, for every fit by itself, the epoch with the lowest validation loss.
 
+    With `options.patience` a fit is stopped that gained nothing for so many epochs, and the stack when all of its fits are.
     A restart continues at the last saved epoch and ends with the same numbers: the order of the batches depends on
     (options.seed, epoch) alone.
 
@@ -260,42 +255,58 @@ def fit(probe: Probe, task: Task, subject: Subject, options: FitOptions, run: Ru
         return _solve(probe, task, subject, layer_rows, options, run, number)
     state_file = checkpoint_path(run.dir, name, f"state.{number:02d}")
     identity = identity_of(run, task, subject, probe.layers, number)
-    best = {n: p.detach().clone() for n, p in probe.named_parameters()}  # [S, L, …] each
-    progress, optimizer = Progress.start(len(task.fits()), len(layer_rows)), build_optimizer(probe, options)
+    weights, optimizer = Weights(probe, options.averaging), build_optimizer(probe, options)
+    progress = Progress.start(len(task.fits()), len(layer_rows))
     if state_file.exists():
-        progress = load_fit(state_file, probe, optimizer, best, identity, options.epochs)
-    save = lambda: save_fit(state_file, probe, optimizer, best, progress, identity)
+        progress = load_fit(state_file, weights, optimizer, identity, options.epochs)
+    save = lambda: save_fit(state_file, weights, optimizer, progress, identity)
     saved = time.monotonic()
     counted = count("fitting", options.epochs, "epoch", progress.epoch)
     with counted as step, stop_later() as stopping:  # a signal waits for the end of a batch, then the state is saved
-        while progress.epoch < options.epochs:
-            progress, rate, complete = _fit_epoch(probe, task, train, layer_rows, optimizer, options, progress, name, stopping)
+        while not (progress.epoch == options.epochs or progress.stopped.all()):
+            progress, rate, complete = _fit_epoch(
+                task, train, layer_rows, weights, optimizer, options, progress, name, stopping
+            )
             if not complete:
                 save()
                 break
-            train_loss = progress.total / progress.n_images
-            val_loss = mean_loss(probe, task, val, layer_rows, options.batch_images, options.device)  # [S, L]
-            _keep_better(best, probe, val_loss < progress.best)
-            progress = progress.after_epoch(val_loss)
+            train_loss = torch.where(progress.stopped, torch.nan, progress.total / progress.n_images)
+            with weights.averaged():
+                val_loss = mean_loss(probe, task, val, layer_rows, options.batch_images, options.device)  # [S, L]
+            weights.keep_better(~progress.stopped & (val_loss < progress.best))
+            progress = progress.after_epoch(val_loss, options.patience)
+            weights.rest(progress.stopped)
             run.write(
                 {"kind": "epoch", "name": name, "row": subject.row, "control": subject.control, "part": subject.part,
                  "layer": str(probe.layers), "epoch": progress.epoch, "learning_rate": rate,
-                 "train_loss": train_loss.tolist(), "val_loss": val_loss.tolist()},
+                 "fits": [[fit.variant, fit.seed] for fit in task.fits()],
+                 "train_loss": train_loss.tolist(), "val_loss": progress.curve[-1].tolist()},
                 file="history.jsonl",
             )  # fmt: skip
-            step.update(note=f"loss {val_loss.mean():.4f}")
-            if stopping() or time.monotonic() - saved > options.checkpoint_seconds or progress.epoch == options.epochs:
+            step.update(note=f"loss {progress.curve[-1].nanmean():.4f}")
+            ended = progress.epoch == options.epochs or bool(progress.stopped.all())
+            if stopping() or time.monotonic() - saved > options.checkpoint_seconds or ended:
                 save()
                 saved = time.monotonic()
             if stopping():
                 break
+    weights.restore(weights.average)
     facts = _fitted_on(train, identity)
     probe.save(checkpoint_path(run.dir, name, f"last.{number:02d}"), **facts)
-    with torch.no_grad():
-        for n, p in probe.named_parameters():
-            p.copy_(best[n])
-    probe.save(checkpoint_path(run.dir, name, f"best.{number:02d}"), **facts, best_epoch=progress.best_epoch.tolist())
+    weights.restore(weights.best)
+    epochs = (progress.curve == progress.curve).sum(0)  # [S, L]
+    verdict = judge(progress.curve, constant_loss(task, subject.samples, options.batch_images))
+    probe.facts = facts | ending(verdict, epochs, progress.best_epoch, progress.best)
+    _write_endings(run, task, probe, subject)
+    probe.save(checkpoint_path(run.dir, name, f"best.{number:02d}"), **probe.facts)
     return probe
+
+
+def _write_endings(run: Run, task: Task, probe: Probe, subject: Subject) -> None:
+    """A record per fit of a stack: how it ended."""
+    names = {"name": subject.name, "row": subject.row, "control": subject.control}
+    for report in fit_reports(task, probe, subject.part):
+        run.write({"kind": "fit", **names, **report._asdict()}, file="history.jsonl")
 
 
 def _fitted_on(train: PatchSample, identity: dict[str, Any]) -> dict[str, Any]:
@@ -319,27 +330,30 @@ def _solve(
          "layer": str(probe.layers), **notes, "val_loss": val_loss.tolist()},
         file="history.jsonl",
     )  # fmt: skip
-    facts = _fitted_on(train, identity_of(run, task, subject, probe.layers, number))
+    facts, none = _fitted_on(train, identity_of(run, task, subject, probe.layers, number)), torch.zeros_like(val_loss).long()
+    verdict = solved(torch.tensor(notes["converged"]), val_loss, constant_loss(task, subject.samples, options.batch_images))
+    probe.facts = facts | {key: notes[key] for key in ("solver", "converged")} | ending(verdict, none, none, val_loss)
+    _write_endings(run, task, probe, subject)
     for which in ("last", "best"):
-        path, how = checkpoint_path(run.dir, subject.name, f"{which}.{number:02d}"), ("solver", "converged")
-        probe.save(path, **facts, **{key: notes[key] for key in how})
+        probe.save(checkpoint_path(run.dir, subject.name, f"{which}.{number:02d}"), **probe.facts)
     return probe
 
 
 def _fit_epoch(
-    probe: Probe, task: Task, train: PatchSample, layer_rows: Sequence[int], optimizer: torch.optim.Optimizer,
+    task: Task, train: PatchSample, layer_rows: Sequence[int], weights: Weights, optimizer: torch.optim.Optimizer,
     options: FitOptions, progress: Progress, name: str, stopping: Callable[[], bool],
 ) -> tuple[Progress, float, bool]:  # fmt: skip
     """The rest of a pass over the training images; the last learning rate, and whether the pass was not stopped."""
     # One generator per epoch: a restart needs no state of it.
     order = torch.Generator().manual_seed(options.seed * BATCH_ORDER + progress.epoch)
-    batches = list(task.batches(train, options.batch_images, order))
+    batches, probe, running = list(task.batches(train, options.batch_images, order)), weights.probe, ~progress.stopped
     probe.train()
     for batch in batches[progress.step :]:
         rate = options.learning_rate(progress.epoch + progress.step / len(batches))
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = _loss(probe, task, train, layer_rows, batch, options.device)  # [S, L]
+        loss = torch.where(running.to(loss.device), loss, 0.0)  # no gradient for the fits that were stopped
         if not torch.isfinite(loss).all():
             s, layer = (int(i) for i in (~torch.isfinite(loss)).nonzero()[0])
             raise UserError(
@@ -350,6 +364,7 @@ def _fit_epoch(
         loss.sum().backward()
         optimizer.step()
         progress = progress.after_batch(loss.detach().cpu(), len(batch.images))
+        weights.after_step(progress.epoch * len(batches) + progress.step)
         if stopping() and progress.step < len(batches):
             return progress, rate, False
     return progress, rate, True
@@ -361,13 +376,6 @@ def _loss(
     """Loss [S, L] of every fit on a batch."""
     x, batch = batch.tokens(sample, layer_rows, device), batch.to(device)  # [L, B, T, D]
     return task.loss(probe, x, batch)
-
-
-def _keep_better(best: dict[str, Tensor], probe: Probe, better: Tensor) -> None:
-    """Copy the parameters of those fits [S, L] that are better than before into `best`."""
-    for n, p in probe.named_parameters():
-        mask = better.to(p.device).view(*better.shape, *[1] * (p.ndim - 2))  # [S, L, 1, …]
-        best[n] = torch.where(mask, p.detach(), best[n])
 
 
 @torch.no_grad()
@@ -412,7 +420,9 @@ def evaluate(
     layers = [layer for probe in probes for layer in probe.layers]
     n_train = len(subject.samples["train"].keys) if "train" in subject.samples else None
     seeds = list(subject.seeds)
-    return ProbeResult(subject.row, subject.control, subject.title, layers, seeds, subsets, None, n_train, sample.keys)
+    fits = [report for probe in probes for report in fit_reports(task, probe, subject.part)]
+    result = ProbeResult(subject.row, subject.control, subject.title, layers, seeds, subsets, None, n_train, sample.keys)
+    return result._replace(fits=fits)
 
 
 def concatenate(chunks: Sequence[SubsetResult], n_seeds: int) -> SubsetResult:

@@ -1,7 +1,6 @@
 """Figures of mode=train_binding: pure `draw_*` functions return figures, `write_*` put them into PNG files.
 
     layer curve        binding ratio, binding information, I(Y;Z) and I(F;Z) by layer, one line per probe and control
-    training curves    cross-entropy in bits per image by epoch, training and validation, of every layer
     examples           a few test images with their objects: read, missed, and read though absent
 
 Figures are made without pyplot, so no display, backend or global state is involved.
@@ -15,17 +14,15 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from binding.tables import CONTROL_LABELS
 from files import write_atomically
-from show.style import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE, layer_places, note_below, png_bytes
+from show.style import BLUE, FALLING, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE, layer_places, note_below, png_bytes
 
 # Okabe and Ito's colours, which every reader can distinguish.
 COLORS = (BLUE, RED, GREEN, PINK, ORANGE, SKY, "#000000")
 FOUND, MISSED, INVENTED = GREEN, GREY, RED
-CODES = {"Y": "objects Y", "F": "features F", "Y_given_F": "objects Y, the features F known"}
 N_NAMES = 24  # of one example; a code may have hundreds of bits
 N_PANELS = 4  # of the layer curve: the first columns, losses say the same once more
 
@@ -82,54 +79,10 @@ def _draw_line(
     color = COLORS[of_rows.index(row) % len(COLORS)]
     style = {"": "-", "random": "--"}.get(control, ":")
     parts = (row if not control or len(of_rows) > 1 else "", CONTROL_LABELS.get(control, control))
-    label = ", ".join(part for part in parts if part).replace("_", " ")
+    falling = [i for i, row in enumerate(rows) if row.get("still_falling")]
+    label = ", ".join(part for part in parts if part).replace("_", " ") + " ↓" * bool(falling)
+    axes.plot([x[i] for i in falling], [value[i] for i in falling], FALLING, color=color, mfc="white", ms=7, zorder=4)
     axes.errorbar(x, value, error, color=color, ls=style, marker="o", ms=4, capsize=2, lw=1.4, elinewidth=0.9, label=label)
-
-
-def draw_training_curves(history: Sequence[Mapping[str, Any]], n_bits: Mapping[str, int]) -> Figure:
-    """Cross-entropy by epoch: one panel per code, a line per layer, validation full and training dashed, mean over seeds.
-
-    Args:
-        history: records of a fit: "part" (the code), "layer" (text of the list of layers), "epoch", and
-            "train_loss", "val_loss" [S][L] in nats per bit.
-        n_bits: length of every code.
-    """
-    with matplotlib.rc_context(STYLE):
-        n_lines = max(1, max(len(r["layer"].split(", ")) for r in history)) if history else 1
-        figure = Figure(figsize=(4.0 * len(n_bits) + 0.9 * math.ceil(n_lines / 9), 3.2), layout="constrained")
-        for panel, (code, bits) in enumerate(n_bits.items()):
-            axes, number = figure.add_subplot(1, len(n_bits), panel + 1), 0
-            mine = [record for record in history if record["part"] == code]
-            cuts = {cut: cut.strip("[]").split(", ") for cut in dict.fromkeys(record["layer"] for record in mine)}
-            colors = line_colors(sum(map(len, cuts.values())))
-            for cut, layers in cuts.items():
-                records = sorted((r for r in mine if r["layer"] == cut), key=lambda r: r["epoch"])
-                marker = "o" if len(records) < 3 else None  # a line of one point is none
-                for i, layer in enumerate(layers):
-                    for key, style in (("train_loss", "--"), ("val_loss", "-")):
-                        values = [sum(row[i] for row in r[key]) / len(r[key]) * bits / math.log(2) for r in records]
-                        label = f"layer {layer}".replace("'", "") if style == "-" else None
-                        hollow = {"marker": marker, "ms": 4, "mfc": None if style == "-" else "white"}
-                        axes.plot(
-                            [r["epoch"] for r in records], values, style, color=colors[number], lw=1.2, label=label, **hollow
-                        )
-                    number += 1
-            axes.set_title(CODES.get(code, code), loc="left", fontweight="bold")
-            axes.set_ylabel("cross-entropy, bits per image")
-            axes.set_xlabel("epoch (full: validation, broken: training)")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-            if marker:
-                axes.set_xlim(0.5, len(records) + 0.5)
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        across = math.ceil(len(labels) / 9)
-        figure.legend(handles, labels, loc="outside center right", ncols=across, frameon=False, fontsize=8)
-    return figure
-
-
-def line_colors(n: int) -> list[Any]:
-    """Colours of n layers: clearly different while they are few, else from first to last along one scale."""
-    scale = matplotlib.colormaps["viridis"]
-    return list(COLORS[:n]) if n <= len(COLORS) else [scale(0.95 * i / (n - 1)) for i in range(n)]
 
 
 def draw_examples(examples: Sequence[Mapping[str, Any]]) -> Figure:
@@ -169,11 +122,6 @@ def write_layer_curve(
 ) -> None:
     """Draw the layer curve into a PNG file."""
     write_atomically(Path(path), png_bytes(draw_layer_curve(rows, columns, about)))
-
-
-def write_training_curves(history: Sequence[Mapping[str, Any]], n_bits: Mapping[str, int], path: Path) -> None:
-    """Draw the training curves into a PNG file."""
-    write_atomically(Path(path), png_bytes(draw_training_curves(history, n_bits)))
 
 
 def write_examples(examples: Sequence[Mapping[str, Any]], path: Path) -> None:

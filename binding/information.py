@@ -102,4 +102,5 @@ def combine(answers: Mapping[str, ProbeResult], sample: PatchSample, notes: Mapp
     notes = {**notes, "H_Y_given_F": float(entropy.mean())}
     everywhere = (-math.inf, math.inf)
     subset = SubsetResult("binding", "", "images", metrics, {"n_images": len(entropy)}, [], notes, everywhere, True)
-    return next(iter(answers.values()))._replace(subsets=[subset])
+    fits = [fit for answer in answers.values() for fit in answer.fits]
+    return next(iter(answers.values()))._replace(subsets=[subset], fits=fits)

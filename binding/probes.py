@@ -357,16 +357,14 @@ class AttentionQuadratic(BindingProbe):
         self.factor_bias = self.constant(2, rank, n_bits) if linear_term else None
 
     def pooled_factors(
-        self, tokens: Tensor, layer: int, code: Tensor, base: Tensor, offsets: Tensor | None, weight: Tensor
+        self, tokens: Tensor, code: Tensor, base: Tensor, offsets: Tensor | None, weight: Tensor
     ) -> Tensor:
         """What the pools of some images of one fit give to the two factors of the form.
 
-        A query is a sum of a base and of what each known bit adds, and so is its score with a token: tokens meet the K
-        bases and K additions once, and the sums over known bits are taken of scores instead of queries.
+        A query is the sum of a base and of what each known bit adds: one product of all images with the K additions.
 
         Args:
-            tokens: [1, b, T, D] of one layer, CLS first; it is left out of the pools by a weight of zero.
-            layer: which layer of the stack.
+            tokens: prepared [b, T, D] of one layer, CLS first, which is no patch.
             code: [b, K].
             base: [K, D] queries before any bit is known.
             offsets: [K, D] what a known bit adds to the queries of the bits after it.
@@ -375,15 +373,14 @@ class AttentionQuadratic(BindingProbe):
         Returns:
             float32 [b, K, 2 r].
         """
-        tokens = self.prepare(tokens, slice(layer, layer + 1))[0]
-        vectors = base if offsets is None else torch.cat([base, offsets])
-        scores = widen((tokens @ vectors.mT.to(tokens.dtype))[:, 1:])  # [b, N, K or 2 K]
+        patches, queries = tokens[:, 1:], base.expand(len(tokens), *base.shape)  # [b, N, D], [b, K, D]
         if offsets is not None:
-            scores, added = scores.chunk(2, dim=-1)
-            seen = seen_bits(self.n_bits, added.device).to(added.dtype)
-            scores = scores + (added * (code.to(added.dtype) - 0.5).unsqueeze(1)) @ seen
-        attention = (scores * self.temperature).softmax(1).to(tokens.dtype)
-        pools = torch.bmm(nn.functional.pad(attention, (0, 0, 1, 0)).mT, tokens)  # [b, K, D]
+            seen = seen_bits(self.n_bits, code.device).to(offsets.dtype)
+            known = seen.mT * (code.to(offsets.dtype) - 0.5).unsqueeze(1)  # [b, K, K]: row k holds the bits i < k
+            queries = queries + (known.flatten(0, 1) @ offsets).view_as(queries)
+        queries = (queries * self.temperature).to(tokens.dtype)
+        attention = widen(torch.bmm(queries, patches.mT)).softmax(-1).to(tokens.dtype)  # [b, K, N]
+        pools = torch.bmm(attention, patches)  # [b, K, D]
         return widen(torch.bmm(pools.transpose(0, 1), weight.to(tokens.dtype)).transpose(0, 1))
 
     def pooled_again(self, *inputs: Any) -> Tensor:
@@ -403,15 +400,13 @@ class AttentionQuadratic(BindingProbe):
         size = max(1, POOL_ELEMENTS // (self.n_bits * dim))
         small = len(bases) * n_images * self.n_bits * (dim + 4 * n_tokens) <= KEPT_ELEMENTS
         pooled = self.pooled_factors if small else self.pooled_again
-        fits = []
-        for fit, (base, offsets, weight) in enumerate(zip(bases, all_offsets, weights, strict=True)):
-            layer = fit % n_layers
-            own = (base, offsets, weight)
-            parts = [
-                pooled(t, layer, c, *own)
-                for t, c in zip(x[layer : layer + 1].split(size, dim=1), code.split(size), strict=True)
-            ]
-            fits.append(torch.cat(parts))  # [B, K, 2 r]
+        parts: list[list[Tensor]] = [[] for _ in bases]  # of every fit, seed first
+        for layer in range(n_layers):
+            for some, known in zip(x[layer : layer + 1].split(size, dim=1), code.split(size), strict=True):
+                tokens = self.prepare(some, slice(layer, layer + 1))[0]  # [b, T, D], once for all seeds
+                for fit in range(layer, len(bases), n_layers):
+                    parts[fit].append(pooled(tokens, known, bases[fit], all_offsets[fit], weights[fit]))
+        fits = [torch.cat(of_fit) for of_fit in parts]  # [B, K, 2 r] each
         factors = torch.stack(fits).unflatten(0, (-1, n_layers)).transpose(3, 4).unflatten(3, (2, self.rank))
         if self.weight_class is not None:
             factors = factors + self.from_image(self.prepare(x[:, :, :1]), self.weight_class)  # [S, L, B, 2, r, K]

@@ -7,6 +7,7 @@ from binding.information import suspicions
 from controls import PROBE_ROW
 from metrics.bootstrap import mean_over_seeds
 from show.choice import best_layer
+from show.convergence import marks, sentences
 from show.records import Column, Resampling, mean_interval
 from show.text import format_table
 from tasks import ProbeResult
@@ -60,12 +61,12 @@ def information_table(results: Sequence[ProbeResult], resampling: Resampling, *,
                     cells.append(f"{float(means[key][index]):.{digits}f} ±{half:.{digits}f}")
                 else:
                     cells.append("–")
-            mark = " *" if len(result.layers) > 1 and index == chosen else ""
-            body.append([row_label(result), f"{layer}{mark}", *cells])
+            mark = "*" * (len(result.layers) > 1 and index == chosen) + marks(result, layer)
+            body.append([row_label(result), f"{layer} {mark}".strip(), *cells])
             for sentence in suspicions({key: float(v[index]) for key, v in means.items()}, subset.notes["H_F"]):
                 doubts.setdefault(sentence, {}).setdefault(row_label(result), []).append(str(layer))
     table = format_table(["tokens and probe", "layer", *shown.values()], body)
-    return "\n".join([table, _basis(results), *_warnings(doubts, len(body))])
+    return "\n".join([table, _basis(results), *_warnings(doubts, len(body)), *sentences(results)])
 
 
 def _basis(results: Sequence[ProbeResult]) -> str:

@@ -10,6 +10,7 @@ image, bound what Z leaves open: L_Y >= H(Y|Z), L_F >= H(F|Z). What follows from
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -37,7 +38,6 @@ from metrics.bootstrap import mean_estimate
 from probes import Probe, build_probe
 from runs.conclusion import concluded
 from runs.progress import stage, stages
-from runs.records import read_records
 from runs.run import Run
 from show.choice import best_layer, read_validation
 from show.per_image import Predictions
@@ -104,6 +104,13 @@ class Code(Task):
         logits = self.logits(probe, x, batch)  # [S, L, B, K]
         code = batch.labels[self.labels[-1]].to(logits.dtype)
         return (F.softplus(logits) - code * logits).mean((-2, -1))
+
+    def constant(self, train: PatchSample) -> Tensor:
+        """Log-odds of every bit, [S, K]; half a case is added on both sides."""
+        code = train.labels[self.labels[-1]].double()  # [M, K]
+        odds = (code.sum(0) + 0.5) / ((1 - code).sum(0) + 0.5)
+        before = self.n_bits(train) - code.shape[1]  # bits that are given, not read
+        return F.pad(odds.log().float(), (before, 0)).expand(len(self.seeds), -1)
 
     def collector(self, sample: PatchSample, n_layers: int, detail: bool = True) -> Collector:
         """Collects bits and right answers per image."""
@@ -310,7 +317,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             if not subject.control:
                 illustrate(results[-1], stacks["Y"], subject.samples["test"], of_row, run)
     stage("table and figure")
-    return show(results, cfg, run, resampling, "test")
+    return show(results, cfg, run, resampling, "test", learning_units(subject.samples["test"]))
 
 
 def run_eval(fitted: DictConfig, cfg: DictConfig, run: Run) -> dict[str, Any]:
@@ -358,22 +365,30 @@ def check_loaded(probe: Probe, task: Code, sample: PatchSample) -> None:
         )
 
 
-def show(results: Sequence[ProbeResult], cfg: DictConfig, run: Run, resampling: Resampling, split: str) -> dict[str, Any]:
+def learning_units(sample: PatchSample) -> dict[str, tuple[float, str]]:
+    """By part, the factor from nats per bit of a code to bits per image, and what they are called."""
+    return {part: (sample.labels[labels[-1]].shape[1] / math.log(2), "bits per image") for part, labels in LABELS.items()}
+
+
+def show(
+    results: Sequence[ProbeResult],
+    cfg: DictConfig,
+    run: Run,
+    resampling: Resampling,
+    split: str,
+    units: Mapping[str, tuple[float, str]] | None = None,
+) -> dict[str, Any]:
     """Write the layer curve as table and figure, print the table."""
     from binding.figures import write_layer_curve  # here: no fit waits for matplotlib
 
     text = information_table(results, resampling, conditional=bool(cfg.binding.conditional))
-    return present(results, COLUMNS, resampling, run, split=split, draw=write_layer_curve, text=text)
+    return present(results, COLUMNS, resampling, run, split=split, draw=write_layer_curve, text=text, units=units)
 
 
 def illustrate(result: ProbeResult, stack: Sequence[Probe], sample: PatchSample, cfg: DictConfig, run: Run) -> None:
-    """Training curves of a row, and what its chosen layer reads from a few test images."""
-    from binding.figures import write_examples, write_training_curves
+    """What the chosen layer of a row reads from a few test images."""
+    from binding.figures import write_examples
 
-    # A finished run that is shown again has the epochs of its controls in its history too.
-    mine = [r for r in read_records(run.dir / "history.jsonl") if (r["row"], r["control"]) == (result.row, "")]
-    n_bits = {part: sample.labels[LABELS[part][-1]].shape[1] for part in parts_of(cfg)}
-    write_training_curves(mine, n_bits, run.dir / f"training-{result.row}.png")
     examples = decoded_examples(result.layers[best_layer(result, COLUMNS[0])], stack, sample, cfg)
     plain = [{k: v for k, v in example.items() if k != "image"} for example in examples]
     write_atomically(run.dir / f"decoded-{result.row}.json", json.dumps(plain, indent=1) + "\n")

@@ -54,7 +54,7 @@ class PairCollector:
         for (question, readout, variant), scores in self.scores.items():
             for subset, numbers in scores.evaluate(self._subsets(question, variant), detail=self.detail).items():
                 result = SubsetResult(question, readout, subset, numbers.metrics, numbers.counts, numbers.distance)
-                results.append(result._replace(per_image=numbers.per_image))
+                results.append(result._replace(per_image=numbers.per_image, variant=variant))
         return results + ([self._class_accuracy()] if self.right else [])
 
     def _subsets(self, question: str, variant: str) -> list[str]:

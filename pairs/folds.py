@@ -132,7 +132,8 @@ def pool_results(folds: Sequence[Fold], keys: Sequence[str]) -> ProbeResult:
         for number in range(len(first.subsets))
     ]
     n_train = min(fold.result.n_train for fold in folds)
-    return first._replace(subsets=subsets, validation=None, n_train=n_train, keys=list(keys), folds=list(folds))
+    fits = [fit for fold in folds for fit in fold.result.fits]
+    return first._replace(subsets=subsets, validation=None, n_train=n_train, keys=list(keys), folds=list(folds), fits=fits)
 
 
 def _pool_subsets(parts: Sequence[SubsetResult], images: Sequence[Tensor], n_images: int) -> SubsetResult:

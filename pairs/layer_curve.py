@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from files import write_atomically
-from show.style import BLUE, GREEN, GREY, ORANGE, PINK, PURPLE, RED, SKY, STYLE, layer_places, note_below, png_bytes
+from show.style import BLUE, FALLING, GREEN, GREY, ORANGE, PINK, PURPLE, RED, SKY, STYLE, layer_places, note_below, png_bytes
 
 LINES = {
     "probe": ("probe", BLUE, "-"),
@@ -107,7 +107,11 @@ def _draw_series(axes: Axes, name: str, rows: Sequence[Mapping], layers: Mapping
         ringed = [] if level else [i for i, row in enumerate(points) if row.get("chosen") and row["layer"] in layers]
         if ringed:
             axes.plot(x[ringed], values[ringed], "o", ms=9 if is_probe else 7, mfc="none", mec=color, mew=1.2, zorder=order + 1)
-    return values[-1], label, color
+    falling = np.array([bool(row.get("still_falling")) for row in points])
+    if falling.any():
+        at = np.ones(len(x), dtype=bool) if level else falling
+        axes.plot(x[at], values[at], FALLING, color=color, mfc="white", ms=5, zorder=order + 1)
+    return values[-1], label + " ↓" * bool(falling.any()), color
 
 
 def _finish_axes(axes: Axes, layers: Mapping, ends: Sequence[tuple[float, str, str]], least: float) -> None:

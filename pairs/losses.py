@@ -151,9 +151,15 @@ def match(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def identity_loss(
-    logits: Tensor, identity: Tensor, *, valid: Tensor | None = None, mask_weight: float = 5.0, dice_weight: float = 5.0
+    logits: Tensor,
+    identity: Tensor,
+    *,
+    valid: Tensor | None = None,
+    mask_weight: float = 5.0,
+    dice_weight: float = 5.0,
+    unmatched_weight: float = 0.0,
 ) -> Tensor:
-    """Mask-query loss: matched queries pay dice and binary cross-entropy, unmatched ones nothing.
+    """Mask-query loss: matched queries pay dice and binary cross-entropy, unmatched ones nothing unless `unmatched_weight`.
 
     As published the sum over images is divided by the number of objects in the batch, those beyond the number of
     queries included. A batch without any object costs 0 (the published code divides by zero there). Costs of all queries
@@ -164,6 +170,8 @@ def identity_loss(
         identity: int64 [B, T]; 0 = background.
         valid: bool [B, T].
         mask_weight, dice_weight: factors of the two parts, in the matching and in the loss.
+        unmatched_weight: an unmatched query pays this share of `mask_weight` times the cross-entropy of its mask against an
+            empty one (ours; published: 0). Unpaid, its logits are arbitrary, and a softmax over queries reads them.
 
     Returns:
         [S, L].
@@ -174,15 +182,32 @@ def identity_loss(
         return logits.flatten(2).sum(-1) * 0  # keeps the graph: a gradient of zero
     with torch.no_grad():
         bce, dice = matching_costs(logits, masks, valid)
-        cost = (mask_weight * bce + dice_weight * dice).flatten(0, 1)  # [S L, B, Q, K]
+        cost = mask_weight * bce + dice_weight * dice  # [S, L, B, Q, K]
+        if unmatched_weight:  # a query that is matched need not pay for an empty mask
+            cost = cost - unmatched_weight * mask_weight * empty_costs(logits, valid).unsqueeze(-1)
+        cost = cost.flatten(0, 1)
         problem, query, target = match(cost, counts)
     fit, image = problem // n_images, problem % n_images
     matched = logits[fit // n_layers, fit % n_layers, image, :, query]  # [n, T]
     one_image = lambda x: None if x is None else x[image]
     bce, dice = matching_costs(matched[None, None, :, :, None], masks[image, target][:, None], one_image(valid))
     paid = (mask_weight * bce + dice_weight * dice).flatten()  # [n]
-    total = paid.new_zeros(n_seeds * n_layers).index_add(0, fit, paid)
-    return (total / counts.sum()).view(n_seeds, n_layers)
+    total = paid.new_zeros(n_seeds * n_layers).index_add(0, fit, paid).view(n_seeds, n_layers)
+    if unmatched_weight:
+        empty = empty_costs(logits, valid)  # [S, L, B, Q]
+        unmatched = torch.ones_like(empty)
+        unmatched[fit // n_layers, fit % n_layers, image, query] = 0.0
+        total = total + unmatched_weight * mask_weight * (empty * unmatched).sum((2, 3))
+    return total / counts.sum()
+
+
+def empty_costs(logits: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Mean binary cross-entropy of every query's mask against an empty one: logits [S, L, B, T, Q] -> [S, L, B, Q]."""
+    costs = F.softplus(logits)
+    if valid is None:
+        return costs.mean(3)
+    weight = valid.to(logits.dtype) / valid.sum(1, keepdim=True).clamp_min(1)  # [B, T]
+    return (costs * weight[:, :, None]).sum(3)
 
 
 def agreement(logits: Tensor, how: str) -> Tensor:

@@ -27,7 +27,7 @@ from pairs import newton
 from pairs.collector import PairCollector
 from pairs.folds import deal, pool, probe_folds, take
 from pairs.form_loss import form_bce, pair_terms
-from pairs.losses import agreement, class_loss, identity_loss, pair_bce, pair_mask
+from pairs.losses import agreement, class_loss, identity_loss, object_masks, pair_bce, pair_mask
 from pairs.newton import PairBatch
 from pairs.scores import upper_pairs
 from probes import PROBES, Probe, Projections, build_probe
@@ -42,6 +42,12 @@ from tasks import Batch, Collector, ProbeResult, Task, check_rank, check_stack, 
 
 ACCURACIES = {"upper": "accuracy", "upper_diagonal": "accuracy_upper_diagonal", "all": "accuracy_all"}
 VARIANTS = ("all", "foreground")
+CONSTANT_BATCH = 64  # images whose pairs are counted at once
+
+
+def log_odds(positive: Tensor, counted: Tensor) -> Tensor:
+    """Log-odds float32 of base rates; half a case is added on both sides, so that they are finite."""
+    return ((positive + 0.5) / (counted - positive + 0.5)).log().float()
 
 
 class PairTask(Task):
@@ -107,6 +113,16 @@ class Pairwise(PairTask):
         of_variants = zip(logits.split(len(self.seeds)), used, strict=True)
         return torch.cat([pair_bce(part, same, pairs=self.pairs, valid=counted) for part, counted in of_variants])
 
+    def constant(self, train: PatchSample) -> Tensor:
+        """Log-odds of one object among the pairs of each variant, [S]."""
+        same, counted = torch.zeros(2, len(self.variants), dtype=torch.float64)
+        for batch in self.batches(train, CONSTANT_BATCH, None):
+            identity, used = batch.labels["identity"], self.used_tokens(batch)  # [B, T], [V, B, T]
+            pairs = used.unsqueeze(-1) & used.unsqueeze(-2) & pair_mask(identity.shape[1], self.pairs)  # [V, B, T, T]
+            same += (pairs & (identity.unsqueeze(-1) == identity.unsqueeze(-2))).flatten(1).sum(1)
+            counted += pairs.flatten(1).sum(1)
+        return log_odds(same, counted).repeat_interleave(len(self.seeds))
+
     def used_tokens(self, batch: Batch) -> Tensor:
         """Which tokens the loss of each variant counts, bool [V, B, T]."""
         identity, valid = batch.labels["identity"], batch.labels["identity_valid"]  # [B, T]
@@ -151,17 +167,43 @@ class ClassReadout(PairTask):
         """Cross-entropy [S, L], mean over valid patches."""
         return class_loss(self.logits(probe, x, batch), batch.labels["class"], valid=batch.labels["class_valid"])
 
+    def constant(self, train: PatchSample) -> Tensor:
+        """Logarithms of how often each class occurs, [S, K]."""
+        label, valid = train.labels["class"], train.labels["class_valid"]
+        counts = label[valid].bincount(minlength=len(train.meta["classes"])).double() + 0.5  # a class may not occur
+        return (counts / counts.sum()).log().float().expand(len(self.seeds), -1)
+
     def collector(self, sample: PatchSample, n_layers: int, detail: bool = True) -> Collector:
         """Also counts right classes."""
         return PairCollector(self, sample, n_layers, detail=detail, count_classes=True)
 
 
 class IdentityReadout(PairTask):
-    """Which object of its image a patch belongs to, by mask queries matched to objects."""
+    """Which object of its image a patch belongs to, by mask queries matched to objects.
+
+    Args:
+        unmatched: what a query without an object pays for a mask that is not empty (`identity_loss`).
+    """
+
+    def __init__(
+        self, seeds: Sequence[int], variants: Sequence[str] = ("all",), per_visit: int | None = None, *, unmatched: float = 0.0
+    ) -> None:
+        super().__init__(seeds, variants, per_visit)
+        self.unmatched = unmatched
 
     def loss(self, probe: Probe, x: Tensor, batch: Batch) -> Tensor:
         """Matched dice and binary cross-entropy [S, L]; 0 for a batch without an object."""
-        return identity_loss(self.logits(probe, x, batch), batch.labels["identity"], valid=batch.labels["identity_valid"])
+        identity, valid = batch.labels["identity"], batch.labels["identity_valid"]  # [B, T]
+        return identity_loss(self.logits(probe, x, batch), identity, valid=valid, unmatched_weight=self.unmatched)
+
+    def constant(self, train: PatchSample) -> Tensor:
+        """Log-odds of a patch on an object to lie on one certain object, for every query alike, [S, Q]: as many as patches.
+
+        The best constant of the cross-entropy; that of the dice part is not known in closed form.
+        """
+        masks, counts = object_masks(train.labels["identity"], train.labels["identity_valid"])  # [M, K, T]
+        share = log_odds(masks.sum().double()[None], counts.sum().double()[None] * masks.shape[-1])
+        return share.expand(len(self.seeds), int(counts.max()))
 
 
 # ------------------------------------------------------------------------------------------------------------- entries
@@ -210,7 +252,9 @@ def task_maker(cfg: DictConfig) -> Callable[[Sequence[int]], Task]:
     unknown = [variant for variant in pairs.fit if variant not in VARIANTS]
     if unknown:
         raise UserError(f"protocol.pairs.fit names '{unknown[0]}'; valid: {', '.join(VARIANTS)}")
-    if cfg.task != "pairwise":
+    if cfg.task == "identity":
+        return partial(kind, per_visit=per_visit, unmatched=float(cfg.probe.unmatched_weight))
+    if cfg.task == "class":
         return partial(kind, per_visit=per_visit)
     return partial(kind, variants=list(pairs.fit), per_visit=per_visit, pairs=pairs.loss)
 

@@ -17,7 +17,10 @@ from typing import Any, NamedTuple
 from errors import UserError
 from files import unreadable, write_atomically
 
-_RECORD_KEY = ("kind", "name", "split", "layer", "seed", "question", "readout", "subset", "metric", "epoch", "fingerprint")
+_RECORD_KEY = (
+    "kind", "name", "part", "variant", "split", "layer", "seed", "question", "readout", "subset", "metric", "epoch",
+    "fingerprint",
+)  # fmt: skip
 _CHECKED = re.compile(r'^(\{.*), "check": "([0-9a-f]{16})"\}$', re.DOTALL)
 
 

@@ -3,7 +3,7 @@
     outputs/<mode>/<timm name or weights file>-<dataset>-<protocol>-<probe>-<hash>/
         config.yaml     the composed configuration            run.json       provenance and status
         metrics.jsonl   a record per layer, seed and subset   history.jsonl  losses per epoch and fit
-        layers.csv      the layer curve, means over seeds     checkpoints/   probes, best and last
+        layers.csv      the layer curve, means over seeds     learning.png   the learning curves, checkpoints/ probes
         scores.csv, scores.safetensors   the same per image       predictions…   of mode=eval, on request
         log.txt         what the terminal showed              wandb/         the mirror (offline by default)
 
@@ -37,7 +37,7 @@ from runs import progress
 from runs.finished import newest_run, read_config, read_facts, source_run
 from runs.mirror import WANDB_MODES, open_mirror
 from runs.provenance import code_digest, provenance
-from runs.records import jsonable, line_of, open_records, record_key
+from runs.records import jsonable, line_of, open_records, read_records, record_key
 from runs.signals import ignored
 
 __all__ = [
@@ -50,8 +50,8 @@ _NOT_IN_HASH = ("debug", "resume", "output_dir", "wandb", "threads", "run", "loo
 _NOT_OF_A_FIT = ("mode", "entry", "controls", "device", "eval", "vis", "export")
 # Of these a restart takes over what is there.
 RESULT_FILES = (
-    "metrics.jsonl", "history.jsonl", "layers.csv", "layers.png", "scores.csv", "scores.safetensors", "predictions.safetensors",
-    "predictions", "checkpoints", "table.txt",
+    "metrics.jsonl", "history.jsonl", "layers.csv", "layers.png", "learning.png", "scores.csv", "scores.safetensors",
+    "predictions.safetensors", "predictions", "checkpoints", "table.txt",
 )  # fmt: skip
 DATA_MODES = ("check_data", "export_data")  # which know no backbone
 OPENING_FILES = {"config.yaml", "run.json", "log.txt", ".lock"}  # of a run that has not computed anything yet
@@ -158,9 +158,29 @@ class Run:
             series = f"{row['name']}/{row['question']}/{row['subset']}/{row['metric']}"
             steps.setdefault(row["layer_index"], {})[series] = row["value"]
         self.mirror.define_metric("layer_index")
-        self.mirror.define_metric("*", step_metric="layer_index")
+        for series in dict.fromkeys(series for step in steps.values() for series in step):
+            self.mirror.define_metric(series, step_metric="layer_index")
         for index in sorted(steps):
             self.mirror.log({"layer_index": index, **steps[index]})
+
+    def mirror_history(self) -> None:
+        """Send the learning curves to W&B: one step per epoch, a series per fit, mean over what shares variant and layer."""
+        if self.mirror is None:
+            return
+        steps: dict[int, dict[str, float]] = {}
+        for record in read_records(self.dir / "history.jsonl", self.say):
+            if record["kind"] != "epoch":
+                continue
+            for s, (variant, seed) in enumerate(record["fits"]):
+                for i, layer in enumerate(re.findall(r"[\w-]+", record["layer"])):
+                    for loss in ("train_loss", "val_loss"):
+                        if (value := record[loss][s][i]) is not None:
+                            series = f"learning/{record['name']}/{variant}/seed {seed}/layer {layer}/{loss}"
+                            steps.setdefault(record["epoch"], {})[series] = value
+        self.mirror.define_metric("epoch")
+        self.mirror.define_metric("learning/*", step_metric="epoch")
+        for epoch in sorted(steps):
+            self.mirror.log({"epoch": epoch, **steps[epoch]})
 
     def finishing(self) -> None:
         """All results are written: from here to the end of the run Ctrl-C and SIGTERM no longer make it an unfinished one."""

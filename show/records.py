@@ -13,7 +13,7 @@ from torch import Tensor
 from metrics.bootstrap import Estimate, interval, interval_over_seeds, mean_over_seeds, resample
 from runs.records import read_records
 from runs.run import Run
-from tasks import ProbeResult, SubsetResult
+from tasks import FitReport, ProbeResult, SubsetResult
 
 
 class Column(NamedTuple):
@@ -45,6 +45,7 @@ class Resampling(NamedTuple):
 
 VALIDATION = "validation"  # the kind of the records that hold what layers are chosen by
 SUBSET = ("question", "readout", "subset")  # what tells a subset's records from those of the others
+ENDINGS = ("still_falling", "worse_than_constant")  # how a fit should not end
 # Warnings a record carries, from its subset and its numbers.
 Flags = Callable[[SubsetResult, Mapping[str, float]], list[str]]
 
@@ -79,11 +80,13 @@ def records(result: ProbeResult, resampling: Resampling, *, split: str, flags: F
             }  # fmt: skip
             for number, seed in enumerate(result.seeds):
                 metrics = {k: float(e.value[number * n_layers + index]) for k, e in subset.metrics.items()}
-                yield {**common, "seed": seed, "metrics": metrics, **_warned(flags(subset, metrics))}
+                ended = _ended([fit for fit in fits_behind(result, subset, layer) if fit.seed == seed])
+                yield {**common, "seed": seed, **ended, "metrics": metrics, **_warned(flags(subset, metrics))}
             metrics = {key: float(e.value[index]) for key, e in means.items()}
             yield {
                 **common,
                 "seed": "mean",
+                **_ended(fits_behind(result, subset, layer)),
                 "metrics": metrics,
                 **_warned(flags(subset, metrics)),
                 "interval": {key: [float(low[index]), float(high[index])] for key, (low, high) in ends.items()},
@@ -103,6 +106,16 @@ def validation_records(result: ProbeResult, split: str = "val") -> Iterator[dict
                 "layer": layer, "layer_index": index, **dict(zip(SUBSET, subset, strict=True)), "seed": "mean",
                 "metrics": {metric: values[index] for metric, values in metrics.items()},
             }  # fmt: skip
+
+
+def fits_behind(result: ProbeResult, subset: SubsetResult, layer: int | str) -> list[FitReport]:
+    """The fits of a layer, of every seed, that answered a subset."""
+    return [fit for fit in result.fits if fit.layer == layer and subset.variant in ("", fit.variant)]
+
+
+def _ended(fits: Sequence[FitReport]) -> dict[str, bool]:
+    """Whether one of these fits had not converged, or reads less than a constant answer; nothing where nothing was fitted."""
+    return {key: any(getattr(fit, key) for fit in fits) for key in ENDINGS} if fits else {}
 
 
 def _warned(flags: list[str]) -> dict[str, list[str]]:
@@ -141,8 +154,10 @@ def curve_rows(run: Run, results: Sequence[ProbeResult], split: str) -> list[dic
             low, high = map(number, record["interval"])
             ends = {"metric": record["metric"], "value": number(record["value"]), "low": low, "high": high}
             tests = {"over_layer": record["over_layer"], "p": number(record["p"]), "p_holm": number(record["p_holm"])}
-            rows.append({**common, **ends, "chosen": int(record["chosen"]), **tests})
+            endings = dict.fromkeys(ENDINGS, "")
+            rows.append({**common, **endings, **ends, "chosen": int(record["chosen"]), **tests})
             continue
+        common |= {key: bool(record.get(key)) for key in ENDINGS}
         for metric, value in record["metrics"].items():
             low, high = map(number, record["interval"][metric])
             key = (record["name"], str(record["layer"]), *(record[name] for name in SUBSET), metric)

@@ -35,6 +35,8 @@ def note_below(figure: Figure, text: str) -> None:
         lines = [part for line in text.splitlines() for part in textwrap.wrap(line, width)]
         figure.supxlabel("\n".join(lines), fontsize=6.5, color="0.45", x=0.01, ha="left")
 
+FALLING = "v"  # marker of a fit that was still falling when it ended
+
 
 def scale_colors(n: int) -> np.ndarray:
     """The colour scale of every map, viridis, in n steps: [n, 3] uint8."""

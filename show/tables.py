@@ -1,6 +1,6 @@
 """What a reader sees of a run: layers.csv, the layer curve, the table on the terminal."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from runs.conclusion import conclude
 from runs.records import write_table
 from runs.run import Run
 from show.choice import best_layer, chosen, chosen_estimate, gains, objective, regret, write_choices
+from show.convergence import marks, sentences
 from show.per_image import write_scores
 from show.records import Column, Resampling, curve_rows, find
 from show.text import format_table
@@ -31,6 +32,7 @@ def present(
     draw: Callable[[list[dict], Sequence[Column], Path, str], None],
     text: str,
     remedy: str = "",
+    units: Mapping[str, tuple[float, str]] | None = None,
 ) -> dict[str, Any]:
     """Write choices and gains, layers.csv and the scores of every image, draw the layer curve, mirror it, print the table.
 
@@ -40,6 +42,7 @@ def present(
         draw: writes the figure of the scores in layers.csv to a path, with lines that say what it shows and what to doubt.
         text: the table.
         remedy: what helps where images are few.
+        units: of the losses in the learning curves, by part (`show.learning`).
 
     Returns:
         {"objective": the headline score on validation, at the layer chosen there}.
@@ -52,6 +55,7 @@ def present(
     scores = [row for row in rows if row["kind"] == "score"]
     run.mirror_curve(scores)
     warnings = few_images(results[0], columns, remedy)
+    draw_learning(run, units)
     if not figure.exists():  # a finished run that is shown again has its figure
         draw(scores, columns, figure, "\n".join([about(run, results[0]), *warnings]))
     value = objective(results[0], columns[0], split)
@@ -75,6 +79,15 @@ def few_images(probe: ProbeResult, columns: Sequence[Column], remedy: str) -> li
     return [f"warning: {sentence}" for sentence in sentences]
 
 
+def draw_learning(run: Run, units: Mapping[str, tuple[float, str]] | None) -> None:
+    """Draw and mirror the learning curves of every fit of the run."""
+    if (run.dir / "history.jsonl").exists() and not (run.dir / "learning.png").exists():
+        from show.learning import write_learning_curves  # here: no fit waits for matplotlib
+
+        run.mirror_history()
+        write_learning_curves(run.dir, units)
+
+
 def table(results: Sequence[ProbeResult], columns: Sequence[Column], resampling: Resampling) -> str:
     """The layers of the probe, its chosen layer, then every control at its chosen layer and what the probe has over it.
 
@@ -83,18 +96,22 @@ def table(results: Sequence[ProbeResult], columns: Sequence[Column], resampling:
     """
     probe, counts = results[0], resampling.counts(results[0])
     header = ["layer", *(column.title for column in columns)]
-    body = [[str(layer), *(_cell(probe, c, i, counts) for c in columns)] for i, layer in enumerate(probe.layers)]
+    body = [
+        [f"{layer} {marks(probe, layer)}".strip(), *(_cell(probe, c, i, counts) for c in columns)]
+        for i, layer in enumerate(probe.layers)
+    ]
     if len(probe.layers) > 1:
         body.append(["chosen on val", *(_chosen_cell(probe, column, counts) for column in columns)])
         body.append(["  regret", *(_regret_cell(probe, column, counts) for column in columns)])
     for control in results[1:]:
-        body.append([control.name, *(_chosen_cell(control, column, counts) for column in columns)])
+        label = f"{control.name} {marks(control)}".strip()
+        body.append([label, *(_chosen_cell(control, column, counts) for column in columns)])
         body.append(["  probe gains", *(_gain_cell(probe, control, column, counts) for column in columns)])
     lines = [format_table(header, body), basis(probe)]
     if any(DOUBT in cell for row in body for cell in row):
         among = f", corrected over {len(probe.layers)} layers (Holm)" if len(probe.layers) > 1 else ""
         lines.append(f"{DOUBT} may be chance: p of the paired bootstrap, two-sided{among}, is not below {LEVEL:g}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *sentences(results)])
 
 
 def _cell(result: ProbeResult, column: Column, index: int, counts: Tensor) -> str:

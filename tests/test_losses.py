@@ -111,6 +111,19 @@ def test_identity_loss_is_per_fit_and_ignores_invalid_tokens() -> None:
     )
 
 
+def test_a_query_without_an_object_pays_for_a_mask_that_is_not_empty() -> None:
+    logits = torch.randn(1, 1, 1, 6, 4)
+    identity, valid = torch.tensor([[1, 1, 2, 0, 0, 2]]), torch.tensor([[True, True, True, True, False, True]])
+    bce, dice = matching_costs(logits, object_masks(identity, valid)[0], valid)
+    cost = 5 * (bce + dice)[0, 0, 0]  # [Q, K]
+    empty = 0.1 * 5 * torch.nn.functional.softplus(logits[0, 0, 0, valid[0]]).mean(0)  # [Q]
+    best = min(
+        float(cost[a, 0] + cost[b, 1] + sum(empty[q] for q in range(4) if q not in (a, b)))
+        for a in range(4) for b in range(4) if a != b
+    )  # fmt: skip
+    assert float(identity_loss(logits, identity, valid=valid, unmatched_weight=0.1)) == pytest.approx(best / 2, rel=1e-5)
+
+
 def test_identity_loss_with_more_objects_than_queries() -> None:
     logits = torch.randn(1, 1, 1, 6, 2)
     identity = torch.arange(1, 7)[None]

@@ -98,7 +98,7 @@ def test_values_of_the_right_kind_pass(composed: DictConfig, key: str, value: ob
     ("override", "said"),
     [
         ("+unknown=1", r"\+unknown=1 adds an option that nothing reads; valid keys at the top: .*cache, "),
-        ("+trainer.foo=1", r"\+trainer.foo=1 adds an option that nothing reads; valid keys of trainer: batch_images, "),
+        ("+trainer.foo=1", r"\+trainer.foo=1 adds an option that nothing reads; valid keys of trainer: averaging, "),
         ("++probe.foo=1", r"nothing reads; valid keys of probe"),
         ("+trainer.max_gb=1", r"^trainer.max_gb is called trainer.stack_gb now; write trainer.stack_gb=… instead$"),
         ("~wandb", r"~wandb takes an option away, and all of them are needed"),

@@ -10,13 +10,14 @@ from omegaconf import DictConfig
 from samples import planted_sample
 
 import trainer
-from controls import Subject
+from controls import Subject, constant_loss
 from errors import UserError
 from pairs.task import check_samples, task_maker
 from probes import load_probe
 from runs.records import read_records
 from runs.run import Run, checkpoint_files
 from runs.signals import Stopped
+from show.convergence import sentences
 from show.records import Resampling, records
 from tasks import Task, read_seeds
 
@@ -59,6 +60,80 @@ def test_a_fit_in_a_stack_is_the_fit_alone(tmp_path: Path, overrides: list[str])
         torch.testing.assert_close(other[variants, 1], value[0, 0], atol=1e-6, rtol=0)
 
 
+def test_a_fit_is_stopped_alone_where_it_is_stopped_in_a_stack(tmp_path: Path) -> None:
+    """The signal of the second layer is soon learnt, the noise of the first one goes on changing."""
+    knobs = [f"trainer.{knob}" for knob in ("epochs=12", "patience=1", "lr=0.1", "batch_images=24")]
+    knobs.append("protocol.pairs.fit=[all]")
+    _, _, (stacked,), run = fit_planted(configure("trainer.seeds=[0,1]", *knobs), tmp_path / "stack")
+    epochs = torch.tensor(stacked.facts["epochs"])  # [S, L]
+    assert (epochs[:, 1] < epochs[:, 0]).all()
+    for i, layer in enumerate(("embed", 0)):
+        _, _, (alone,), its = fit_planted(configure("trainer.seeds=[1]", *knobs), tmp_path / f"alone{i}", layers=(layer,))
+        assert alone.facts["epochs"] == [[int(epochs[1, i])]] == [[len(epoch_records(its))]]
+        for which in ("best", "last"):
+            one, of_stack = (load_probe(checkpoint_files(r.dir, "probe", which)[0]) for r in (its, run))
+            for name, value in one.named_parameters():
+                torch.testing.assert_close(dict(of_stack.named_parameters())[name][1, i], value[0, 0], atol=1e-6, rtol=0)
+    stopped_at = int(epochs[0, 1])
+    curve = [record["val_loss"][0][1] for record in epoch_records(run)]
+    assert all(value is not None for value in curve[:stopped_at]) and curve[stopped_at:] == [None] * (len(curve) - stopped_at)
+
+
+def epoch_records(run: Run) -> list[dict]:
+    return [record for record in read_records(run.dir / "history.jsonl") if record["kind"] == "epoch"]
+
+
+@pytest.mark.parametrize("task", ["train", "train_class", "train_identity"])
+def test_the_constant_answer_is_the_best_one_and_noise_is_not_read_better(tmp_path: Path, task: str) -> None:
+    cfg = configure(f"mode={task}", "trainer.seeds=2")
+    task, subject, (probe,), _ = fit_planted(cfg, tmp_path)
+    options = trainer.FitOptions.read(cfg)
+    constant = constant_loss(task, subject.samples, options.batch_images)
+    assert constant.shape == (len(task.fits()),)
+    on_train = {**subject.samples, "val": subject.samples["train"]}
+    at = lambda shift: constant_loss(moved(task, shift), on_train, options.batch_images)
+    if cfg.mode != "train_identity":  # whose dice part has its optimum elsewhere, and whose matching makes use of noise
+        assert (at(0.0) < at(0.2)).all() and (at(0.0) < at(-0.2)).all()
+        assert (torch.tensor(probe.facts["val_loss"])[:, 0] > constant - 0.02).all()  # the noise of the first layer
+
+
+def moved(task: Task, shift: float) -> Task:
+    """The same task with another constant answer: its first output moved."""
+    best = task.constant
+    other = type(task).__new__(type(task))
+    other.__dict__.update(task.__dict__)
+
+    def constant(train):
+        values = best(train).clone()
+        values[(slice(None), *[0] * (values.ndim - 1))] += shift
+        return values
+
+    other.constant = constant
+    return other
+
+
+def test_a_learning_rate_without_sense_is_flagged_in_every_record(tmp_path: Path) -> None:
+    cfg = configure("trainer.lr=1e9", "trainer.epochs=2", "probe.mode=linear", "trainer.seeds=1")
+    task, subject, probes, run = fit_planted(cfg, tmp_path)
+    result = trainer.evaluate(task, probes, subject, trainer.FitOptions.read(cfg), split="test")
+    assert all(fit.worse_than_constant for fit in result.fits) and len(result.fits) == 4  # variants x layers
+    assert all(r["worse_than_constant"] for r in records(result, Resampling.read(cfg), split="test"))
+    (sentence,) = [text for text in sentences([result]) if text.startswith("!")]
+    assert "validation: probe all (layer embed, 0), probe foreground (layer embed, 0)" in sentence
+
+
+def test_a_short_fit_is_flagged_and_a_solved_one_is_not(tmp_path: Path) -> None:
+    knobs = ("epochs=5", "lr=2e-3", "averaging=null", "seeds=1", "batch_images=2")
+    cfg = configure(*(f"trainer.{knob}" for knob in knobs))
+    task, subject, probes, _ = fit_planted(cfg, tmp_path / "short")
+    result = trainer.evaluate(task, probes, subject, trainer.FitOptions.read(cfg), split="test")
+    assert [fit.still_falling for fit in result.fits if fit.layer == 0] == [True, True]
+    rows = [r for r in records(result, Resampling.read(cfg), split="test") if r["layer"] == 0]
+    assert all(row["still_falling"] for row in rows)
+    _, _, (solved,), _ = fit_planted(configure("probe.mode=cosine"), tmp_path / "solved")
+    assert not torch.tensor(solved.facts["still_falling"]).any()
+
+
 def test_cutting_the_stack_by_layers_changes_nothing(tmp_path: Path) -> None:
     task, subject, whole, run = fit_planted(configure(), tmp_path / "whole")
     _, _, cut, _ = fit_planted(configure("trainer.stack_gb=1e-9"), tmp_path / "cut")
@@ -75,7 +150,10 @@ class Stop(Exception):
     """Stands for a kill."""
 
 
-@pytest.mark.parametrize("overrides", [[], ["mode=train_identity"], ["trainer.optimizer=adam"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["mode=train_identity"], ["trainer.optimizer=adam", "trainer.averaging=null"], ["trainer.lr=3", "trainer.patience=1"]],
+)
 @pytest.mark.parametrize("killed_in_epoch", [2, 3])
 def test_a_killed_fit_resumes_to_the_same_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], killed_in_epoch: int
@@ -176,7 +254,8 @@ def test_every_fit_keeps_its_own_best_epoch(tmp_path: Path, monkeypatch: pytest.
 def test_offset_and_factor_are_solved_for_and_no_epochs_of_adam_do_better(tmp_path: Path, mode: str) -> None:
     probe_cfg = [f"probe.mode={mode}", "trainer.seeds=2"]
     task, subject, (solved,), run = fit_planted(configure(*probe_cfg), tmp_path / "solved")
-    (record,) = read_records(run.dir / "history.jsonl")
+    record, *ended = read_records(run.dir / "history.jsonl")
+    assert all(fit["kind"] == "fit" and not fit["still_falling"] and fit["epochs"] == 0 for fit in ended) and len(ended) == 8
     assert record["kind"] == "solution" and record["solver"] == "newton" and all(map(all, record["converged"]))
     loaded = load_probe(checkpoint_files(run.dir, "probe", "best")[0])
     assert loaded.facts["solver"] == "newton" and torch.equal(loaded.scale, solved.scale)

@@ -1,12 +1,9 @@
 """Figures of mode=train_binding: a reader can distinguish every line and label."""
 
-import math
-
-import pytest
 import torch
 from matplotlib.figure import Figure
 
-from binding.figures import N_NAMES, draw_examples, draw_layer_curve, draw_training_curves, line_colors
+from binding.figures import N_NAMES, draw_examples, draw_layer_curve
 
 COLUMNS = [("binding", "", "images", "ratio", "binding ratio"), ("binding", "", "images", "loss_Y", "L_Y, bits")]
 
@@ -19,14 +16,6 @@ def curve(names: list[tuple[str, str]], layers: list) -> Figure:
         for name in names for index, layer in enumerate(layers) for metric in ("ratio", "loss_Y")
     ]  # fmt: skip
     return draw_layer_curve(rows, COLUMNS)
-
-
-def history(n_epochs: int, layers: list) -> list[dict]:
-    loss = [[0.5] * len(layers)] * 2  # two seeds
-    return [
-        {"part": code, "layer": str(layers), "epoch": epoch, "train_loss": loss, "val_loss": loss}
-        for code in ("Y", "F") for epoch in range(1, n_epochs + 1)
-    ]  # fmt: skip
 
 
 def test_a_control_has_the_colour_of_its_probe_and_no_interval_hides_another() -> None:
@@ -50,20 +39,6 @@ def test_a_run_of_one_probe_tells_its_controls_from_it() -> None:
 def test_the_last_of_many_layers_has_a_tick() -> None:
     labels = [text.get_text() for text in curve([("probe", "")], ["embed", *range(40)]).axes[0].get_xticklabels()]
     assert "39" in labels and len(labels) <= 14
-
-
-def test_many_layers_keep_colours_of_their_own() -> None:
-    assert len({str(color) for n in (3, 25) for color in line_colors(n)}) == 28
-    figure = draw_training_curves(history(4, ["embed", *range(24)]), {"Y": 9, "F": 6})
-    drawn = {str(line.get_color()) for line in figure.axes[0].lines}
-    assert len(drawn) == 25 and len(figure.legends[0].get_texts()) == 25
-
-
-def test_a_single_epoch_is_visible_and_losses_are_bits() -> None:
-    (axes, _) = draw_training_curves(history(1, [3]), {"Y": 9, "F": 6}).axes
-    assert all(line.get_marker() == "o" for line in axes.lines) and "bits" in axes.get_ylabel()
-    for line in axes.lines:
-        assert line.get_ydata() == pytest.approx([0.5 * 9 / math.log(2)])
 
 
 def test_examples_stay_readable_where_a_code_has_hundreds_of_bits() -> None:
