@@ -291,13 +291,12 @@ def fit(probe: Probe, task: Task, subject: Subject, options: FitOptions, run: Ru
             if stopping():
                 break
     weights.restore(weights.average)
-    facts = _fitted_on(train, identity)
-    probe.save(checkpoint_path(run.dir, name, f"last.{number:02d}"), **facts)
-    weights.restore(weights.best)
     epochs = (progress.curve == progress.curve).sum(0)  # [S, L]
     verdict = judge(progress.curve, constant_loss(task, subject.samples, options.batch_images))
-    probe.facts = facts | ending(verdict, epochs, progress.best_epoch, progress.best)
+    probe.facts = _fitted_on(train, identity) | ending(verdict, epochs, progress.best_epoch, progress.best)
     _write_endings(run, task, probe, subject)
+    probe.save(checkpoint_path(run.dir, name, f"last.{number:02d}"), **probe.facts)
+    weights.restore(weights.best)
     probe.save(checkpoint_path(run.dir, name, f"best.{number:02d}"), **probe.facts)
     return probe
 

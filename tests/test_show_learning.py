@@ -57,8 +57,8 @@ def test_variants_have_panels_of_their_own_and_losses_their_unit() -> None:
 
 def test_bad_endings_have_a_mark_and_a_sentence_with_the_epochs_that_would_do() -> None:
     fits = [report(0), report(3, still_falling=True, epochs_needed=11), report(7, still_falling=True, epochs_needed=17)]
-    probe = ProbeResult("probe", "", "probe", [0, 3, 7], [0], [], fits)
-    random = ProbeResult("probe", "random", "random", [0], [0], [], [report(0, worse_than_constant=True)])
+    probe = ProbeResult("probe", "", "probe", [0, 3, 7], [0], [], fits=fits)
+    random = ProbeResult("probe", "random", "random", [0], [0], [], fits=[report(0, worse_than_constant=True)])
     assert [marks(probe, layer) for layer in (0, 3, 7)] == ["", "↓", "↓"] and marks(random) == "!"
     falling, worse = sentences([probe, random])
     assert "probe (layer 3, 7)" in falling and "about 17 epochs would do (trainer.epochs=17)" in falling
@@ -68,5 +68,5 @@ def test_bad_endings_have_a_mark_and_a_sentence_with_the_epochs_that_would_do() 
 
 def test_a_fit_too_short_to_judge_gets_no_number_of_epochs() -> None:
     fits = [report(0, still_falling=True, epochs_needed=0, epochs=2)]
-    (sentence,) = sentences([ProbeResult("probe", "", "probe", [0], [0], [], fits)])
+    (sentence,) = sentences([ProbeResult("probe", "", "probe", [0], [0], [], fits=fits)])
     assert "too few epochs" in sentence and "trainer.epochs=8" in sentence
