@@ -16,6 +16,11 @@ from torch.nn import functional as F
 PAIR_SETS = ("upper", "upper_diagonal", "all")
 
 
+def log_odds(positive: Tensor, counted: Tensor) -> Tensor:
+    """Log-odds float32 of base rates; half a case is added on both sides, so that they are finite."""
+    return ((positive + 0.5) / (counted - positive + 0.5)).log().float()
+
+
 def pair_mask(n_tokens: int, pairs: str, device: torch.device | None = None) -> Tensor:
     """Which ordered pairs (i, j) count, bool [T, T]: "upper" i < j, "upper_diagonal" i <= j, "all" every one."""
     if pairs not in PAIR_SETS:

@@ -27,7 +27,7 @@ from pairs import newton
 from pairs.collector import PairCollector
 from pairs.folds import deal, pool, probe_folds, take
 from pairs.form_loss import form_bce, pair_terms
-from pairs.losses import agreement, class_loss, identity_loss, object_masks, pair_bce, pair_mask
+from pairs.losses import agreement, class_loss, identity_loss, log_odds, object_masks, pair_bce, pair_mask
 from pairs.newton import PairBatch
 from pairs.scores import upper_pairs
 from probes import PROBES, Probe, Projections, build_probe
@@ -43,11 +43,6 @@ from tasks import Batch, Collector, ProbeResult, Task, check_rank, check_stack, 
 ACCURACIES = {"upper": "accuracy", "upper_diagonal": "accuracy_upper_diagonal", "all": "accuracy_all"}
 VARIANTS = ("all", "foreground")
 CONSTANT_BATCH = 64  # images whose pairs are counted at once
-
-
-def log_odds(positive: Tensor, counted: Tensor) -> Tensor:
-    """Log-odds float32 of base rates; half a case is added on both sides, so that they are finite."""
-    return ((positive + 0.5) / (counted - positive + 0.5)).log().float()
 
 
 class PairTask(Task):
