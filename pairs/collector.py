@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from activation import PatchSample
+from errors import UserError
 from metrics.bootstrap import ratio_estimate
 from pairs.scores import PairScores, PairStrata, pair_strata
 from tasks import Batch, SubsetResult, visited_tokens
@@ -90,3 +91,23 @@ def _strata(question: str, labels: dict[str, Tensor], place: Tensor) -> PairStra
     if question == "same_class":
         return pair_strata(labels["class"], None, labels["class_valid"], place)
     return pair_strata(labels["identity"], labels.get("class"), labels["identity_valid"], place)
+
+
+def check_pairs(split: str, identity: Tensor, valid: Tensor) -> None:
+    """Refuse a split without two patches of one object, or without two of different ones in one image.
+
+    Args:
+        identity, valid: [M, T].
+    """
+    low = torch.where(valid, identity, identity.max() + 1).amin(1)
+    high = torch.where(valid, identity, -1).amax(1)
+    differ = bool((low < high).any())
+    # Two patches of one identity: fewer distinct identities than valid patches in some image.
+    ordered = torch.where(valid, identity, -1 - torch.arange(identity.shape[1])).sort(1).values
+    agree = bool((ordered[:, 1:] == ordered[:, :-1]).any())
+    if not (differ and agree):
+        raise UserError(
+            f"split {split} has no usable pair: {len(identity)} images, "
+            f"{'no' if not agree else 'some'} pair of one object and {'no' if not differ else 'some'} pair of two; "
+            "check the labels with mode=check_data, or take more images or patches"
+        )

@@ -24,7 +24,7 @@ from errors import UserError
 from machine import free_memory
 from metrics.sample_size import FOLDS
 from pairs import newton
-from pairs.collector import PairCollector
+from pairs.collector import PairCollector, check_pairs
 from pairs.folds import deal, pool, probe_folds, take
 from pairs.form_loss import form_bce, pair_terms
 from pairs.losses import agreement, class_loss, identity_loss, log_odds, object_masks, pair_bce, pair_mask
@@ -299,26 +299,6 @@ def check_samples(samples: Mapping[str, PatchSample], mode: str, task: str) -> N
             raise UserError(f"split {split} carries no class labels; mode={mode} needs class maps")
         if "identity" in labels:
             check_pairs(split, labels["identity"], labels["identity_valid"])
-
-
-def check_pairs(split: str, identity: Tensor, valid: Tensor) -> None:
-    """Refuse a split without two patches of one object, or without two of different ones in one image.
-
-    Args:
-        identity, valid: [M, T].
-    """
-    low = torch.where(valid, identity, identity.max() + 1).amin(1)
-    high = torch.where(valid, identity, -1).amax(1)
-    differ = bool((low < high).any())
-    # Two patches of one identity: fewer distinct identities than valid patches in some image.
-    ordered = torch.where(valid, identity, -1 - torch.arange(identity.shape[1])).sort(1).values
-    agree = bool((ordered[:, 1:] == ordered[:, :-1]).any())
-    if not (differ and agree):
-        raise UserError(
-            f"split {split} has no usable pair: {len(identity)} images, "
-            f"{'no' if not agree else 'some'} pair of one object and {'no' if not differ else 'some'} pair of two; "
-            "check the labels with mode=check_data, or take more images or patches"
-        )
 
 
 def check(cfg: DictConfig) -> None:
