@@ -7,6 +7,7 @@
     class_oracle     nothing is fitted: two patches are "the same object" when their true classes agree
     cosine           cosine similarity of the tokens, only a threshold is fitted
     dot_product      dot product of the tokens, only a threshold is fitted
+    shuffled         a control task, no rival: the probe on identities shuffled between objects; its gain is the selectivity
 
 The majority rate is part of every subset's numbers. A control is fitted, selected and scored by the code that handles
 the probe, on the same images and patches. Adding one: a function and one line in CONTROLS.
@@ -25,7 +26,7 @@ from backbones.module import has_random_weights
 from errors import UserError
 from forms import FitAxes, Probe
 from probes import PROBES, Pairwise
-from tasks import Task
+from tasks import CONTROL_TASK, Task
 
 PROBE_ROW = "probe"  # the row of a run that has one
 
@@ -250,6 +251,42 @@ def dot_product(opened: Opened) -> Subject | None:
     return _similarity("dot_product", opened)
 
 
+def shuffled(opened: Opened) -> Subject | None:
+    """A control task (Hewitt and Liang, EMNLP 2019): the probe fitted and scored on identities that mean nothing.
+
+    What the probe gains over it is its selectivity: what it owes to the tokens, not to its own freedom. One more fit of the
+    stack would pass over the data once for both; as a control it is fitted with one seed, scored and shown like all others.
+    None where no identities are asked about.
+    """
+    if opened.cfg.task not in ("pairwise", "identity") or any("identity" not in s.labels for s in opened.samples.values()):
+        return None
+    changed = {}
+    for split, sample in opened.samples.items():
+        identity = shuffle_identities(sample.labels["identity"], sample.labels.get("class"), sample.labels["identity_valid"])
+        meta = {**sample.meta, "index": f"{sample.meta.get('index')}, identities shuffled"}
+        changed[split] = sample._replace(labels={**sample.labels, "identity": identity}, meta=meta)
+    return opened.subject(CONTROL_TASK, changed)
+
+
+def shuffle_identities(identity: Tensor, class_: Tensor | None, valid: Tensor) -> Tensor:
+    """Identities [M, T] shuffled inside every image between the patches on objects of one class; the draw is fixed.
+
+    Every image keeps its number of pairs of every kind, and class says as much as before: what is lost is which of the objects
+    of a class a patch belongs to, and that patches of one object lie together.
+
+    Args:
+        identity: int64, 0 is background. class_: int64; None: all objects are of one class. valid: bool.
+    """
+    n_tokens, generator = identity.shape[1], torch.Generator().manual_seed(NOTHING_RANDOM[0])
+    place = torch.arange(n_tokens).expand_as(identity)
+    class_ = torch.zeros_like(identity) if class_ is None else class_
+    # Patches that keep their identity have a group of their own, behind those of the classes.
+    group = torch.where(valid & (identity > 0), class_, int(class_.max()) + 1 + place)
+    drawn = torch.rand(identity.shape, generator=generator, dtype=torch.float64)
+    receives, gives = group.argsort(dim=1, stable=True), (group + drawn).argsort(1)
+    return torch.empty_like(identity).scatter_(1, receives, identity.gather(1, gives))
+
+
 CONTROLS: dict[str, Callable[[Opened], Subject | None]] = {
     "position": position,
     "pixels": pixels,
@@ -258,6 +295,7 @@ CONTROLS: dict[str, Callable[[Opened], Subject | None]] = {
     "class_oracle": class_oracle,
     "cosine": cosine,
     "dot_product": dot_product,
+    CONTROL_TASK: shuffled,
 }
 
 

@@ -26,6 +26,8 @@ from probes import PROBES, Probe, options_of
 
 # Evaluation draws the tokens of a visit with this seed, so that every probe, layer and epoch is judged on the same ones.
 VISIT_SEED = 0
+# The control that is a task of its own: no rival explanation of a score, so no claim waits for it.
+CONTROL_TASK = "shuffled"
 
 
 class Fit(NamedTuple):

@@ -11,7 +11,6 @@ from metrics.bootstrap import ratio_estimate
 from pairs.scores import PairScores, PairStrata, pair_strata
 from tasks import Batch, SubsetResult, visited_tokens
 
-SUBSETS = ("all", "foreground", "same_class", "same_class_matched")
 LABEL_OF = {"is_same_object": "identity", "same_class": "class"}  # the label that answers a question
 
 
@@ -60,9 +59,9 @@ class PairCollector:
 
     def _subsets(self, question: str, variant: str) -> list[str]:
         """The subsets scored with a variant: where a fit saw pairs on objects alone, it scores those inside the foreground."""
-        names = list(SUBSETS)
+        names = list(self.task.subsets)
         if len(self.task.variants) > 1:
-            names = names[1:] if variant == "foreground" else names[:1]
+            names = [name for name in names if (name == "all") == (variant != "foreground")]
         if question == "same_class":  # the subsets inside a class are empty by construction
             names = [name for name in names if not name.startswith("same_class")]
         return names

@@ -22,6 +22,7 @@ LINES = {
     "class_oracle": ("true class", GREY, "--"),
     "cosine": ("cosine", ORANGE, ":"),
     "dot_product": ("dot product", SKY, ":"),
+    "shuffled": ("shuffled identities", "black", ":"),
 }
 
 

@@ -12,6 +12,7 @@ from metrics.bootstrap import Estimate, ratio_estimate
 
 KINDS = ("background", "class_unknown", "different_class", "same_class_different_object", "same_class_same_object")
 INVALID = 255
+SUBSETS = ("all", "foreground", "same_class", "same_class_matched")
 BLOCKS = {"all": 0, "foreground": 1, "same_class": 3}  # the lowest kind of each block: blocks are nested
 DISTANCE_EDGES = (1.5, 2.5, 4.5, 8.5, 16.5)  # patches
 
@@ -156,9 +157,7 @@ class PairScores:
         self.diagonal[:, images] = torch.einsum("fbt,kbt->fbk", itself.float(), self_members.float())
         self.seen[images] = True
 
-    def evaluate(
-        self, names: Collection[str] = ("all", "foreground", "same_class", "same_class_matched"), *, detail: bool = True
-    ) -> dict[str, Block]:
+    def evaluate(self, names: Collection[str] = SUBSETS, *, detail: bool = True) -> dict[str, Block]:
         """Score blocks of pairs, by default every one; "same_class_matched" needs positions.
 
         detail: also by distance and per image.

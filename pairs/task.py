@@ -29,7 +29,7 @@ from pairs.folds import deal, pool, probe_folds, take
 from pairs.form_loss import form_bce, pair_terms
 from pairs.losses import agreement, class_loss, identity_loss, log_odds, object_masks, pair_bce, pair_mask
 from pairs.newton import PairBatch
-from pairs.scores import upper_pairs
+from pairs.scores import SUBSETS, upper_pairs
 from probes import PROBES, Probe, Projections, build_probe
 from runs.conclusion import concluded
 from runs.progress import stage, stages
@@ -49,6 +49,7 @@ class PairTask(Task):
     """What tasks share that are scored on pairs of patches."""
 
     labels = ("identity", "identity_valid")
+    subsets: tuple[str, ...] = SUBSETS  # of pairs, that are scored
     questions = ("is_same_object", "same_class")  # asked where the data have the label (`collector.LABEL_OF`)
 
     def build_probe(self, probe_cfg: Mapping[str, Any], sample: PatchSample, layers: Sequence) -> Probe:

@@ -12,11 +12,12 @@ from runs.conclusion import conclude
 from runs.records import write_table
 from runs.run import Run
 from show.choice import best_layer, chosen, chosen_estimate, gains, objective, regret, write_choices
+from show.claims import above_every_control
 from show.convergence import marks, sentences
 from show.per_image import write_scores
 from show.records import Column, Resampling, curve_rows, find
 from show.text import format_table
-from tasks import ProbeResult
+from tasks import CONTROL_TASK, ProbeResult
 
 LEVEL = 0.05  # gains whose corrected p-value is not below it are marked
 DOUBT = "°"
@@ -92,7 +93,8 @@ def table(results: Sequence[ProbeResult], columns: Sequence[Column], resampling:
     """The layers of the probe, its chosen layer, then every control at its chosen layer and what the probe has over it.
 
     Layers are chosen on validation, of every column by itself. The regret is the score of the best layer of the scored split
-    minus that of the chosen one. A gain is the probe's chosen layer minus the control's, paired over images.
+    minus that of the chosen one. A gain is the probe's chosen layer minus the control's, paired over images. The last row is
+    the claim of each column: every gain's interval lies above 0 (how often this errs: `mode=calibrate`).
     """
     probe, counts = results[0], resampling.counts(results[0])
     header = ["layer", *(column.title for column in columns)]
@@ -107,6 +109,8 @@ def table(results: Sequence[ProbeResult], columns: Sequence[Column], resampling:
         label = f"{control.name} {marks(control)}".strip()
         body.append([label, *(_chosen_cell(control, column, counts) for column in columns)])
         body.append(["  probe gains", *(_gain_cell(probe, control, column, counts) for column in columns)])
+    if len(results) > 1:
+        body.append(["above every control", *(_claim_cell(results, column, counts) for column in columns)])
     lines = [format_table(header, body), basis(probe)]
     if any(DOUBT in cell for row in body for cell in row):
         among = f", corrected over {len(probe.layers)} layers (Holm)" if len(probe.layers) > 1 else ""
@@ -140,6 +144,14 @@ def _gain_cell(probe: ProbeResult, control: ProbeResult, column: Column, counts:
     index = best_layer(probe, column)
     p = found.p_chosen if index is None else float(found.p_holm[index])  # folds choose a layer each: nothing to correct
     return _number(*found.chosen, sign="+") + ("" if p < LEVEL else f" {DOUBT}")
+
+
+def _claim_cell(results: Sequence[ProbeResult], column: Column, counts: Tensor) -> str:
+    """Whether the probe is above every control that rivals it in a column (`show.claims`); the control task is no rival."""
+    rivals = [control for control in results[1:] if control.control != CONTROL_TASK]
+    of_controls = [gains(results[0], control, column, counts) for control in rivals]
+    ends = [found.chosen for found in of_controls if found is not None]
+    return ("yes" if above_every_control(ends) else "no") if ends else "–"
 
 
 def _regret_cell(result: ProbeResult, column: Column, counts: Tensor) -> str:

@@ -31,6 +31,7 @@ ROOT_IMPORTS = {
 DYNAMIC = {"main.py", "tasks.py", "datasets/scene.py", "backbones/module.py"}
 DRAWS = {"show/style.py", "show/look.py", "pairs/layer_curve.py", "pairs/map_figures.py", "binding/figures.py"}
 DRAWS |= {"show/across_figures.py", "show/learning.py", "neco/figures.py", "dense/figures.py", "analysis/figures.py"}
+DRAWS |= {"pairs/calibrate_figure.py"}
 LONGEST = 450
 SOURCES = [ROOT / f"{name}.py" for name in sorted(MODULES)]
 SOURCES += sorted(path for room in ROOMS for path in (ROOT / room).glob("*.py"))

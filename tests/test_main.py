@@ -51,7 +51,7 @@ def test_every_mode_composes_and_names_an_entry(path: Path) -> None:
 def test_the_default_run_leaves_records_curve_checkpoints_and_provenance(trained: Finished) -> None:
     records = trained.records()
     # The backbone is random already, so there is no control of that name.
-    controls = {"position", "pixels", "pixels_position", "class_oracle", "cosine", "dot_product"}
+    controls = {"position", "pixels", "pixels_position", "class_oracle", "cosine", "dot_product", "shuffled"}
     assert {r["name"] for r in records} == {"probe"} | controls
     assert {r["kind"] for r in records} == {"score", "validation", "choice", "gain"}
     assert {(r["protocol"], r["model"], r["dataset"], r["probe"]) for r in records} == {

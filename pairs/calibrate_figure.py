@@ -1,0 +1,64 @@
+"""The figure of mode=calibrate: claims against the planted effect, and how many intervals cover the truth."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from files import write_atomically
+from pairs.calibrate import CLAIM, wilson
+from show.style import BLUE, GREY, ORANGE, RED, STYLE, png_bytes
+
+
+def draw_calibration(summary: Sequence[Mapping[str, Any]]) -> Figure:
+    """Two panels: rate of claims by effect, cover of intervals by effect, with 95 % intervals of these rates.
+
+    Args:
+        summary: lines of `calibrate.summarise`.
+    """
+    lines = [line for line in summary if line["subset"] == CLAIM]
+    effect = np.array([line["effect"] for line in lines])
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.4, 3.5), layout="constrained")
+        claims, cover = figure.subplots(1, 2)
+        _draw_rates(claims, effect, [(line["claimed"], line["worlds"]) for line in lines], BLUE, "o", "-", "planted")
+        null = [i for i, line in enumerate(lines) if line["strength"] == 0]
+        _draw_rates(
+            claims, effect[null], [(lines[i]["claimed"], lines[i]["worlds"]) for i in null], RED, "s", "", "null worlds"
+        )
+        for level, text in ((0.05, "5 %"), (0.95, "95 %")):
+            claims.axhline(level, color="black", ls=(0, (1, 3)), lw=0.9)
+            claims.annotate(text, (1.0, level), xycoords=("axes fraction", "data"), xytext=(3, -3), textcoords="offset points")
+        claims.axvline(0.03, color=GREY, ls=":", lw=0.9)
+        claims.set(ylim=(-0.03, 1.03), ylabel="worlds with the claim", xlabel="true gain over the best control (AUROC)")
+        claims.set_title("IsSameObject above every control", loc="left", fontweight="bold")
+        claims.legend(frameon=False, loc="center right", fontsize=8)
+        shift = 0.006 * np.ptp(effect) if len(effect) > 1 else 0.0
+        for name, color, marker, side in (("scores", BLUE, "o", -1), ("gains", ORANGE, "D", 1)):
+            hits = [(line[f"{name}_covered"], line[name]) for line in lines]
+            _draw_rates(cover, effect + side * shift, hits, color, marker, "", f"of {name}")
+        cover.axhline(0.95, color="black", ls=(0, (1, 3)), lw=0.9)
+        cover.axhspan(0.93, 0.97, color="0.92", zorder=0)
+        cover.set(ylim=(0.85, 1.0), ylabel="intervals that cover the truth", xlabel="true gain over the best control (AUROC)")
+        cover.set_title("95 % intervals", loc="left", fontweight="bold")
+        cover.legend(frameon=False, loc="lower right", fontsize=8)
+    return figure
+
+
+def _draw_rates(
+    axes: Any, x: np.ndarray, hits: Sequence[tuple[int, int]], color: str, marker: str, line: str, label: str
+) -> None:
+    """Rates with their intervals."""
+    rates = np.array([h / n for h, n in hits])
+    ends = np.array([wilson(h, n) for h, n in hits]).T
+    axes.errorbar(
+        x, rates, np.abs(ends - rates), color=color, marker=marker, ls=line or "none", ms=5, lw=1.3, capsize=2.5, label=label
+    )
+
+
+def write_calibration(summary: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the figure into a PNG file."""
+    write_atomically(path, png_bytes(draw_calibration(summary)))
