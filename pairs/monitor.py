@@ -87,7 +87,7 @@ class Monitor:
         self.options = trainer.FitOptions(
             epochs=1, batch_images=min(8, len(images) // 2), optimizer=fit.optimizer, lr=float(fit.lr),
             weight_decay=float(fit.weight_decay), schedule=fit.schedule, step_size=1, gamma=1.0, stack_gb=float(fit.stack_gb),
-            checkpoint_seconds=60.0, seed=0, device=torch.device("cpu"),
+            checkpoint_seconds=60.0, seed=0, device=torch.device("cpu"), patience=None, averaging=None, beta2=float(fit.beta2),
         )  # fmt: skip
         handle = hand_over(_halves(collect(images, identity_maps, class_maps, splits=_alternating(len(images)))))
         self._parts = {split: _Part(handle, split, self.protocol, self.facts) for split in ("train", "test")}
