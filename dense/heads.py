@@ -122,19 +122,21 @@ def add_patch_gradients(heads: Heads, x: Tensor, shares: Tensor, count: Tensor, 
     weight, offset = heads.joined()
     slopes = torch.zeros_like(weight), torch.zeros_like(offset)
     low, small = weight.to(dtype), offset.to(dtype)
-    n_layers, tokens, wanted = len(x), x.flatten(1, 3), shares.flatten(0, 2) / count  # [L, n, D], [n, C]
-    known = wanted.sum(-1)
+    n_layers, tokens, wanted = len(x), x.flatten(1, 3), shares.flatten(0, 2)  # [L, n, D], [n, C]
+    known = wanted.sum(-1)  # a patch weighs what is labelled of it: on the D channels of its token, not on all logits
+    wanted, known = wanted / known.clamp_min(1e-9)[:, None], known / count
     for rows in torch.arange(tokens.shape[1]).split(ROWS):
         here = slice(int(rows[0]), int(rows[-1]) + 1)
-        part = tokens[:, here].to(dtype)  # [L, r, D]
-        logits = torch.baddbmm(small[:, None], part, low).float()
-        slope = logits.view(n_layers, -1, heads.n_recipes * heads.n_seeds, heads.n_classes).softmax(-1)
-        slope = slope.mul_(known[here, None, None]).sub_(wanted[here, None]).flatten(2)  # [L, r, R S C]
-        slopes[1].add_(slope.sum(1))
+        part, mass = tokens[:, here], known[here]  # [L, r, D], [r]
+        logits = torch.baddbmm(small[:, None], part.to(dtype), low).float()
+        slope = logits.view(n_layers, len(mass), -1, heads.n_classes).softmax(-1)
+        slope = slope.sub_(wanted[here, None]).flatten(2)  # [L, r, R S C]
+        slopes[1].add_(mass @ slope)
+        part = (part * mass[:, None]).mT
         if dtype == torch.float32:
-            slopes[0].baddbmm_(part.mT, slope)
+            slopes[0].baddbmm_(part, slope)
         else:
-            slopes[0].add_(torch.bmm(part.mT, slope.to(dtype)))
+            slopes[0].add_(torch.bmm(part.to(dtype), slope.to(dtype)))
     heads.add_gradients(*slopes)
     return bool(torch.isfinite(slopes[0]).all() & torch.isfinite(slopes[1]).all())
 

@@ -11,7 +11,7 @@
                   (tokens scaled up to 100 x 100, then the convolution)
 
 What is compared is timed in turn, round after round, and ratios are medians over rounds: a busy machine slows all sides
-alike. Times hold for the machine that is printed.
+alike. With --threads 1 processor time is counted, which other programs change little. Times hold for the machine printed.
 """
 
 import argparse
@@ -61,12 +61,13 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def interleave(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of every call in every round, one after the other; the first round is thrown away."""
     times: dict[str, list[float]] = {name: [] for name in calls}
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     for number in range(rounds + 1):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             call()
             if number:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return times
 
 
