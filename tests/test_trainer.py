@@ -326,7 +326,10 @@ def test_a_probe_that_does_not_fit_the_task_is_refused(overrides: list[str], sai
         make_task(cfg)
 
 
-@pytest.mark.parametrize(("schedule", "expected"), [("constant", 1.0), ("linear", 0.5), ("cosine", 0.5), ("step", 0.04)])
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("constant", 1.0), ("inverse_sqrt", 3.5**-0.5), ("linear", 0.5), ("cosine", 0.5), ("step", 0.04)],
+)
 def test_schedules_at_half_time(schedule: str, expected: float) -> None:
     knobs = ["epochs=10", "lr=1.0", f"schedule={schedule}", "step_size=2", "gamma=0.2"]
     options = trainer.FitOptions.read(configure(*(f"trainer.{knob}" for knob in knobs)))
