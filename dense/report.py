@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dense.contract import Result, mean_over_seeds
-from metrics.bootstrap import Estimate, difference, interval
+from metrics.bootstrap import Estimate, draws_of, interval, percentiles
 from runs.records import write_table
 from runs.states import load_state, save_state
 from show.text import format_table
@@ -153,10 +153,25 @@ def write_rows(directory: Path, results: Results, classes: Sequence[str], counts
     return rows
 
 
+def write_image_scores(directory: Path, results: Results, keys: Sequence[str]) -> None:
+    """scores.csv: how every image bears on the main metric of each result, mean over seeds (all metrics: checkpoints/dense)."""
+    rows = []
+    for evaluation, subjects in results.items():
+        for subject, found in subjects.items():
+            for result in mean_over_seeds(found):
+                metric = main_metric(result)
+                common = {"evaluation": evaluation, "subject": subject, "layer": result.setting.get("layer", ""),
+                          "setting": label(result.setting), "metric": metric}  # fmt: skip
+                influence = result.metrics[metric].influence.flatten().tolist()
+                rows += [{**common, "image": key, "influence": f"{x:.9g}"} for key, x in zip(keys, influence, strict=True)]
+    write_table(directory / "scores.csv", rows)
+
+
 def table(results: Results, counts: Tensor, references: Sequence[Result]) -> str:
     """A row per evaluation, setting and layer; the backbone, its controls, and what it has over the best of them.
 
-    A control of one layer of its own (pixels, position) stands in every row. The gain is paired over images.
+    A control of one layer of its own (pixels, position) stands in every row. The gain is paired over images, and which control
+    is the best is asked again in every resample.
     """
     controls = list(dict.fromkeys(name for subjects in results.values() for name in subjects if name != BACKBONE))
     header = ["evaluation", "layer", BACKBONE, *controls, "gain over the best"]
@@ -170,10 +185,7 @@ def table(results: Results, counts: Tensor, references: Sequence[Result]) -> str
             ours = result.metrics[metric]
             theirs = {name: _counterpart(result, beside[name], metric) for name in controls}
             known = [e for e in theirs.values() if e is not None and not bool(e.value.isnan())]
-            gain = "–"
-            if known:
-                over = difference(ours, max(known, key=lambda e: float(e.value)))
-                gain = number(over, counts, (-1.0, 1.0), "+")
+            gain = gain_over_best(ours, known, counts) if known else "–"
             cells = ["–" if e is None else number(e, counts) for e in theirs.values()]
             name = f"{evaluation} {label(result.setting)}".replace("_", " ").strip()
             name += "" if metric == "miou" else f" ({metric})"
@@ -184,6 +196,16 @@ def table(results: Results, counts: Tensor, references: Sequence[Result]) -> str
     return "\n".join(lines)
 
 
+def gain_over_best(ours: Estimate, theirs: Sequence[Estimate], counts: Tensor) -> str:
+    """A score minus the best of several, paired over images; the interval takes that maximum inside every resample."""
+    value = float(ours.value) - max(float(e.value) for e in theirs)
+    if value != value:
+        return "–"
+    best = torch.cat([draws_of(e, counts) for e in theirs]).amax(0)  # [n_boot]
+    low, high = percentiles(draws_of(ours, counts) - best, (-1.0, 1.0))
+    return _shown(value, float(low), float(high), "+")
+
+
 def _counterpart(result: Result, others: Sequence[Result], metric: str) -> Estimate | None:
     """The result of a control at the same setting, at the same layer where the control has it."""
     rest = lambda setting: {k: v for k, v in setting.items() if k != "layer"}
@@ -192,11 +214,15 @@ def _counterpart(result: Result, others: Sequence[Result], metric: str) -> Estim
     return here[0].metrics[metric] if here else None
 
 
-def number(estimate: Estimate, counts: Tensor, bounds: tuple[float, float] = (0.0, 1.0), sign: str = "") -> str:
+def number(estimate: Estimate, counts: Tensor) -> str:
     """A score with its 95 % interval over images; a dash where it is undefined."""
     value = float(estimate.value)
     if value != value:
         return "–"
-    low, high = interval(estimate, counts, bounds=bounds)
-    shown = [f"{x:{sign}.3f}".replace("0.", ".", 1) for x in (value, float(low), float(high))]
+    low, high = interval(estimate, counts)
+    return _shown(value, float(low), float(high))
+
+
+def _shown(value: float, low: float, high: float, sign: str = "") -> str:
+    shown = [f"{x:{sign}.3f}".replace("0.", ".", 1) for x in (value, low, high)]
     return f"{shown[0]} [{shown[1]}, {shown[2]}]"

@@ -28,7 +28,7 @@ from dense.foreground import attention_maps
 from dense.live import Augment, live_stream
 from dense.projection import check_clusters, check_components
 from dense.references import ceiling, majority
-from dense.report import BACKBONE, load_results, main_metric, records, save_results, table, write_rows
+from dense.report import BACKBONE, load_results, main_metric, records, save_results, table, write_image_scores, write_rows
 from dense.sliding import check_slide, sliding_windows
 from errors import UserError
 from files import digest, plain
@@ -95,7 +95,8 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     """Run the evaluations of `dense.evaluations` on the backbone and its controls; records, CSV files, figures, the table.
 
     Returns:
-        {"objective": the main metric of the first evaluation at its last setting}.
+        {"objective": the main metric of the first evaluation at its last setting; None where the test split is scored, on
+        which no sweeper may choose: with dense.test_split=val there is one}.
 
     Raises:
         UserError: whatever can be known to fail, before anything is extracted.
@@ -137,6 +138,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     for record in records("reference", "labels", references, test, test_maps.classes, counts):
         run.write(record)
     rows = write_rows(run.dir, results, test_maps.classes, counts)
+    write_image_scores(run.dir, results, opened[BACKBONE]["test"].sample.keys)
     if cfg.dense.figures:
         from dense import figures  # here, so that no result waits for or depends on matplotlib
 
@@ -146,7 +148,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     run.say(f"mIoU unless said; 95 % intervals over images ({n_images}); protocol {cfg.protocol.name}\nresults: {run.dir}")
     say_published(cfg, run, results)
     first = results[names[0]][BACKBONE][-1]
-    return {"objective": float(first.metrics[main_metric(first)].value)}
+    return {"objective": None if test == "test" else float(first.metrics[main_metric(first)].value)}
 
 
 def say_published(cfg: DictConfig, run: Run, results: Mapping[str, Mapping[str, list[Result]]]) -> None:

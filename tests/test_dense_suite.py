@@ -17,6 +17,8 @@ from backbones.load import load_backbone
 from dense import figures, suite
 from dense.contract import LabelMaps
 from dense.features import change_background, dense_config, open_split, seen_windows
+from dense.report import gain_over_best
+from metrics.bootstrap import Estimate, interval, resample
 from show.style import png_bytes
 
 SMALL = [
@@ -58,6 +60,35 @@ def test_every_evaluation_is_in_the_records_with_intervals_and_classes(done):
     linear = next(r for r in means if r["question"] == "linear_seg")
     assert list(linear["iou"])[0] == "background" and len(linear["iou"]) == 9
     assert len({json.dumps([r[k] for k in ("name", "question", "layer", "seed", "subset")]) for r in records}) == len(records)
+
+
+def test_influences_of_images_give_the_intervals_and_no_test_score_goes_to_a_sweeper(done):
+    rows = list(csv.DictReader((done.dir / "scores.csv").open()))
+    keys = ("evaluation", "subject", "layer", "metric")
+    mine = [r for r in rows if tuple(r[k] for k in keys) == ("linear_seg", "backbone", "1", "miou")]
+    record = next(
+        r for r in done.records()
+        if (r["question"], r["name"], r["layer"], r["seed"]) == ("linear_seg", "backbone", 1, "mean")
+    )  # fmt: skip
+    assert len(mine) == 6 and len({r["image"] for r in mine}) == 6
+    influence = torch.tensor([[float(r["influence"]) for r in mine]], dtype=torch.float64)
+    estimate = Estimate(torch.tensor([record["metrics"]["miou"]], dtype=torch.float64), influence)
+    low, high = interval(estimate, resample(6, 20, 0))
+    assert record["interval"]["miou"] == pytest.approx([float(low), float(high)], abs=1e-6)
+    assert done.objective is None
+
+
+def test_the_best_control_is_asked_for_in_every_resample():
+    rng, counts = torch.Generator().manual_seed(0), resample(30, 200, 0)
+    noise = [0.01 * torch.randn(1, 30, generator=rng, dtype=torch.float64) for _ in range(3)]
+    ours, *theirs = (Estimate(torch.tensor([0.5], dtype=torch.float64), x - x.mean()) for x in noise)
+    draws = [float(e.value[0] + e.influence[0] @ c) for c in counts for e in (ours, *theirs)]
+    by_hand = sorted(a - max(b, c) for a, b, c in zip(draws[::3], draws[1::3], draws[2::3], strict=True))
+    low, high = (float(x) for x in torch.quantile(torch.tensor(by_hand), torch.tensor([0.025, 0.975])))
+    shown = [f"{x:+.3f}".replace("0.", ".", 1) for x in (0.0, low, high)]
+    assert gain_over_best(ours, theirs, counts) == f"{shown[0]} [{shown[1]}, {shown[2]}]"
+    undefined = Estimate(torch.tensor([torch.nan], dtype=torch.float64), torch.zeros(1, 30, dtype=torch.float64))
+    assert gain_over_best(undefined, theirs, counts) == "–"
 
 
 def test_tables_hold_what_the_records_hold(done):
