@@ -69,7 +69,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     subjects = Subjects(fitted, forms, at, rank, spread_scenes(fitted, str(options.split), int(options.images)))
     if options.do == "intervene":
         return intervene(subjects, samples["train"], options, run)
-    return read(subjects, others, samples, options, run)
+    return {**read(subjects, others, samples, options, run), "objective": kept[-1]["accuracy"]}  # of the whole probe on val
 
 
 def spread_scenes(fitted: FittedRun, split: str, most: int) -> list[Scene]:
@@ -130,7 +130,7 @@ def read(
     run.say("\n" + format_table(header, angle_table(compared, random, layers[at])))
     read_objects(subjects, options, run)
     run.say(f"\ntables and figures: {run.dir}")
-    return {"rank": rank, "layer": layers[at], "objective": kept[-1]["accuracy"]}
+    return {"rank": rank, "layer": layers[at]}
 
 
 def read_objects(subjects: Subjects, options: Any, run: Run) -> None:

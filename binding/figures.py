@@ -83,6 +83,8 @@ def _draw_line(
     label = ", ".join(part for part in parts if part).replace("_", " ") + " ↓" * bool(falling)
     axes.plot([x[i] for i in falling], [value[i] for i in falling], FALLING, color=color, mfc="white", ms=7, zorder=4)
     axes.errorbar(x, value, error, color=color, ls=style, marker="o", ms=4, capsize=2, lw=1.4, elinewidth=0.9, label=label)
+    ringed = [i for i, row in enumerate(rows) if row.get("chosen")]  # the layer chosen on validation
+    axes.plot([x[i] for i in ringed], [value[i] for i in ringed], "o", ms=8, mfc="none", mec=color, mew=1.0)
 
 
 def draw_examples(examples: Sequence[Mapping[str, Any]]) -> Figure:
