@@ -109,7 +109,8 @@ def read_run(directory: Path) -> list[RunRow]:
     digest = hashlib.sha256((directory / "scores.safetensors").read_bytes()).hexdigest()
     if (facts.get("sha256") or {}).get("scores.safetensors") != digest:
         raise UserError(f"{directory / 'scores.safetensors'} is not the file that run.json names by its checksum; {remedy}")
-    scores = [r for r in lines.records if r.get("kind") == "score" and r.get("seed") == "mean"]
+    split = state.recipe["split"]  # folds have records of their own
+    scores = [r for r in lines.records if (r.get("kind"), r.get("seed"), r.get("split")) == ("score", "mean", split)]
     rows = []
     for name in dict.fromkeys(entry["row"] for entry in state.recipe["results"] if not entry["control"]):
         rows.append(_row(directory, cfg, facts, name, scores, lines.records, state))
@@ -167,6 +168,9 @@ def _row(
         if record.get("kind") == "choice" and record["row"] == name and not record["control"]:
             key = (record["question"], record["readout"], record["subset"], record["metric"])
             if record["layer"] not in layers:
+                if cfg.trainer.get("folds", 1) > 1:  # every fold chose a layer of its own
+                    flags["every fold chose a layer of its own"] = None
+                    continue
                 raise UserError(f"{directory / 'metrics.jsonl'} chose layer {record['layer']}, none of the run's; {remedy}")
             chosen[key] = layers.index(record["layer"])
     influence = {}

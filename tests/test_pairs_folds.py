@@ -149,6 +149,7 @@ def test_the_command_tests_every_image_of_a_folder_once_and_resumes_fold_by_fold
     assert {row["layer"] for row in rows if row["kind"] == "gain"} == {"embed", "0", "chosen"}
     log = (done.dir / "log.txt").read_text()
     assert "12 images, each tested once in 3 folds" in log and "warning: 12 test images, fewer than 50: expect" in log
+    run(tmp_path, "mode=report", f"runs={done.dir}")  # which reads the pooled records alone
     with pytest.raises(SystemExit, match="was fitted in 3 folds and has no one probe to look at"):
         run(tmp_path, "mode=eval", f"run={done.dir}", "wandb.mode=disabled")
     with pytest.raises(SystemExit, match="trainer.folds=3 and mode=train_binding fits no probe on patches; leave it out"):
