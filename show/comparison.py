@@ -109,8 +109,8 @@ def read_run(directory: Path) -> list[RunRow]:
     digest = hashlib.sha256((directory / "scores.safetensors").read_bytes()).hexdigest()
     if (facts.get("sha256") or {}).get("scores.safetensors") != digest:
         raise UserError(f"{directory / 'scores.safetensors'} is not the file that run.json names by its checksum; {remedy}")
-    split = state.recipe["split"]  # folds have records of their own
-    scores = [r for r in lines.records if (r.get("kind"), r.get("seed"), r.get("split")) == ("score", "mean", split)]
+    scores = [r for r in lines.records if r.get("kind") == "score" and r.get("seed") == "mean"]
+    scores = [r for r in scores if not r["split"].startswith("fold-")]  # pooled: folds have records of their own
     rows = []
     for name in dict.fromkeys(entry["row"] for entry in state.recipe["results"] if not entry["control"]):
         rows.append(_row(directory, cfg, facts, name, scores, lines.records, state))
