@@ -21,7 +21,7 @@ class PairCollector:
 
     Args:
         task: a `pairs.task.PairTask`: its seeds, variants, questions and read-outs.
-        detail: also scores by distance and per image.
+        detail: also average precision, and scores by distance and per image.
         count_classes: also count the patches whose class is right.
     """
 

@@ -160,7 +160,7 @@ class PairScores:
     def evaluate(self, names: Collection[str] = SUBSETS, *, detail: bool = True) -> dict[str, Block]:
         """Score blocks of pairs, by default every one; "same_class_matched" needs positions.
 
-        detail: also by distance and per image.
+        detail: also average precision, and AUROC by distance and per image.
 
         Metrics: accuracy (i < j), accuracy_upper_diagonal (i <= j) and accuracy_all (all ordered pairs), as published;
         balanced_accuracy; auroc (Mann-Whitney, ties count one half); average_precision (sum of precision over steps of
@@ -295,7 +295,7 @@ def _score_fit(
             score, pairs = score.take(order), pairs.take(order)
         ranks = _ranks(score, pairs.cell, pairs.square if matched else None)
         block["auroc"] = _per_image(_auroc(ranks), ranks, n_images)
-        if not matched:
+        if detail and not matched:
             block["average_precision"] = _per_image(_average_precision(ranks), ranks, n_images)
         if detail:
             block["per_image"] = _auroc_of_images(score, pairs.cell, pairs.square if matched else None, n_images)
