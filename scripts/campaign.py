@@ -1,366 +1,167 @@
 """Damages what the program reads and interrupts what it does, at random, and counts how it answers.
 
-    python scripts/campaign.py --minutes 5            # as many trials of every kind as fit
-    python scripts/campaign.py --minutes 300 --seed 1 # about 50 kills, 1000 flips, 200 commands, 5000 mutations
+    python scripts/campaign.py                              # 3 trials of every kind: a look at what it does
+    python scripts/campaign.py --goal --jobs 2              # 50 kills, 1000 flips, 200 commands, 5000 mutations, …
+    python scripts/campaign.py --flips 1000 --commands 200  # these kinds alone
+    python scripts/campaign.py --only flips:123             # one trial again, with all that it answered
+    python scripts/campaign.py --goal --again bad           # the trials that went wrong again, after the cause was fixed
 
-A tiny run (a two-block random ViT, generated scenes) is made once. Every trial works on a copy of it and on the program as
-a process of its own; only mutations of metadata call the data set in this process, because there are so many.
+A tiny run (a two-block random ViT, generated scenes) is made once. A trial works on a copy of it and on the program as a
+process of its own, forked from one that has imported what the program imports. A trial is its kind, its number and
+`--seed`: it draws the same damage whenever and in whichever job it runs. Every trial is a line of `trials.jsonl` in
+`--folder`, written at once, so that a campaign that was stopped goes on with the trials it lacks; the table counts the last
+line of every trial and says which code they ran.
 
-An answer is good if the numbers are those of the undisturbed run, or if it is one sentence on the error stream, and what
-the sentence says (delete a file) or the same command again leads back to these numbers. It is bad if it is silently other
-numbers, looks like a defect, does not come within a minute, or loses what was done. A full disk is a limit of the size of
-files; where a small tmpfs may be mounted (as root), it is one.
+The columns, and what each kind does, stand in `campaign_trials.py`. The last six are bad; the status is then 1.
 """
 
 import argparse
 import json
 import os
-import random
-import re
-import resource
-import runpy
-import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", MPLBACKEND="Agg", TQDM_DISABLE="1")
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]
 
-import timm  # noqa: E402, F401  (imported once here, so that every process starts with it)
-import torch  # noqa: E402
+from campaign_trials import BAD, COLUMNS, KINDS, Base, warm_up  # noqa: E402
 
-import pairs.layer_curve  # noqa: E402
-import pairs.task  # noqa: E402, F401
-from datasets.scene import build  # noqa: E402
-from errors import UserError  # noqa: E402
-from runs.records import read_records  # noqa: E402
+from runs.provenance import provenance  # noqa: E402
 
-TINY = [
-    "model.pretrained=false", "model.weights=null", "model.digest=null", "model.layers=[embed,0]", "controls=[position,cosine]",
-    "model.kwargs={img_size: 96, patch_size: 16, embed_dim: 32, depth: 2, num_heads: 2}", "wandb.mode=disabled", "threads=1",
-    "dataset.n_train=16", "dataset.n_val=8", "dataset.n_test=8", "cache.shard_images=4", "trainer.epochs=4", "trainer.seeds=2",
-    "trainer.n_boot=20", "trainer.lr=1e-2", "trainer.checkpoint_seconds=0",
-]  # fmt: skip
-COMMANDS = [
-    "controls=5", "controls=[position,position]", "controls=nonsense", "protocol.pairs.fit=[]", "model.kwargs=5", "task=foo",
-    "task=null", "entry=os.system", "entry=foo.bar", "entry=nodots", "entry=", "mode=null", "mode=nonsense", "=5", "run=here",
-    "dataset._target_=os.system", "dataset._target_=foo.bar", "dataset._target_=datasets.procedural.Nope",
-    "+dataset._partial_=true", "cache.dir=", "output_dir=a=b", "output_dir=a,b", "probe.mode=nonsense", "probe.rank=text",
-    "trainer.seeds=0", "trainer.seeds=[1,1]", "trainer.epochs=-1", "trainer.lr=nan", "trainer.schedule=nonsense", "device=tpu",
-    "model.layers=[9]", "model.layers=[]", "model.name=nonsense", "model.output_mode=cls", "protocol=nonsense",
-    "dataset=folder", "dataset.n_train=text", "dataset.nonsense=1", "cache.dtype=float8", "cache.disk_gb=1e-9",
-    "cache.workers=-1",
-    "~probe",
-    "+nonsense=1", "eval.run=x", "cache.max_gb=1", "model.weights=/nonexistent", "mode=eval run=/nonexistent",
-    "mode=vis vis.image=99",
-    "mode=train_binding dataset=scenes", "threads=20000", "trainer.batch_images=0", "debug=maybe", "seed=text", "probe=5",
-]  # fmt: skip
-SECONDS = 60  # after which an answer counts as none
-BAD = ("other numbers", "defect", "no answer", "lost")
-
-
-class Done(NamedTuple):
-    """What a process left: exit status (None: it did not end in time), standard output and error."""
-
-    status: int | None
-    out: str
-    err: str
-
-
-def program(
-    folder: Path,
-    *arguments: str,
-    disturb: Callable[[int], None] | None = None,
-    limit: int | None = None,
-    cache: Path | None = None,
-) -> Done:
-    """`python main.py arguments` with cache and outputs below a folder.
-
-    Args:
-        disturb: gets the process id while it runs; limit: bytes a file may have; cache: another place of the cache.
-    """
-    files = [folder / "out.txt", folder / "err.txt"]
-    places = [f"cache.dir={cache or folder / 'cache'}", f"output_dir={folder / 'outputs'}"]
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            for number, file in enumerate(files, start=1):
-                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-            if limit is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            sys.argv = [str(ROOT / "main.py"), *places, *arguments]
-            runpy.run_path(sys.argv[0], run_name="__main__")
-            status = 0
-        except SystemExit as stop:
-            status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-            if isinstance(stop.code, str):
-                print(stop.code, file=sys.stderr)
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(status)
-    if disturb is not None:
-        disturb(child)
-    end = time.monotonic() + SECONDS
-    while (found := os.waitpid(child, os.WNOHANG))[0] == 0:
-        if time.monotonic() > end:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return Done(None, "", "")
-        time.sleep(0.01)
-    return Done(os.waitstatus_to_exitcode(found[1]), *(file.read_text(errors="replace") for file in files))
-
-
-def sentence(done: Done) -> str | None:
-    """The one sentence a process ended in; None if it ended in anything else."""
-    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    if done.status != 1 or len(errors) != 1 or "Traceback" in done.err or "defect of the program" in done.err:
-        return None
-    return errors[0]
-
-
-def numbers(folder: Path, mode: str, names: set[str] | None = None) -> dict[str, Any]:
-    """The scores of the newest run of a mode, by what they are of."""
-    runs = sorted((folder / "outputs" / mode).glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
-    keys = ("name", "layer", "seed", "question", "readout", "subset")
-    found = read_records(runs[-1], lambda text: None) if runs else []
-    scores = [r for r in found if r["kind"] == "score" and (names is None or r["name"] in names)]
-    return {str([r[key] for key in keys]): r["metrics"] for r in scores}
-
-
-class Campaign:
-    """An undisturbed run, and what its numbers are."""
-
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.draw = folder, random.Random(seed)
-        self.base, self.counts = folder / "base", {}
-        self.base.mkdir(parents=True)
-        done = program(self.base, *TINY)
-        assert done.status == 0, done.err
-        few = [f"dataset.n_{split}=4" for split in ("train", "val", "test")]
-        export = ["mode=export_data", "dataset=colorshape", f"export.dir={self.base / 'exported'}", "wandb.mode=disabled"]
-        done = program(self.base, *export, *few)
-        assert done.status == 0, done.err
-        self.exported = self.base / "exported" / "colorshape"
-        self.train = numbers(self.base, "train")
-        self.evaluated = {key: value for key, value in self.train.items() if key.startswith("['probe'")}
-        (self.run,) = (self.base / "outputs" / "train").iterdir()
-
-    def copy(self) -> Path:
-        """A copy of the undisturbed run to work on."""
-        shutil.rmtree(self.folder / "trial", ignore_errors=True)
-        return shutil.copytree(self.base, self.folder / "trial")
-
-    # Each kind of trial yields what the answers were.
-
-    def kill(self) -> Iterator[str]:
-        """Killed at a random moment; the same command then ends with the same numbers."""
-        yield from self.stopped(signal.SIGKILL, -signal.SIGKILL)
-
-    def signals(self) -> Iterator[str]:
-        """Ctrl-C or SIGTERM at a random moment."""
-        number = self.draw.choice([signal.SIGINT, signal.SIGTERM])
-        yield from self.stopped(number, 128 + number)
-
-    def stopped(self, number: int, status: int) -> Iterator[str]:
-        """Stopped by a signal, and resumed."""
-        work = self.folder / "trial"
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        wait = self.draw.uniform(0.3, 3.0)
-
-        def disturb(process: int) -> None:
-            end = time.monotonic() + wait
-            while time.monotonic() < end and os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-                time.sleep(0.01)
-            if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-                os.kill(process, number)
-
-        done = program(work, *TINY, disturb=disturb)
-        if done.status not in (0, status, -number):
-            yield "no answer" if done.status is None else "defect"
-            return
-        again = program(work, *TINY)
-        yield ("same numbers" if done.status == 0 else "sentence") if self.same(again, work, "train") else "lost"
-
-    def flip(self) -> Iterator[str]:
-        """A random bit of a random file of cache and run directory."""
-        work = self.copy()
-        file = self.pick(work)
-        data = bytearray(file.read_bytes())
-        if not data:
-            return
-        data[self.draw.randrange(len(data))] ^= 1 << self.draw.randrange(8)
-        file.write_bytes(data)
-        yield self.answer(work, file)
-
-    def structure(self) -> Iterator[str]:
-        """A random file emptied, cut, replaced by a folder, a loop, or text of another kind."""
-        work = self.copy()
-        file = self.pick(work)
-        data = file.read_bytes()
-        file.unlink()
-        damage = self.draw.choice(["empty", "cut", "folder", "loop", "list", "deep", "null bytes", "absent"])
-        if damage == "folder":
-            file.mkdir()
-        elif damage == "loop":
-            file.symlink_to(file)
-        elif damage != "absent":
-            cut = data[: self.draw.randrange(len(data) or 1)]
-            texts = {"empty": b"", "cut": cut, "list": b"[]", "deep": b'{"a":' * 30_000, "null bytes": bytes(64)}
-            file.write_bytes(texts[damage])
-        yield self.answer(work, file, gone=damage == "absent")
-
-    def pick(self, work: Path) -> Path:
-        """A file the program reads back: of the cache, the checkpoints, or the run directory."""
-        run = work / "outputs" / "train" / self.run.name
-        beside = [run / name for name in ("config.yaml", "run.json", "metrics.jsonl", "history.jsonl")]
-        cached = [path for path in (work / "cache").rglob("*") if path.is_file() and "lock" not in path.name]
-        return self.draw.choice(sorted(self.draw.choice([cached, list(run.rglob("*.safetensors")), beside])))
-
-    def answer(self, work: Path, file: Path, gone: bool = False) -> str:
-        """How the program that reads a damaged file answers, and whether the way out that it names works."""
-        run = work / "outputs" / "train" / self.run.name
-        looks = file.name in ("config.yaml", "run.json") or file.name.startswith("best")
-        if looks:
-            command, mode = ["mode=eval", f"run={run}", "wandb.mode=disabled"], "eval"
-        else:
-            command, mode = TINY, "train"
-            if "cache" in file.relative_to(work).parts[0]:
-                shutil.rmtree(work / "outputs")  # every split is read
-            elif file.name.startswith(("state", "last")):
-                for best in run.rglob("best.*"):
-                    best.unlink()
-        done = program(work, *command)
-        if self.same(done, work, mode):
-            return "same numbers"
-        if done.status == 0:
-            return "other numbers"
-        text = sentence(done)
-        if text is None:
-            return "no answer" if done.status is None else "defect"
-        if looks and not file.name.startswith("best") or gone:  # of a run that is shown, there is nothing to repeat
-            return "sentence"
-        named = re.search(r"delete (/\S+)", text)
-        target = Path(named[1].rstrip(",;")) if named else file
-        shutil.rmtree(target) if target.is_dir() and not target.is_symlink() else target.unlink(missing_ok=True)
-        return "sentence" if self.same(program(work, *TINY), work, "train") else "lost"
-
-    def same(self, done: Done, work: Path, mode: str) -> bool:
-        """Whether a process ended well and with the numbers of the undisturbed run."""
-        expected = self.train if mode == "train" else self.evaluated
-        return done.status == 0 and numbers(work, mode) == expected
-
-    def command(self) -> Iterator[str]:
-        """A careless command: one sentence, status 1."""
-        done = program(self.copy(), *TINY, *self.draw.choice(COMMANDS).split())
-        if done.status is None:
-            yield "no answer"
-        elif done.status == 0:
-            yield "same numbers" if "note" in done.out or "error" not in done.err else "other numbers"
-        else:
-            yield "sentence" if sentence(done) else "defect"
-
-    def disk(self) -> Iterator[str]:
-        """Files may not grow beyond a limit, or the disk is full; with room the same command goes on."""
-        work = self.folder / "trial"
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        small = self.folder / "small"
-        small.mkdir(exist_ok=True)
-        kib, mounted = self.draw.randrange(8, 400), False
-        if self.draw.random() < 0.5 and os.geteuid() == 0:
-            mount = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "none", str(small)]
-            mounted = subprocess.run(mount, capture_output=True).returncode == 0
-        try:
-            done = program(work, *TINY, cache=small / "cache") if mounted else program(work, *TINY, limit=kib * 256)
-        finally:
-            if mounted:
-                subprocess.run(["umount", small], check=True)
-        if done.status != 0 and sentence(done) is None:
-            yield "no answer" if done.status is None else "defect"
-            return
-        again = program(work, *TINY)
-        yield ("same numbers" if done.status == 0 else "sentence") if self.same(again, work, "train") else "lost"
-
-    def metadata(self) -> Iterator[str]:
-        """Fifty mutations of an exported data set's metadata; each is read through the data set."""
-        name = self.draw.choice(["metadata.json", "image_metadata.jsonl"])
-        (file,) = self.exported.glob(f"*_train_*/{name}")
-        text = file.read_text()
-        for _ in range(50):
-            lines = [json.loads(line) for line in (text.splitlines() if name.endswith("l") else [text])]
-            self.mutate(self.draw.choice(lines))
-            file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            try:
-                data = build({"_target_": "datasets.export.Exported", "root": str(self.exported)}, "train")
-                data.fingerprint(), data.report(), data.info()
-                for i in range(len(data)):
-                    data[i]
-                yield "same numbers"  # what was changed is not read, or as good
-            except UserError as error:
-                yield "defect" if "\n" in str(error) else "sentence"
-            except Exception as error:
-                print(f"  metadata: {type(error).__name__}: {error}", file=sys.stderr)
-                yield "defect"
-        file.write_text(text)
-
-    def mutate(self, node: Any) -> None:
-        """Change one value at a random depth into something of another kind."""
-        while True:
-            keys = list(node) if isinstance(node, dict) else list(range(len(node)))
-            key = self.draw.choice(keys)
-            if isinstance(node[key], dict | list) and node[key] and self.draw.random() < 0.7:
-                node = node[key]
-                continue
-            if isinstance(node, dict) and self.draw.random() < 0.2:
-                del node[key]
-            else:
-                others = [None, -1, 10**20, 0.5, "", "../up", "/abs", "\x00", "\ud800", [], {}, [[]], True, "text"]
-                node[key] = self.draw.choice(others)
-            return
-
-
-KINDS = {
-    "kills": (Campaign.kill, 50), "signals": (Campaign.signals, 50), "byte flips": (Campaign.flip, 1000),
-    "structural damage": (Campaign.structure, 300), "careless commands": (Campaign.command, 200),
-    "full disks": (Campaign.disk, 50), "mutations of metadata": (Campaign.metadata, 5000),
+GOAL = {
+    "kills": 50, "signals": 50, "flips": 1000, "structure": 300, "hostile": 100, "commands": 500, "disks": 50,
+    "mutations": 5000,
 }  # fmt: skip
+QUICK = 3
 
 
-def main() -> int:
-    """Run until the time is over; print the table."""
+def scheduled(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    """The trials in an order that advances all kinds alike, so that a stopped campaign has some of each."""
+    trials = ((((number + 0.5) / count), kind, number) for kind, count in counts.items() for number in range(count))
+    return [(kind, number) for _, kind, number in sorted(trials)]
+
+
+def read_trials(file: Path) -> dict[tuple[int, str, int], dict[str, Any]]:
+    """The last line of every trial, by seed, kind and number; a line that was cut off is left out."""
+    found = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            trial = json.loads(line)
+        except ValueError:
+            continue
+        found[trial["seed"], trial["kind"], trial["number"]] = trial
+    return found
+
+
+def table(trials: Sequence[Mapping[str, Any]]) -> str:
+    """Counts of answers by kind, as Markdown, with the code that gave them."""
+    lines = ["| kind | trials | " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) + 1) + "|"]
+    for kind in KINDS:
+        answers = Counter(trial["answer"] for trial in trials if trial["kind"] == kind)
+        cells = [f"{KINDS[kind].title} (`{kind}`)", answers.total(), *(answers[column] for column in COLUMNS)]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    ran = Counter((str(trial["commit"])[:9] + "+" * bool(trial["dirty"]), trial["cpu"]) for trial in trials)
+    lines += ["", *(f"{n} trials with {commit} on {cpu}" for (commit, cpu), n in sorted(ran.items()))]
+    return "\n".join(lines)
+
+
+def work(base: Base, trials: Sequence[tuple[str, int]], file: Path, facts: Mapping[str, Any], keep: Path) -> None:
+    """Run trials one after the other; every one is a line of the file as soon as it is done."""
+    for kind, number in trials:
+        begun = time.monotonic()
+        answer = base.trial(kind, number)
+        line = {"kind": kind, "number": number, "seed": base.seed, **answer._asdict(), **facts}
+        line["seconds"] = round(time.monotonic() - begun, 2)
+        with open(file, "a", encoding="utf-8") as lines:  # one write of one line: those of several jobs do not mix
+            lines.write(json.dumps(line) + "\n")
+        if answer.answer in BAD:
+            print(f"  {kind}:{number} {answer.answer}: {answer.about}\n    {answer.text}", file=sys.stderr, flush=True)
+            base.keep(keep / f"{kind}-{number}")
+
+
+def share(base: Base, todo: Sequence[tuple[str, int]], jobs: int, file: Path, facts: Mapping[str, Any]) -> None:
+    """Let jobs work on the trials side by side; say every half minute how far they are."""
+    children = []
+    for job in range(jobs):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                work(base.at(f"job-{job}"), todo[job::jobs], file, facts, file.parent / "kept")
+                status = 0
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        children.append(child)
+    try:
+        failed = sum(os.waitstatus_to_exitcode(status) != 0 for status in _ends(children, file))
+    except BaseException:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        raise
+    if failed:
+        sys.exit(f"{failed} jobs failed; the same command goes on with the trials that are left")
+
+
+def _ends(children: list[int], file: Path) -> Iterator[int]:
+    """The status of each child as it ends; prints counts in the meantime."""
+    said = time.monotonic()
+    while children:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child:
+            children.remove(child)
+            yield status
+            continue
+        time.sleep(0.2)
+        if time.monotonic() - said > 30:
+            said = time.monotonic()
+            trials = read_trials(file).values()
+            kinds = Counter(trial["kind"] for trial in trials)
+            answers = Counter(trial["answer"] for trial in trials)
+            counts = [", ".join(f"{n} {name}" for name, n in counted.items()) for counted in (kinds, answers)]
+            print(f"{time.strftime('%H:%M:%S')}  {counts[0]}  →  {counts[1]}", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the trials that are lacking; print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=5.0, help="length; every kind also has a largest number of trials")
+    for kind, goal in GOAL.items():
+        parser.add_argument(f"--{kind}", type=int, help=f"trials of {KINDS[kind].title}; {goal} with --goal")
+    parser.add_argument("--goal", action="store_true", help="as many trials of every kind as docs/results.md reports")
+    parser.add_argument("--again", choices=["bad", *KINDS], help="repeat those of the trials done that went wrong, or a kind")
+    parser.add_argument("--only", help="one trial, such as flips:123; prints all that it answered, writes nothing")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    end, counts = time.monotonic() + 60 * options.minutes, {kind: Counter() for kind in KINDS}
-    with tempfile.TemporaryDirectory() as folder:
-        campaign = Campaign(Path(folder), options.seed)
-        while time.monotonic() < end and any(sum(counts[kind].values()) < most for kind, (_, most) in KINDS.items()):
-            for kind, (trial, most) in KINDS.items():
-                if time.monotonic() < end and sum(counts[kind].values()) < most:
-                    answers = list(trial(campaign))
-                    counts[kind].update(answers)
-                    if set(answers) & set(BAD):
-                        keep = Path(tempfile.mkdtemp(prefix="campaign-")) / "trial"
-                        shutil.copytree(Path(folder) / "trial", keep, symlinks=True)
-                        print(f"  {kind}: {dict(Counter(answers))}, kept in {keep}", file=sys.stderr)
-    columns = ("same numbers", "sentence", *BAD)
-    print("| kind | trials | " + " | ".join(columns) + " |\n|---" + "|---:" * (len(columns) + 1) + "|")
-    for kind, counted in counts.items():
-        print(f"| {kind} | {sum(counted.values())} | " + " | ".join(str(counted[column]) for column in columns) + " |")
-    return int(any(counted[bad] for counted in counts.values() for bad in BAD))
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "campaign", help="of trials.jsonl and table.md")
+    options = parser.parse_args(arguments)
+    chosen = {kind: getattr(options, kind) for kind in GOAL if getattr(options, kind) is not None}
+    counts = chosen or (GOAL if options.goal else dict.fromkeys(GOAL, QUICK))
+    facts = {key: provenance()[key] for key in ("commit", "dirty", "cpu")}
+    file = options.folder / "trials.jsonl"
+    warm_up()
+    with tempfile.TemporaryDirectory(prefix="campaign-") as folder:
+        if options.only:
+            kind, _, number = options.only.partition(":")
+            print(json.dumps(Base(Path(folder), options.seed).trial(kind, int(number))._asdict(), indent=1))
+            return 0
+        options.folder.mkdir(parents=True, exist_ok=True)
+        done = read_trials(file)
+        again = {key for key, trial in done.items() if options.again in (trial["kind"], "bad" * (trial["answer"] in BAD))}
+        todo = [(k, n) for k, n in scheduled(counts) if (options.seed, k, n) not in done or (options.seed, k, n) in again]
+        if todo:
+            share(Base(Path(folder), options.seed), todo, options.jobs, file, facts)
+    trials = [trial for trial in read_trials(file).values() if trial["seed"] == options.seed]
+    text = table(trials)
+    (options.folder / "table.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    return int(any(trial["answer"] in BAD for trial in trials))
 
 
 if __name__ == "__main__":

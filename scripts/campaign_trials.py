@@ -1,0 +1,451 @@
+"""The trials of `campaign.py`: what each kind does to the program, and how its answer is judged.
+
+    same numbers    the numbers of the undisturbed run, bit for bit (of mutations: the very same items)
+    sentence        status 1 and one sentence that names the file or option; the way out it names leads back to the numbers
+    accepted        of mutations: another data set, read without complaint; of commands: it ran, with the numbers it means
+    other numbers   status 0 and silently not the numbers of the undisturbed run
+    vague           a sentence that names neither file nor option
+    defect          a trace, "looks like a defect", several errors, a process that died
+    no answer       more than a minute
+    lost            the way out did not lead back to the numbers of the undisturbed run
+    code run        something that a file names was called
+
+A full disk is a limit of the size of files; where a small tmpfs may be mounted (as root), it is one in every second trial.
+"""
+
+import os
+import pickle
+import random
+import re
+import resource
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from campaign_commands import COMMANDS, HARMLESS, TINY, careless
+
+from runs.records import read_records
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 60  # after which an answer counts as none
+BAD = ("other numbers", "vague", "defect", "no answer", "lost", "code run")
+COLUMNS = ("same numbers", "sentence", "accepted", *BAD)
+LOOK = ["wandb.mode=disabled", "threads=1"]  # of modes that look at a finished run
+ON_DISK = "cache.ram_gb=1e-9"  # activations are read from disk, not held in memory
+
+
+class Done(NamedTuple):
+    """What a process left: exit status (None: it did not end in time), standard output and error."""
+
+    status: int | None
+    out: str
+    err: str
+
+
+class Answer(NamedTuple):
+    """The answer to a trial: a column of the table, what was done, what the program said."""
+
+    answer: str
+    about: str
+    text: str = ""
+
+
+def sentence(done: Done) -> str | None:
+    """The one sentence a process ended in; None if it ended in anything else."""
+    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    if done.status != 1 or len(errors) != 1 or "Traceback" in done.err or "defect of the program" in done.err:
+        return None
+    return errors[0]
+
+
+def judge(done: Done, found: Any, expected: Any, names: tuple[str, ...] = ()) -> str:
+    """The column of an answer, before its way out was tried.
+
+    Args:
+        found: the numbers the process left; expected: those of the undisturbed run.
+        names: a sentence has to name one of them; () if it need not.
+    """
+    if done.status is None:
+        return "no answer"
+    if done.status == 0:
+        return "same numbers" if expected and found == expected else "other numbers"
+    text = sentence(done)
+    if text is None:
+        return "defect"
+    return "sentence" if not names or any(name in text for name in names) else "vague"
+
+
+def numbers(folder: Path, mode: str) -> dict[str, Any]:
+    """The scores of the newest run of a mode, by what they are of."""
+    runs = sorted((folder / "outputs" / mode).glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
+    keys = ("name", "layer", "seed", "question", "readout", "subset")
+    found = read_records(runs[-1], lambda text: None) if runs else []
+    return {str([r[key] for key in keys]): [r["metrics"], r.get("interval")] for r in found if r["kind"] == "score"}
+
+
+def warm_up() -> None:
+    """Import here what the program imports, and read its configuration once, so that processes forked from here start fast."""
+    import timm  # noqa: F401
+    import torch
+    from hydra import compose, initialize_config_dir
+
+    import pairs.layer_curve
+    import pairs.score_maps
+    import pairs.task  # noqa: F401
+
+    torch.set_num_threads(1)
+    with initialize_config_dir(str(ROOT / "cfgs"), version_base="1.3"):
+        compose("config", TINY)
+
+
+def program(
+    folder: Path, *arguments: str, disturb: Callable[[int], None] | None = None, limit: int | None = None, fresh: bool = False
+) -> Done:
+    """`python main.py arguments` with cache and outputs below a folder.
+
+    Args:
+        disturb: gets the process id while it runs; limit: bytes a file may have.
+        fresh: a new interpreter that imports everything itself, instead of a process forked from this one.
+    """
+    files = [folder.with_name(f"{folder.name}.{end}") for end in ("out", "err")]  # beside it: its disk may be full
+    command = [str(ROOT / "main.py"), f"cache.dir={folder / 'cache'}", f"output_dir={folder / 'outputs'}", *arguments]
+    if fresh:
+        with open(files[0], "w") as out, open(files[1], "w") as err:
+            child = subprocess.Popen([sys.executable, *command], stdout=out, stderr=err).pid
+    elif (child := os.fork()) == 0:
+        _become(command, files, limit)
+    if disturb is not None:
+        disturb(child)
+    end = time.monotonic() + SECONDS
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+        if time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return Done(None, "", "")
+        time.sleep(0.01)
+    return Done(os.waitstatus_to_exitcode(ended[1]), *(file.read_text(errors="replace") for file in files))
+
+
+def _become(command: list[str], files: list[Path], limit: int | None) -> None:
+    """Be the program, in a process that was just forked; it never comes back."""
+    status = 1
+    try:
+        for number, file in enumerate(files, start=1):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        if limit is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        sys.argv = command
+        runpy.run_path(command[0], run_name="__main__")
+        status = 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+
+
+class Base:
+    """An undisturbed run, what its numbers are, and the trials on copies of it."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder, self.seed = folder, seed
+        self.base, self.work = folder / "base", folder / "trial"
+        self.base.mkdir(parents=True)
+        begun = time.monotonic()
+        done = program(self.base, *TINY)
+        assert done.status == 0, done.err
+        self.seconds = time.monotonic() - begun
+        self.expected = {"train": numbers(self.base, "train")}
+        (self.run,) = (self.base / "outputs" / "train").iterdir()
+        for which in ("best", "last"):
+            done = program(self.base, "mode=eval", f"eval.checkpoint={which}", *LOOK)
+            assert done.status == 0, done.err
+            self.expected[which] = numbers(self.base, "eval")
+            shutil.rmtree(self.base / "outputs" / "eval")
+        self.bytes = self._bytes(self.base)
+        self.commands = careless(random.Random(seed))
+
+    def at(self, name: str) -> "Base":
+        """The same base, for trials in a folder of their own."""
+        self.work = self.folder / name
+        return self
+
+    def trial(self, kind: str, number: int) -> Answer:
+        """A trial, which is decided by its kind, its number and the seed."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        return KINDS[kind].run(self, random.Random(f"{self.seed} {kind} {number}"), number)
+
+    def keep(self, folder: Path) -> None:
+        """Keep what a trial left."""
+        shutil.rmtree(folder, ignore_errors=True)
+        if self.work.exists():
+            shutil.copytree(self.work, folder, symlinks=True)
+
+    def copy(self) -> Path:
+        """A copy of the undisturbed run to work on; its run directory."""
+        shutil.copytree(self.base, self.work)
+        return self.work / self.run.relative_to(self.base)
+
+    def fresh(self) -> Path:
+        """An empty folder to work in."""
+        self.work.mkdir()
+        return self.work
+
+    def same(self, done: Done, mode: str = "train", key: str | None = None) -> bool:
+        """Whether a process ended well and with the numbers of the undisturbed run."""
+        return judge(done, numbers(self.work, mode), self.expected[key or mode]) == "same numbers"
+
+    def _bytes(self, folder: Path) -> dict[str, bytes]:
+        """What has to be the same to the last byte after any interruption: activations, and probes that were fitted."""
+        files = [*folder.glob("cache/tokens/*/layer_*/*"), *folder.glob("outputs/train/*/checkpoints/*/best.*")]
+        return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+    def resumed(self, done: Done, about: str) -> Answer:
+        """How a process that was disturbed is continued by the same command: to the same numbers and bytes."""
+        again = program(self.work, *TINY)
+        if not self.same(again) or self._bytes(self.work) != self.bytes:
+            return Answer("lost", about, f"{done.err}\n---\n{again.err}")
+        return Answer("same numbers" if done.status == 0 else "sentence", about, done.err[-300:])
+
+    # ------------------------------------------------------------------------------------------------- interruptions
+
+    def kill(self, draw: random.Random, number: int) -> Answer:
+        """Killed at a random moment."""
+        wait, work = draw.uniform(0, self.seconds), self.fresh()
+        done = program(work, *TINY, disturb=lambda process: _after(wait, process, signal.SIGKILL))
+        if done.status not in (0, -signal.SIGKILL):
+            return Answer("no answer" if done.status is None else "defect", f"after {wait:.2f} s", done.err)
+        return self.resumed(done, f"after {wait:.2f} s")
+
+    def signal(self, draw: random.Random, number: int) -> Answer:
+        """Ctrl-C or SIGTERM at a random moment; every fifth of a new interpreter, from its imports on."""
+        which, work = draw.choice([signal.SIGINT, signal.SIGTERM]), self.fresh()
+        new = number % 5 == 0
+        wait = draw.uniform(0, 3 if new else self.seconds)
+        about = f"{which.name} after {wait:.2f} s{' of a new interpreter' if new else ''}"
+        done = program(work, *TINY, fresh=new, disturb=lambda process: _after(wait, process, which))
+        word = "interrupted:" if which == signal.SIGINT else "terminated:"
+        ended = done.status == 128 + which and done.err.count(word) == 1 and "Traceback" not in done.err
+        if not (ended or done.status == 0):
+            return Answer("no answer" if done.status is None else "defect", about, f"{done.status} {done.err}")
+        return self.resumed(done, about)
+
+    def disk(self, draw: random.Random, number: int) -> Answer:
+        """Files may not grow beyond a limit, or the disk is full; with room the same command goes on."""
+        work, kib = self.fresh(), draw.randrange(8, 400)
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={2 * kib}k", "none", work]
+        mounted = number % 2 == 0 and os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
+        about = f"disk of {2 * kib} KiB" if mounted else f"files of at most {kib // 4} KiB"
+        try:
+            done = program(work, *TINY, limit=None if mounted else kib * 256)
+            if mounted:
+                subprocess.run(["mount", "-o", "remount,size=64m", work], check=True)
+            answer = judge(done, numbers(work, "train"), self.expected["train"], ("is full", "files may be here", "GB free"))
+            return Answer(answer, about, done.err[-500:]) if answer in BAD else self.resumed(done, about)
+        finally:
+            if mounted:
+                subprocess.run(["umount", work], check=True)
+
+    # -------------------------------------------------------------------------------------------------------- damage
+
+    def flip(self, draw: random.Random, number: int) -> Answer:
+        """A random bit of a file: of the cache, a checkpoint, or the run directory, in turn."""
+        run = self.copy()
+        file = draw.choice([f for f in self.files(run, number) if f.stat().st_size])
+        data = bytearray(file.read_bytes())
+        at, bit = draw.randrange(len(data)), draw.randrange(8)
+        data[at] ^= 1 << bit
+        file.write_bytes(data)
+        return self.read_back(run, file, draw, f"bit {bit} of byte {at} of {file.relative_to(self.work)}")
+
+    def structure(self, draw: random.Random, number: int) -> Answer:
+        """A random file emptied, cut, replaced by a folder, a loop, or text of another kind."""
+        run = self.copy()
+        file = draw.choice(self.files(run, number))
+        data = file.read_bytes()
+        file.unlink()
+        damage = draw.choice(["empty", "cut", "folder", "loop", "list", "deep", "null bytes", "absent"])
+        if damage == "folder":
+            file.mkdir()
+        elif damage == "loop":
+            file.symlink_to(file)
+        elif damage != "absent":
+            cut = data[: draw.randrange(len(data) or 1)]
+            texts = {"empty": b"", "cut": cut, "list": b"[]", "deep": b'{"a":' * 30_000, "null bytes": bytes(64)}
+            file.write_bytes(texts[damage])
+        return self.read_back(run, file, draw, f"{damage}: {file.relative_to(self.work)}")
+
+    def files(self, run: Path, number: int) -> list[Path]:
+        """The files the program reads back: of the cache, the checkpoints, or the run directory, by the trial's number."""
+        beside = [run / name for name in ("config.yaml", "run.json", "metrics.jsonl", "history.jsonl", "layers.csv")]
+        cached = [path for path in (self.work / "cache").rglob("*") if path.is_file() and not path.name.startswith("lock")]
+        return sorted([cached, list(run.rglob("*.safetensors")), beside][number % 3])
+
+    def read_back(self, run: Path, file: Path, draw: random.Random, about: str) -> Answer:
+        """How the program that reads a damaged file answers, and whether the way out that it names works.
+
+        Nothing is left that would save it from reading the file: records of the same numbers are taken away first.
+        """
+        place, key = file.relative_to(self.work).parts[0], "train"
+        look = file.name in ("config.yaml", "run.json") or file.name.startswith(("best", "last"))
+        command = list(TINY)
+        if place == "cache":
+            shutil.rmtree(self.work / "outputs")
+            command += [ON_DISK] * draw.randrange(2)
+        elif look and draw.random() < 0.7:
+            key = "last" if file.name.startswith("last") else "best"
+            command = ["mode=eval", f"run={run}", f"eval.checkpoint={key}", *LOOK]
+        elif file.suffix == ".safetensors":
+            (run / "metrics.jsonl").unlink()
+            for finished in run.rglob("best.*") if not file.name.startswith("best") else ():
+                finished.unlink()
+        mode = "train" if key == "train" else "eval"
+        about += f" (mode={mode}{', from disk' if ON_DISK in command else ''})"
+        done = program(self.work, *command)
+        answer = judge(done, numbers(self.work, mode), self.expected[key], (str(file), str(file.parent), file.name))
+        text = done.err[-500:]
+        if answer != "sentence" or mode == "eval" and not file.name.startswith(("best", "last")):
+            return Answer(answer, about, text)  # of a run that is only looked at, there is nothing to repeat
+        named = re.search(r"delete (/\S+)", text)
+        target = Path(named[1].rstrip(",;:")) if named else file
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
+        again = program(self.work, *TINY)
+        if not self.same(again):
+            return Answer("lost", about, f"{text}\n---\n{again.err[-500:]}")
+        return Answer("sentence", about, text)
+
+    def hostile(self, draw: random.Random, number: int) -> Answer:
+        """The stored configuration of a run names something to be called, at a random place."""
+        run, marker = self.copy(), self.work / "marker"
+        with open(self.work / "evil.pkl", "wb") as file:
+            pickle.dump(_Evil(str(marker)), file)
+        evil, called = str(self.work / "evil.pkl"), draw.choice(list(CALLABLES))
+        node = {"_target_": called, **{k: v.format(marker=marker, evil=evil) for k, v in CALLABLES[called].items()}}
+        node |= {key: value for key, value in {"_partial_": False, "_recursive_": True}.items() if draw.random() < 0.3}
+        cfg = yaml.safe_load((run / "config.yaml").read_text())
+        places = list(_places(cfg))
+        inside, key = draw.choice([p for p in places if p[2].startswith(draw.choice(["dataset", "model", ""]))])[:2]
+        if draw.random() < 0.2:
+            inside, key, node = cfg["dataset"], "_target_", called
+        inside[key] = node
+        (run / "config.yaml").write_text(yaml.safe_dump(cfg))
+        command = draw.choice([["mode=eval"], ["mode=vis", "vis.gif=false", "vis.page=false"]])
+        about = f"{key}: {called} in config.yaml, {command[0]}"
+        done = program(self.work, *command, f"run={run}", *LOOK)
+        if marker.exists():
+            return Answer("code run", about, done.err[-500:])
+        found = numbers(self.work, "eval") if command == ["mode=eval"] else self.expected["best"]
+        return Answer(judge(done, found, self.expected["best"], ("config.yaml", f"{key}", "dataset.")), about, done.err[-500:])
+
+    # --------------------------------------------------------------------------------------------- commands, metadata
+
+    def command(self, draw: random.Random, number: int) -> Answer:
+        """A careless command: first those that people typed, then one for an option and a value that it does not take."""
+        typed = number < len(COMMANDS)
+        command, names = (COMMANDS[number], ()) if typed else self.commands[(number - len(COMMANDS)) % len(self.commands)]
+        self.copy()
+        done = program(self.work, *TINY, *(command.split() if typed else command))
+        shown = command if typed else " ".join(command)
+        answer = judge(done, numbers(self.work, "train"), self.expected["train"], names)
+        if done.status == 0 and (answer == "same numbers" or shown in HARMLESS):
+            answer = "accepted"
+        return Answer(answer, shown, done.err[-500:])
+
+    def mutation(self, draw: random.Random, number: int) -> Answer:
+        """One value of a data set's metadata is another one, or is gone."""
+        import campaign_metadata
+
+        return Answer(*campaign_metadata.mutation(self.folder / f"trees-{self.work.name}", draw, number))
+
+
+class _Evil:
+    """What a pickle may do: it makes a file when it is loaded."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (self.path,)
+
+
+# What a file could want to be called; all of them leave `marker`.
+CALLABLES = {
+    "torch.load": {"f": "{evil}", "weights_only": ""},
+    "torch.serialization.load": {"f": "{evil}", "weights_only": ""},
+    "numpy.load": {"file": "{evil}", "allow_pickle": "1"},
+    "pickle.load": {"file": "{evil}"},
+    "shutil.copyfile": {"src": "{evil}", "dst": "{marker}"},
+    "os.mkdir": {"path": "{marker}"},
+    "os.makedirs": {"name": "{marker}"},
+    "pathlib.Path.touch": {"self": "{marker}"},
+    "files.write_atomically": {"path": "{marker}"},
+    "os.system": {"command": "touch {marker}"},
+    "subprocess.run": {"args": "touch {marker}", "shell": "1"},
+    "builtins.open": {"file": "{marker}", "mode": "w"},
+    "datasets.export.export": {"directory": "{marker}"},
+    "hydra.utils.instantiate": {"config": "{marker}"},
+}
+
+
+def _places(node: Any, prefix: str = "") -> list[tuple[Any, Any, str]]:
+    """Every place of a configuration: the mapping or list, the key in it, its dotted name."""
+    pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    here = [(node, key, f"{prefix}{key}") for key, _ in pairs]
+    return here + [place for _, key, name in here for place in _places(node[key], f"{name}.")]
+
+
+def _after(wait: float, process: int, number: int) -> None:
+    """Send a signal some time after the process hears signals; not if it has ended by then."""
+    begun = time.monotonic()
+    ended = lambda: os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    while number != signal.SIGKILL and not ended() and not _hears(process) and time.monotonic() - begun < SECONDS:
+        time.sleep(0.002)  # before its first line, Python itself answers
+    begun = time.monotonic()
+    while not ended() and time.monotonic() - begun < wait:
+        time.sleep(0.005)
+    if not ended():
+        os.kill(process, number)
+
+
+def _hears(process: int) -> bool:
+    """Whether a process handles SIGTERM, as the system says."""
+    try:
+        caught = re.search(r"SigCgt:\s*([0-9a-f]+)", Path(f"/proc/{process}/status").read_text())
+    except OSError:
+        return True
+    return caught is None or bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+class Kind(NamedTuple):
+    """A kind of trials: its name in the table, and the method that runs one."""
+
+    title: str
+    run: Callable[[Base, random.Random, int], Answer]
+
+
+KINDS = {
+    "kills": Kind("killed at a random moment", Base.kill),
+    "signals": Kind("Ctrl-C or SIGTERM", Base.signal),
+    "flips": Kind("flipped bits", Base.flip),
+    "structure": Kind("structural damage", Base.structure),
+    "hostile": Kind("hostile run directories", Base.hostile),
+    "commands": Kind("careless commands", Base.command),
+    "disks": Kind("full disks", Base.disk),
+    "mutations": Kind("mutations of metadata", Base.mutation),
+}
