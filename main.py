@@ -5,12 +5,18 @@
 A mode is a file in `cfgs/mode`; it names its entry function (`entry: pairs.task.run`), so this file never grows.
 """
 
+from runs import signals
+
+if __name__ == "__main__":
+    signals.leave()  # before the imports, which take seconds on a busy machine
+
 import importlib
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,7 +26,6 @@ from omegaconf import DictConfig, OmegaConf
 import options
 from errors import UserError
 from files import ROOT
-from runs import signals
 from runs.run import open_run
 
 
@@ -59,6 +64,7 @@ def carry_out(cfg: DictConfig) -> tuple[Path, dict]:
     """
     options.check(cfg)
     options.name_protocol(cfg)
+    signals.begin()  # from here on something may be half done
     with open_run(cfg) as run:
         with signals.stop_later():  # an import of torch that is broken off half-way kills the process
             entry = find_entry(cfg)
@@ -80,6 +86,9 @@ def main(cfg: DictConfig) -> float | None:
         if cfg.debug or sweeping:
             raise
         sys.exit(f"error: {error}")
+    finally:
+        if sweeping:
+            signals.end()
 
 
 def cli() -> None:
@@ -87,15 +96,13 @@ def cli() -> None:
     debug = any(argument.lstrip("+").lower() in ("debug=true", "debug=1") for argument in sys.argv[1:])
     # Hydra would print its own trace and exit; with this set it hands the exception over, which becomes one sentence.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    signals.install()
     try:
         main()
     except KeyboardInterrupt as stop:
-        signals.ignore()
-        ended = "terminated" if signals.exit_status(stop) == 143 else "interrupted"
-        print(f"\n{ended}: nothing finished is lost, the same command resumes here", file=sys.stderr)
-        sys.exit(signals.exit_status(stop))
+        _stopped(stop)
     except Exception as error:
+        if (stop := signals.stop_behind(error)) is not None:
+            _stopped(stop)
         if debug:
             traceback.print_exc()
             sys.exit(1)
@@ -112,6 +119,13 @@ def cli() -> None:
             f"error: unexpected {type(error).__name__} at {os.path.basename(where.filename)}:{where.lineno}: {error}; "
             "this looks like a defect of the program, repeat the command with debug=true for the full trace"
         )
+
+
+def _stopped(stop: KeyboardInterrupt) -> NoReturn:
+    signals.ignore()
+    status = signals.exit_status(stop)
+    print(signals.farewell(status), file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

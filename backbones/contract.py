@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
+from files import plain
 from machine import DTYPES
 
 Layer = int | str
@@ -103,10 +104,11 @@ class Options:
                 if len(value) != n or not all(isinstance(v, int if n == 2 else int | float) and v >= 0 for v in value):
                     raise UserError(f"model.{key}={values[key]} is not understood, expected a number or a list of {n}")
                 values[key] = value
-        kwargs = (values.get("kwargs") or {}).items()
-        values["kwargs"] = json.dumps(
-            {k: list(v) if isinstance(v, Sequence) and not isinstance(v, str) else v for k, v in kwargs}, sort_keys=True
-        )
+        kwargs = plain(values.get("kwargs") or {})
+        for key, value in kwargs.items():
+            if any(not isinstance(v, str | int | float | None) for v in (value if isinstance(value, list) else [value])):
+                raise UserError(f"model.kwargs.{key}: got {value}, expected a number, a text, null, true, false or a list")
+        values["kwargs"] = json.dumps(kwargs, sort_keys=True)
         if not values.get("name"):
             raise UserError("model.name is missing, set it to the name of a ViT in timm (timm.list_models lists them)")
         if values.get("attention", "sdpa") not in ("sdpa", "xformers"):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,6 +97,10 @@ class Coco(Published):
         return next((place for place in places if (self.root / place).is_dir()), places[0])
 
     @property
+    def _annotations(self) -> Path:
+        return self.root / "annotations" / f"instances_{self.part}2017.json"
+
+    @property
     def _images(self) -> str:
         return self._folder(f"images/{self.part}2017", f"{self.part}2017")
 
@@ -110,7 +115,7 @@ class Coco(Published):
     def _names(self) -> list[str]:
         things = {number: category for number, category in self._categories.items() if category.kind == "thing"}
         if self.has_objects:
-            self._objects = read_instances(self.root / "annotations" / f"instances_{self.part}2017.json", things)
+            self._objects = read_instances(self._annotations, things)
             names = list(self._objects)
         else:  # from both folders, so that a missing half is found out
             maps = list_files(self.root / str(self._pixel_maps), ".png")
@@ -152,7 +157,9 @@ class Coco(Published):
         height, width = classes.shape
         if (facts.height, facts.width) != (height, width):
             raise UnreadableScene(
-                key, f"its annotations are of {facts.width}x{facts.height} pixels, {facts.file_name} has {width}x{height}"
+                key,
+                f"its annotations in {self._annotations} are of {facts.width}x{facts.height} pixels, {facts.file_name} has "
+                f"{width}x{height}",
             )
         layers = []
         annotations = sorted(json.loads(facts.annotations), key=lambda annotation: annotation["id"])
@@ -162,7 +169,7 @@ class Coco(Published):
             try:
                 mask = torch.from_numpy(decode_mask(annotation["segmentation"], facts.height, facts.width))
             except (ValueError, TypeError) as error:
-                raise UnreadableScene(key, f"annotation {annotation['id']} has {error}") from None
+                raise UnreadableScene(key, f"annotation {annotation['id']} in {self._annotations} has {error}") from None
             layers.append((not annotation["iscrowd"], -int(mask.sum()), annotation["id"], mask, annotation))
         identity = torch.zeros_like(classes)
         for *_, mask, annotation in sorted(layers, key=lambda layer: layer[:3]):

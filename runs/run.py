@@ -38,7 +38,7 @@ from runs.finished import newest_run, read_config, read_facts, source_run
 from runs.mirror import WANDB_MODES, open_mirror
 from runs.provenance import code_digest, provenance
 from runs.records import jsonable, line_of, open_records, read_records, record_key
-from runs.signals import ignored
+from runs.signals import ignored, stop_behind
 
 __all__ = [
     "Run", "checkpoint_files", "checkpoint_path", "deciding", "identify", "newest_run", "open_run", "read_config",
@@ -321,8 +321,8 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
                 yield run
                 run.finishing()
                 status = "finished"
-            except KeyboardInterrupt:
-                status = "interrupted"
+            except BaseException as error:
+                status = "interrupted" if stop_behind(error) or isinstance(error, KeyboardInterrupt) else "failed"
                 raise
             except UserError:
                 status = "refused"

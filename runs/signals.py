@@ -1,11 +1,15 @@
 """Signals that end a run in order: Ctrl-C, and SIGTERM, which Slurm and other schedulers send before they kill.
 
-install      both raise `Stopped` wherever the program is
+leave        both end the process at once, in one sentence: before a run is opened there is nothing to save
+begin, end   from here on both raise `Stopped` wherever the program is; no longer (of a process that called `leave`)
+install      the same, whatever was before
+stop_behind  the `Stopped` behind an error that broken-off code of others raised in its place
 stop_later   until the end of the block they are only noted: what is half done is finished or saved first
 ignored      they do nothing any more: the last writes of a run, and what comes after success
 """
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -26,6 +30,42 @@ class Stopped(KeyboardInterrupt):
 def exit_status(stop: KeyboardInterrupt) -> int:
     """The status a shell expects: 130 after Ctrl-C, 143 after SIGTERM."""
     return 128 + getattr(stop, "number", signal.SIGINT)
+
+
+def farewell(status: int) -> str:
+    """The sentence a stopped program ends with."""
+    return f"\n{'terminated' if status == 143 else 'interrupted'}: nothing finished is lost, the same command resumes here"
+
+
+def stop_behind(error: BaseException | None) -> "Stopped | None":
+    """The `Stopped` that an error is or was raised while handling: omegaconf, broken off anywhere, raises errors of its own."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, Stopped):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def leave() -> None:
+    """Let both signals end the process at once: imports and Hydra, broken off by an exception, end in traces or worse."""
+    for number in _heard():
+        signal.signal(number, _leave)
+
+
+def begin() -> None:
+    """Let both signals raise `Stopped` in a process that has called `leave`."""
+    for number in _heard():
+        if signal.getsignal(number) is _leave:
+            signal.signal(number, _stop)
+
+
+def end() -> None:
+    """Let both signals end the process at once again: between the jobs of a sweep."""
+    for number in _heard():
+        if signal.getsignal(number) is _stop:
+            signal.signal(number, _leave)
 
 
 def install() -> None:
@@ -84,6 +124,11 @@ def _heard() -> list[signal.Signals]:
         return []
     # None: a handler set outside Python, which could not be put back.
     return [number for number in STOPPING if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os.write(2, f"{farewell(128 + number)}\n".encode())
+    os._exit(128 + number)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

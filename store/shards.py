@@ -1,11 +1,13 @@
 """Shards of tokens on disk: one safetensors file per layer and shard, memory maps, checksums.
 
 A shard of tokens is one safetensors file per layer and a JSON record with their checksums, written last: a shard
-without its record does not count.
+without its record does not count. Whose bytes were compared with their checksum is remembered by size, time of change and
+inode, so that a cache of many gigabytes is read through once and not at every start (`checked`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
@@ -95,8 +97,8 @@ class StackedTokens:
         return stored.reshape(len(stored), *self.shape[2:])
 
     def _read_all(self) -> Tensor:
-        self._preload = False
         """All tokens [L, M, T, D] in the dtype of the store."""
+        self._preload = False
         held = torch.empty(self.shape, dtype=self._store.dtype)
         for number in range(self._store.n_shards):
             start, stop = self._store.span(number)
@@ -107,7 +109,10 @@ class StackedTokens:
 
 
 class TokenStore:
-    """A directory of tokens: `layer_05/00012.safetensors` by layer and shard, `shards/00012.json` once complete."""
+    """A directory of tokens: `layer_05/00012.safetensors` by layer and shard, `shards/00012.json` once complete.
+
+    `checked/00012.json` says which of these files were seen whole; it may be lost, they are then read again.
+    """
 
     def __init__(self, directory: Path, facts: dict[str, Any], n_images: int, n_tokens: int, dim: int, cache: Any) -> None:
         self.directory, self.facts, self.digest, self.cache = directory, facts, digest(facts), cache
@@ -197,29 +202,52 @@ class TokenStore:
                 return {}
             raise
 
-    def missing(self, layers: Sequence[int | str], verify: bool | None = None) -> dict[int, list[int | str]]:
-        """Shards that lack layers, with those layers; sizes and headers are always checked, checksums if `verify`
-        (None: as this store is set).
+    def missing(self, layers: Sequence[int | str], verify: bool = True) -> dict[int, list[int | str]]:
+        """Shards that lack layers, with those layers.
+
+        Args:
+            verify: compare the bytes of every file with its checksum, unless that was done before and the file is the same
+                since (`self.verify`: even then). False: existence, sizes and headers only.
 
         Raises:
             UserError: a damaged file, unless `cache.repair`, which counts it as missing.
         """
-        verify = self.verify if verify is None else verify
         lacking: dict[int, list[int | str]] = {}
         for number in range(self.n_shards):
-            entries, head = self.entries(number), self.head(number)
+            entries, head, checked = self.entries(number), self.head(number), self._checked(number) if verify else {}
+            seen = {}
             for layer in layers:
                 file, entry = self.file(layer, number), entries.get(str(layer))
-                fault = (
-                    "absent"
-                    if entry is None or not file.exists()
-                    else _fault(file, head, self.file_bytes(number), entry, verify)
-                )
-                if fault and fault != "absent" and not self.cache.repair:
+                if entry is None or not file.exists():
+                    lacking.setdefault(number, []).append(layer)
+                    continue
+                state = _state(file)  # before it is read
+                is_known = not self.verify and checked.get(str(layer)) == state
+                fault = _fault(file, head, self.file_bytes(number), entry, verify and not is_known)
+                if fault and not self.cache.repair:
                     raise UserError(f"{file} is damaged ({fault}), delete it or set cache.repair=true to extract it again")
                 if fault:
                     lacking.setdefault(number, []).append(layer)
+                elif verify:
+                    seen[str(layer)] = state
+            self._remember(number, checked, seen)
         return lacking
+
+    def _checked(self, number: int) -> dict[str, Any]:
+        """Size, time of change and inode of the files of a shard that had their checksum when they were last read, by layer."""
+        try:
+            return read_sealed(self._checked_file(number), "")
+        except (FileNotFoundError, UserError):
+            return {}
+
+    def _checked_file(self, number: int) -> Path:
+        return self.directory / "checked" / f"{number:05d}.json"
+
+    def _remember(self, number: int, checked: Mapping[str, Any], seen: Mapping[str, Any]) -> None:
+        """Note which files of a shard have their checksum; where nothing may be written they are read again next time."""
+        if any(checked.get(layer) != state for layer, state in seen.items()):
+            with contextlib.suppress(UserError):
+                write_atomically(self._checked_file(number), sealed({**checked, **seen}))
 
     def open(self, layer: int | str, number: int) -> Tensor:
         """The tokens [n, T, D] of one file, memory-mapped; the least recently used maps are let go."""
@@ -250,9 +278,16 @@ class TokenStore:
             return {"bytes": self.file_bytes(number), "sha256": digest.hexdigest()}
 
         written = dict(zip(map(str, layers), pool.map(one, layers, values), strict=True))
-        layers = dict(sorted((self.entries(number) | written).items()))
-        record = {"store": self.digest, "images": list(self.span(number)), "layers": layers}
+        entries = dict(sorted((self.entries(number) | written).items()))
+        record = {"store": self.digest, "images": list(self.span(number)), "layers": entries}
         write_atomically(self.record(number), sealed(record))
+        self._remember(number, self._checked(number), {str(layer): _state(self.file(layer, number)) for layer in layers})
+
+
+def _state(file: Path) -> list[int]:
+    """What changes when a file is written again, moved or copied: size, time of change in ns, inode."""
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
 
 
 def _describes(entry: Any, n_bytes: int) -> bool:

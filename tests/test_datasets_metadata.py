@@ -164,3 +164,14 @@ def test_an_entry_says_where_it_stands(tmp_path: Path) -> None:
         entry.whole()
     with pytest.raises(UserError, match=r"^top: a: got True, expected a number$"):
         Entry({"a": True}, None, "top").key("a").number()
+
+
+@pytest.mark.parametrize("group", [[], ["red", "red"]])
+def test_feature_groups_that_are_none_are_named(group: list[str], tmp_path: Path) -> None:
+    options = TREES["exported"](tmp_path)
+    (file,) = Path(options["root"]).glob("dataset_train*/metadata.json")
+    content = json.loads(file.read_text())
+    content["groups"][1] = group
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"metadata.json: groups\[1\]: got .*, expected at least one value and none twice"):
+        build(config("exported", **options), "train")

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,3 +95,39 @@ def test_a_job_in_the_background_keeps_ignoring_ctrl_c() -> None:
     with signals.stop_later():
         signal.raise_signal(signal.SIGINT)
     signal.raise_signal(signal.SIGINT)
+
+
+@BOTH
+def test_a_process_that_has_begun_nothing_leaves_at_once(tmp_path: Path, number: int) -> None:
+    # A module of the name of one that main.py imports: the signal comes in the middle of the imports.
+    (tmp_path / "hydra.py").write_text(f"import os, time\nos.kill(os.getpid(), {int(number)})\ntime.sleep(5)\n")
+    done = subprocess.run(
+        [sys.executable, "main.py"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    word = "interrupted" if number == signal.SIGINT else "terminated"
+    assert done.returncode == 128 + number and not done.stdout
+    assert done.stderr == f"\n{word}: nothing finished is lost, the same command resumes here\n"
+
+
+def test_an_error_that_was_raised_in_the_place_of_a_signal_is_a_signal(tmp_path: Path) -> None:
+    def broken_off() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            raise AttributeError("'NoneType' object has no attribute '_invalidate_flags_cache'")  # as omegaconf does
+
+    with pytest.raises(AttributeError) as error, opened(tmp_path) as run:
+        broken_off()
+    stop = signals.stop_behind(error.value)
+    assert stop is not None and signals.exit_status(stop) == 143 and status(run) == "interrupted"
+    assert signals.stop_behind(ValueError()) is None
+
+
+def test_signals_are_raised_only_while_a_job_is_under_way() -> None:
+    signals.leave()
+    handlers = [signal.getsignal(number) for number in signals.STOPPING]
+    signals.begin()
+    with pytest.raises(signals.Stopped):
+        signal.raise_signal(signal.SIGINT)
+    signals.end()
+    assert [signal.getsignal(number) for number in signals.STOPPING] == handlers
