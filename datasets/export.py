@@ -146,7 +146,7 @@ class Exported(CodeScenes):
         if meta.key("format").value != FORMAT or meta.key("complete").value is not True:
             raise UserError(f"{self.directory}: the export is not complete; repeat its command, images already there are kept")
         self._read_metadata(meta)
-        self._read_codes([_names(group) for group in meta.key("groups").each()], meta)
+        self._read_codes([group.different() for group in meta.key("groups").each()], meta)
 
     def _read_metadata(self, meta: Entry) -> None:
         """Take over names and facts, each checked."""
@@ -221,14 +221,6 @@ class _Writer:
         Image.fromarray(scene.image.permute(1, 2, 0).numpy()).save(png, format="PNG")
         write_atomically(path, png.getvalue())
         return index, scene.key, None
-
-
-def _names(group: Entry) -> list[str]:
-    """The values of a feature group."""
-    names = [name.text() for name in group.each()]
-    if not names or len(set(names)) != len(names):
-        raise group.wrong("at least one value and none twice")
-    return names
 
 
 def _labels(dataset: CodeScenes) -> dict[str, np.ndarray]:

@@ -45,6 +45,13 @@ class Entry:
         """Whether a table has a key."""
         return isinstance(self.value, dict) and name in self.value
 
+    def different(self) -> list[str]:
+        """A list of texts, at least one and none twice, such as the values of a feature group."""
+        names = [entry.text() for entry in self.each()]
+        if not names or len(set(names)) != len(names):
+            raise self.wrong("at least one name and none twice")
+        return names
+
     def each(self, length: int | None = None) -> list[Entry]:
         """The values of a list, of a certain length if one is given."""
         if not isinstance(self.value, list):

@@ -31,7 +31,8 @@ def open_picture(path: Path, key: str) -> Image.Image:
     except Image.UnidentifiedImageError:
         raise UnreadableScene(key, f"{path} is not a picture Pillow knows (or its header is damaged)") from None
     except _DAMAGED as error:
-        raise UnreadableScene(key, f"{path} is truncated or damaged ({error})") from error
+        reason = getattr(error, "strerror", None) or error  # the system's reason without the path once more
+        raise UnreadableScene(key, f"{path} is truncated or damaged ({reason})") from error
     return picture
 
 

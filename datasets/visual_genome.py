@@ -158,11 +158,8 @@ class VisualGenome(CodeScenes):
     def _vocabulary(self) -> list[list[str]]:
         """Categories and attributes; by (-occurrences, name) where the file counts them, else in its order."""
         categories, attributes = (
-            [entry.text() for entry in self.stats.key(name).each()]
-            for name in ("selected_object_classes", f"selected_{self.kind}_attributes")
+            self.stats.key(name).different() for name in ("selected_object_classes", f"selected_{self.kind}_attributes")
         )
-        if not categories:
-            raise self.stats.key("selected_object_classes").wrong("at least one name")
         none = "no_color" if self.kind == "color" else "no_attribute"
         if none not in attributes:
             attributes.append(none)

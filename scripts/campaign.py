@@ -31,12 +31,13 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", MPLBACKEND="Agg", TQD
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]
 
-from campaign_trials import BAD, COLUMNS, KINDS, Base, warm_up  # noqa: E402
+from campaign_program import warm_up  # noqa: E402
+from campaign_trials import BAD, COLUMNS, KINDS, Base  # noqa: E402
 
 from runs.provenance import provenance  # noqa: E402
 
 GOAL = {
-    "kills": 50, "signals": 50, "flips": 1000, "structure": 300, "hostile": 100, "commands": 500, "disks": 50,
+    "kills": 50, "signals": 50, "flips": 1000, "structure": 150, "hostile": 60, "commands": 260, "disks": 30,
     "mutations": 5000,
 }  # fmt: skip
 QUICK = 3

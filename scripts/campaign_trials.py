@@ -17,12 +17,9 @@ import os
 import pickle
 import random
 import re
-import resource
-import runpy
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,23 +27,12 @@ from typing import Any, NamedTuple
 
 import yaml
 from campaign_commands import COMMANDS, HARMLESS, TINY, careless
+from campaign_program import SECONDS, Done, composed, judge, numbers, program
 
-from runs.records import read_records
-
-ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 60  # after which an answer counts as none
 BAD = ("other numbers", "vague", "defect", "no answer", "lost", "code run")
 COLUMNS = ("same numbers", "sentence", "accepted", *BAD)
 LOOK = ["wandb.mode=disabled", "threads=1"]  # of modes that look at a finished run
 ON_DISK = "cache.ram_gb=1e-9"  # activations are read from disk, not held in memory
-
-
-class Done(NamedTuple):
-    """What a process left: exit status (None: it did not end in time), standard output and error."""
-
-    status: int | None
-    out: str
-    err: str
 
 
 class Answer(NamedTuple):
@@ -55,106 +41,6 @@ class Answer(NamedTuple):
     answer: str
     about: str
     text: str = ""
-
-
-def sentence(done: Done) -> str | None:
-    """The one sentence a process ended in; None if it ended in anything else."""
-    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    if done.status != 1 or len(errors) != 1 or "Traceback" in done.err or "defect of the program" in done.err:
-        return None
-    return errors[0]
-
-
-def judge(done: Done, found: Any, expected: Any, names: tuple[str, ...] = ()) -> str:
-    """The column of an answer, before its way out was tried.
-
-    Args:
-        found: the numbers the process left; expected: those of the undisturbed run.
-        names: a sentence has to name one of them; () if it need not.
-    """
-    if done.status is None:
-        return "no answer"
-    if done.status == 0:
-        return "same numbers" if expected and found == expected else "other numbers"
-    text = sentence(done)
-    if text is None:
-        return "defect"
-    return "sentence" if not names or any(name in text for name in names) else "vague"
-
-
-def numbers(folder: Path, mode: str) -> dict[str, Any]:
-    """The scores of the newest run of a mode, by what they are of."""
-    runs = sorted((folder / "outputs" / mode).glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
-    keys = ("name", "layer", "seed", "question", "readout", "subset")
-    found = read_records(runs[-1], lambda text: None) if runs else []
-    return {str([r[key] for key in keys]): [r["metrics"], r.get("interval")] for r in found if r["kind"] == "score"}
-
-
-def warm_up() -> None:
-    """Import here what the program imports, and read its configuration once, so that processes forked from here start fast."""
-    import timm  # noqa: F401
-    import torch
-    from hydra import compose, initialize_config_dir
-
-    import pairs.layer_curve
-    import pairs.score_maps
-    import pairs.task  # noqa: F401
-
-    torch.set_num_threads(1)
-    with initialize_config_dir(str(ROOT / "cfgs"), version_base="1.3"):
-        compose("config", TINY)
-
-
-def program(
-    folder: Path, *arguments: str, disturb: Callable[[int], None] | None = None, limit: int | None = None, fresh: bool = False
-) -> Done:
-    """`python main.py arguments` with cache and outputs below a folder.
-
-    Args:
-        disturb: gets the process id while it runs; limit: bytes a file may have.
-        fresh: a new interpreter that imports everything itself, instead of a process forked from this one.
-    """
-    files = [folder.with_name(f"{folder.name}.{end}") for end in ("out", "err")]  # beside it: its disk may be full
-    command = [str(ROOT / "main.py"), f"cache.dir={folder / 'cache'}", f"output_dir={folder / 'outputs'}", *arguments]
-    if fresh:
-        with open(files[0], "w") as out, open(files[1], "w") as err:
-            child = subprocess.Popen([sys.executable, *command], stdout=out, stderr=err).pid
-    elif (child := os.fork()) == 0:
-        _become(command, files, limit)
-    if disturb is not None:
-        disturb(child)
-    end = time.monotonic() + SECONDS
-    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
-        if time.monotonic() > end:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return Done(None, "", "")
-        time.sleep(0.01)
-    return Done(os.waitstatus_to_exitcode(ended[1]), *(file.read_text(errors="replace") for file in files))
-
-
-def _become(command: list[str], files: list[Path], limit: int | None) -> None:
-    """Be the program, in a process that was just forked; it never comes back."""
-    status = 1
-    try:
-        for number, file in enumerate(files, start=1):
-            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-        if limit is not None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        sys.argv = command
-        runpy.run_path(command[0], run_name="__main__")
-        status = 0
-    except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        if isinstance(stop.code, str):
-            print(stop.code, file=sys.stderr)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)
 
 
 class Base:
@@ -177,6 +63,8 @@ class Base:
             shutil.rmtree(self.base / "outputs" / "eval")
         self.bytes = self._bytes(self.base)
         self.commands = careless(random.Random(seed))
+        looks = {which: ["mode=eval", f"eval.checkpoint={which}", *LOOK] for which in ("best", "last")}
+        self.ready = {key: composed(*command) for key, command in {"train": TINY, "disk": [*TINY, ON_DISK], **looks}.items()}
 
     def at(self, name: str) -> "Base":
         """The same base, for trials in a folder of their own."""
@@ -292,7 +180,10 @@ class Base:
         """The files the program reads back: of the cache, the checkpoints, or the run directory, by the trial's number."""
         beside = [run / name for name in ("config.yaml", "run.json", "metrics.jsonl", "history.jsonl", "layers.csv")]
         cached = [path for path in (self.work / "cache").rglob("*") if path.is_file() and not path.name.startswith("lock")]
-        return sorted([cached, list(run.rglob("*.safetensors")), beside][number % 3])
+        fitted = [
+            path for path in run.rglob("*.safetensors") if path.parent.name == "probe" or not path.name.startswith("last")
+        ]
+        return sorted([cached, fitted, beside][number % 3])  # the last epochs of controls are never read
 
     def read_back(self, run: Path, file: Path, draw: random.Random, about: str) -> Answer:
         """How the program that reads a damaged file answers, and whether the way out that it names works.
@@ -300,12 +191,12 @@ class Base:
         Nothing is left that would save it from reading the file: records of the same numbers are taken away first.
         """
         place, key = file.relative_to(self.work).parts[0], "train"
-        look = file.name in ("config.yaml", "run.json") or file.name.startswith(("best", "last"))
+        look = file.name in ("config.yaml", "run.json") or file.parent.name == "probe" and not file.name.startswith("state")
         command = list(TINY)
         if place == "cache":
             shutil.rmtree(self.work / "outputs")
             command += [ON_DISK] * draw.randrange(2)
-        elif look and draw.random() < 0.7:
+        elif look and (draw.random() < 0.7 or file.name.startswith("last")):
             key = "last" if file.name.startswith("last") else "best"
             command = ["mode=eval", f"run={run}", f"eval.checkpoint={key}", *LOOK]
         elif file.suffix == ".safetensors":
@@ -314,8 +205,10 @@ class Base:
                 finished.unlink()
         mode = "train" if key == "train" else "eval"
         about += f" (mode={mode}{', from disk' if ON_DISK in command else ''})"
-        done = program(self.work, *command)
-        answer = judge(done, numbers(self.work, mode), self.expected[key], (str(file), str(file.parent), file.name))
+        done = program(self.work, *command, ready=self.ready["disk" if ON_DISK in command else key])
+        names = [str(run), file.name] + [str(file.parent)] * (place == "cache")
+        names += ["dataset.", "model.", "protocol.", "probe.", "trainer."] if file.name == "config.yaml" else []  # its options
+        answer = judge(done, numbers(self.work, mode), self.expected[key], tuple(names))
         text = done.err[-500:]
         if answer != "sentence" or mode == "eval" and not file.name.startswith(("best", "last")):
             return Answer(answer, about, text)  # of a run that is only looked at, there is nothing to repeat
@@ -325,7 +218,7 @@ class Base:
             shutil.rmtree(target)
         else:
             target.unlink(missing_ok=True)
-        again = program(self.work, *TINY)
+        again = program(self.work, *TINY, ready=self.ready["train"])
         if not self.same(again):
             return Answer("lost", about, f"{text}\n---\n{again.err[-500:]}")
         return Answer("sentence", about, text)
@@ -347,7 +240,7 @@ class Base:
         (run / "config.yaml").write_text(yaml.safe_dump(cfg))
         command = draw.choice([["mode=eval"], ["mode=vis", "vis.gif=false", "vis.page=false"]])
         about = f"{key}: {called} in config.yaml, {command[0]}"
-        done = program(self.work, *command, f"run={run}", *LOOK)
+        done = program(self.work, *command, f"run={run}", *LOOK, ready=self.ready["best"] if command == ["mode=eval"] else None)
         if marker.exists():
             return Answer("code run", about, done.err[-500:])
         found = numbers(self.work, "eval") if command == ["mode=eval"] else self.expected["best"]

@@ -173,5 +173,12 @@ def test_feature_groups_that_are_none_are_named(group: list[str], tmp_path: Path
     content = json.loads(file.read_text())
     content["groups"][1] = group
     file.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"metadata.json: groups\[1\]: got .*, expected at least one value and none twice"):
+    with pytest.raises(UserError, match=r"metadata.json: groups\[1\]: got .*, expected at least one name and none twice"):
         build(config("exported", **options), "train")
+    options = TREES["vgcolor"](tmp_path / "vg")
+    (file,) = Path(options["root"]).glob("**/vg_stats*.json")
+    content = json.loads(file.read_text())
+    content["selected_object_classes"] = group
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"vg_stats.*.json: selected_object_classes: got .*, expected at least one name"):
+        build(config("vgcolor", **options), "train")
