@@ -5,11 +5,12 @@
 
 The metadata of a file is one entry, `state`: JSON with sorted keys {"digest", "format", "recipe"}. The digest covers the
 recipe and the name, dtype, shape and bytes of every tensor. Probes of the version before this one have the entries
-`recipe` and `facts` and no digest; they are still read.
+`recipe` and `facts` and no digest; they are still read, with a warning.
 """
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,7 +69,8 @@ def load_state(path: Path, expected: Mapping[str, Any] | None = None) -> State:
         expected: entries the recipe must have; of an entry that is a mapping itself, those keys that are named.
 
     Raises:
-        UserError: the file is missing, damaged, holds numbers that are not finite, or is of something else.
+        UserError: the file is missing, damaged, holds numbers that are not finite, or is of something else. A file without
+            a digest, of a version that had none, is read with a warning on the error stream.
     """
     path = Path(path)
     try:
@@ -81,6 +83,12 @@ def load_state(path: Path, expected: Mapping[str, Any] | None = None) -> State:
     if state.get("format", FORMAT) != FORMAT:
         raise UserError(f"{path} is of format {state['format']}, this version reads {FORMAT}; {REMEDY}")
     recipe, checked = state["recipe"], "digest" in state
+    if not checked:
+        print(
+            f"warning: {path} is of a version that wrote no checksums, so nobody would notice damage to it; to be sure, repeat "
+            "the command that wrote it",
+            file=sys.stderr,
+        )
     if checked and state["digest"] != _digest(tensors, recipe):
         raise UserError(f"{path} is damaged (its checksum differs); {REMEDY}")
     if (name := not_finite(tensors)) is not None:

@@ -108,12 +108,16 @@ def test_a_file_of_something_else_is_refused_by_name(file: Path) -> None:
         load_state(file, {"seeds": [0]})
 
 
-def test_a_probe_of_the_version_before_is_read(tmp_path: Path) -> None:
+def test_a_probe_of_the_version_before_is_read_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     probe = build_probe({"mode": "linear"}, seeds=[0], layers=["embed", 1], dim=4)
     weights = {name: value.detach() for name, value in probe.state_dict().items()}
     save_file(weights, tmp_path / "old", {"recipe": json.dumps(probe.recipe), "facts": json.dumps({"backbone": "a"})})
     again = load_probe(tmp_path / "old", expected={"backbone": "a"})
     assert again.facts == {"backbone": "a"} and torch.equal(again.weight, probe.weight)
+    warning = f"warning: {tmp_path}/old is of a version that wrote no checksums, so nobody would notice damage to it; "
+    assert capsys.readouterr().err == f"{warning}to be sure, repeat the command that wrote it\n"
+    save_state(tmp_path / "new", weights, {})
+    assert load_state(tmp_path / "new").checked and not capsys.readouterr().err
     assert not load_state(tmp_path / "old").checked
     with pytest.raises(UserError, match='backbone: "a", expected "b"'):
         load_probe(tmp_path / "old", expected={"backbone": "b"})

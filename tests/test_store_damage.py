@@ -1,6 +1,8 @@
 """A cache is never believed: every flipped byte and every edited entry is refused by name, or changes nothing."""
 
+import hashlib
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -11,6 +13,7 @@ import pytest
 import torch
 from toys import toy_config
 
+import store.shards
 from activation import PatchSample, open_sample
 from errors import UserError
 from files import sealed
@@ -180,3 +183,54 @@ def test_a_file_that_is_a_folder_or_a_loop_is_named(cache: Path) -> None:
 def test_long_names_are_cut_so_that_every_file_system_takes_them(tmp_path: Path) -> None:
     sample = opened(tmp_path, f"protocol.name={'x' * 300}")
     assert max(len(path.name) for path in tmp_path.rglob("*")) <= 200 and len(sample.keys) == 10
+
+
+def test_activations_larger_than_memory_are_read_through_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    real = store.shards._fault
+    monkeypatch.setattr(store.shards, "_fault", lambda file, *rest: read.append(rest[-1]) or real(file, *rest))
+    large = "cache.ram_gb=0"
+    opened(cache, large)
+    n_files = len(read)
+    assert n_files > 4 and all(read)  # the fixture is a copy: other inodes than those that were written
+    read.clear()
+    opened(cache, large)
+    assert read == [False] * n_files
+    read.clear()
+    opened(cache, large, "cache.verify=true")
+    assert read == [True] * n_files
+    # An edit that keeps the size is seen by the time of change, and so is one that is put back in another file.
+    (file,) = cache.glob("tokens/*/layer_01/00001.safetensors")
+    good, before = file.read_bytes(), file.stat()
+    file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"layer_01/00001.safetensors is damaged \(its checksum differs\)"):
+        opened(cache, large)
+    file.write_bytes(good)
+    opened(cache, large)
+    bad = file.with_name("aside")
+    bad.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    os.utime(bad, ns=(before.st_atime_ns, file.stat().st_mtime_ns))
+    bad.replace(file)  # of the same size and time of change
+    with pytest.raises(UserError, match="its checksum differs"):
+        opened(cache, large)
+
+
+def test_what_was_just_written_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened(tmp_path, "cache.ram_gb=0")
+    monkeypatch.setattr(hashlib, "file_digest", None)
+    opened(tmp_path, "cache.ram_gb=0")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"1": 5}', sealed({"1": [0, 0, 0]}), None])
+def test_notes_on_checked_files_may_be_lost(whole: Path, cache: Path, text: str | None) -> None:
+    expected = opened(whole)
+    for file in cache.glob("tokens/*/checked/*.json"):
+        file.unlink()
+        file.mkdir() if text is None else file.write_text(text)
+    (token,) = cache.glob("tokens/*/layer_01/00001.safetensors")
+    sample = opened(cache, "cache.ram_gb=0")
+    assert all(torch.equal(a, b) for a, b in zip(content(sample), content(expected), strict=True))
+    data = token.read_bytes()
+    token.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(UserError, match="its checksum differs"):
+        opened(cache, "cache.ram_gb=0")
