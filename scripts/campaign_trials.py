@@ -6,7 +6,7 @@
     other numbers   status 0 and silently not the numbers of the undisturbed run
     vague           a sentence that names neither file nor option
     defect          a trace, "looks like a defect", several errors, a process that died
-    no answer       more than a minute
+    no answer       more than three minutes
     lost            the way out did not lead back to the numbers of the undisturbed run
     code run        something that a file names was called
 
