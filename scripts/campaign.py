@@ -146,6 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     counts = chosen or (GOAL if options.goal else dict.fromkeys(GOAL, QUICK))
     facts = {key: provenance()[key] for key in ("commit", "dirty", "cpu")}
     file = options.folder / "trials.jsonl"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background, and a child would ignore it too
     warm_up()
     with tempfile.TemporaryDirectory(prefix="campaign-") as folder:
         if options.only:
