@@ -157,6 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         done = read_trials(file)
         again = {key for key, trial in done.items() if options.again in (trial["kind"], "bad" * (trial["answer"] in BAD))}
         todo = [(k, n) for k, n in scheduled(counts) if (options.seed, k, n) not in done or (options.seed, k, n) in again]
+        if file.is_file() and not file.read_bytes().endswith(b"\n"):
+            file.write_text(file.read_text(encoding="utf-8") + "\n", encoding="utf-8")  # of a campaign that was killed
         if todo:
             share(Base(Path(folder), options.seed), todo, options.jobs, file, facts)
     trials = [trial for trial in read_trials(file).values() if trial["seed"] == options.seed]
