@@ -37,8 +37,7 @@ from campaign_trials import BAD, COLUMNS, KINDS, Base  # noqa: E402
 from runs.provenance import provenance  # noqa: E402
 
 GOAL = {
-    "kills": 50, "signals": 50, "flips": 1000, "structure": 150, "hostile": 60, "commands": 260, "disks": 30,
-    "mutations": 5000,
+    "kills": 50, "signals": 30, "flips": 1000, "structure": 90, "hostile": 40, "commands": 210, "disks": 20, "mutations": 5000,
 }  # fmt: skip
 QUICK = 3
 
