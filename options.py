@@ -335,7 +335,8 @@ def explain(error: Exception) -> str:
         # A section given as a whole names the section; the key inside it that does not exist is named by the cause.
         inside = re.search(r"full_key: (\S+)", str(error.__cause__))
         name = inside[1] if inside and inside[1].startswith(f"{key[1]}.") else key[1]
-        return renamed(name) if name in RENAMED else f"unknown option '{name}'; {valid_keys(key[1].rpartition('.')[0])}"
+        known = name if name.startswith(tuple(f"{section}." for section in OPEN)) else key[1]
+        return renamed(name) if name in RENAMED else f"unknown option '{name}'; {valid_keys(known.rpartition('.')[0])}"
     return text.partition(" full_key:")[0].partition(" See https://hydra.cc/")[0]
 
 

@@ -147,7 +147,7 @@ def fit_stack(run: Run, task: Task, subject: Subject, options: FitOptions) -> li
         chunk = layers[first : first + per_chunk]
         last, best = (checkpoint_path(run.dir, subject.name, f"{which}.{number:02d}") for which in CHECKPOINTS[::-1])
         if last.exists() and best.exists():  # best is written last: this fit is complete
-            expected = {"fit": identity_of(run, task, subject, chunk, number)}
+            expected = {"fit": identity_of(run, task, subject, chunk, number), "which": "best"}
             probes.append(load_probe(best, task.probes, expected).to(options.device))
             continue
         probe = task.build_probe(subject.probe, train, chunk).to(options.device)
@@ -295,9 +295,9 @@ def fit(probe: Probe, task: Task, subject: Subject, options: FitOptions, run: Ru
     verdict = judge(progress.curve, constant_loss(task, subject.samples, options.batch_images))
     probe.facts = _fitted_on(train, identity) | ending(verdict, epochs, progress.best_epoch, progress.best)
     _write_endings(run, task, probe, subject)
-    probe.save(checkpoint_path(run.dir, name, f"last.{number:02d}"), **probe.facts)
+    probe.save(checkpoint_path(run.dir, name, f"last.{number:02d}"), **probe.facts, which="last")
     weights.restore(weights.best)
-    probe.save(checkpoint_path(run.dir, name, f"best.{number:02d}"), **probe.facts)
+    probe.save(checkpoint_path(run.dir, name, f"best.{number:02d}"), **probe.facts, which="best")
     return probe
 
 
@@ -334,7 +334,7 @@ def _solve(
     probe.facts = facts | {key: notes[key] for key in ("solver", "converged")} | ending(verdict, none, none, val_loss)
     _write_endings(run, task, probe, subject)
     for which in ("last", "best"):
-        probe.save(checkpoint_path(run.dir, subject.name, f"{which}.{number:02d}"), **probe.facts)
+        probe.save(checkpoint_path(run.dir, subject.name, f"{which}.{number:02d}"), **probe.facts, which=which)
     return probe
 
 

@@ -127,7 +127,8 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
                 "best as safetensors"
             ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0]
-        raise UserError(f"{file} is damaged or no weight file ({reason})") from error
+        remedy = "set model.weights to a safetensors or torch file"
+        raise UserError(f"{file} is damaged or no weight file ({reason}); {remedy}") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{file} holds a {type(content).__name__}, expected a dictionary of weights")
     return dict(content)

@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from errors import UserError
-from options import ALSO, CONFIGS, NAMES, NUMBER_OR_LIST, RENAMED, kind_of, leaves, named
+from options import ALSO, CONFIGS, NAMES, NUMBER_OR_LIST, RENAMED, TEXTS, kind_of, leaves, named
 
 # Options of data sets that name or start programs, and write: of a finished run's file they are not believed.
 FROM_COMMAND_LINE = {"blender_path": None, "clevr_gen_dir": None, "use_cache_only": True}
@@ -28,7 +28,8 @@ def complete(stored: DictConfig, path: Path) -> DictConfig:
         UserError: a section or an option that the run's mode had is missing or of another kind: the file is damaged.
     """
     before = set(stored)  # sections of the run; those added since are filled from their defaults as a whole
-    choices = {"config": "", "model/_defaults": "model.", f"protocol/{stored.protocol.get('name')}": ""}
+    protocol = f"protocol/{stored.protocol.name.partition(',')[0]}"  # without what was changed
+    choices = {"config": "", "model/_defaults": "model.", protocol: ""}
     for name, prefix in (choices | {f"mode/{stored.mode}": ""}).items():
         file = CONFIGS / f"{name}.yaml"
         if not (re.fullmatch(r"[\w/-]+", name) and file.is_file()):
@@ -40,11 +41,20 @@ def complete(stored: DictConfig, path: Path) -> DictConfig:
                 raise UserError(f"{path} is damaged (it has no section {section}); name another run with run=…")
             if inside is None or option not in inside:  # added since then
                 OmegaConf.update(stored, key, default, force_add=True)
+            if key in TEXTS:  # or null
+                default = "???" if OmegaConf.select(stored, key) is not None else None
             kind, fits = kind_of(default, least=0)
             value = OmegaConf.select(stored, key)
-            if not (key in NAMES + NUMBER_OR_LIST or value in ALSO.get(key, ()) or fits(value)):
+            if not (_is_special(key, value) or value in ALSO.get(key, ()) or fits(value)):
                 raise UserError(f"{path} is damaged ({key} is {value!r}, expected {kind}); name another run with run=…")
     return stored
+
+
+def _is_special(key: str, value: object) -> bool:
+    """Whether a value is one of the options whose default does not say their kind."""
+    if key in NAMES:
+        return not isinstance(value, DictConfig)
+    return key in NUMBER_OR_LIST and isinstance(value, ListConfig) and all(type(item) is int for item in value)
 
 
 def adopt(fitted: DictConfig, cfg: DictConfig, directory: Path) -> DictConfig:

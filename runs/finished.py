@@ -64,10 +64,15 @@ def read_facts(directory: Path) -> dict[str, Any]:
     Raises:
         UserError: it is damaged.
     """
+    path, remedy = Path(directory) / "run.json", "delete it: where the numbers come from is lost, the rest stays"
     try:
-        return read_json(Path(directory) / "run.json", "delete it: where the numbers come from is lost, the rest stays")
+        facts = read_json(path, remedy)
     except FileNotFoundError:
         return {}
+    kinds = {"identity": dict, "inputs": dict | None, "status": str}
+    if wrong := [key for key, kind in kinds.items() if key in facts and not isinstance(facts[key], kind)]:
+        raise UserError(f"{path} is damaged ({wrong[0]} is {facts[wrong[0]]!r}); {remedy}")
+    return facts
 
 
 def read_config(directory: str | Path) -> DictConfig:
@@ -99,6 +104,9 @@ def read_config(directory: str | Path) -> DictConfig:
     lacking = [key for key in ("mode", "seed") if key not in cfg]
     if lacking:
         raise UserError(f"{path} is damaged (it has no {lacking[0]}); {remedy}")
+    for key in ("mode", "protocol.name"):
+        if not isinstance(name := OmegaConf.select(cfg, key), str):
+            raise UserError(f"{path} is damaged ({key} is {name!r}, expected a text); {remedy}")
     return cfg
 
 
@@ -117,7 +125,12 @@ def check_fit(file: Path, facts: Mapping[str, Any], directory: Path, name: str) 
     fit = facts.get("fit")
     if fit is None:
         return
-    expected = f"{name}/{file.name.split('.')[1]}"
+    which, number, _ = file.name.split(".")
+    if facts.get("which", which) != which:  # of an older version nothing is known
+        raise UserError(
+            f"{file} holds the {facts['which']} epoch, expected the {which} one; put the right file back or repeat the fit"
+        )
+    expected = f"{name}/{number}"
     if fit["name"] != expected:
         raise UserError(f"{file} holds the fit {fit['name']}, expected {expected}; put the right file back or repeat the fit")
     stored = jsonable(OmegaConf.to_container(read_config(directory)))

@@ -35,6 +35,8 @@ CARELESS = [
     ("protocol.pairs.fit=[all,all]", r"protocol.pairs.fit names all twice"),
     ("protocol.labels.ignore=[x]", r"protocol.labels.ignore: got 'x' in the list, expected whole numbers"),
     ("model.kwargs=5", r"model.kwargs: got 5, expected a section of options"),
+    ("model.kwargs={no: 1}", r"unknown option 'model.kwargs.no'; valid keys of model.kwargs: .* with \+model.kwargs.<key>"),
+    ("+model.kwargs.no={_target_: os.system}", r"model.kwargs.no: got \{'_target_': 'os.system'\}, expected a number, a text"),
     ("mode=export_data export.splits=5", r"export.splits: got 5, expected a list, such as \[train, val, test\]"),
     ("mode=export_data export.splits=[]", r"export.splits is empty, expected at least one of train, val, test"),
     ("mode=export_data export.splits=[train,train]", r"export.splits names train twice"),

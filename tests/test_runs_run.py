@@ -5,15 +5,17 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from errors import UserError
 from files import write_atomically
+from runs.adopt import complete
 from runs.records import read_records
-from runs.run import newest_run, open_run, run_directory, source_run
+from runs.run import newest_run, open_run, read_config, read_facts, run_directory, source_run
 from runs.signals import stop_later
 from show.text import format_table
 
@@ -216,6 +218,33 @@ def test_a_damaged_config_is_named_with_what_to_do(tmp_path: Path, content: byte
     with pytest.raises(UserError, match=f"{path} .*{reason}.*; name another run with run=") as caught:
         source_run(configure(tmp_path, "mode=eval", f"run={path.parent}"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mode", [1]), ("protocol.name", {"a": 1}), ("protocol.name", 5), ("model.weights", ["x"]), ("trainer.seeds", {"a": 1}),
+        ("trainer.seeds", ["a"]), ("controls", {"_target_": "os.mkdir"}), ("protocol.geometry.kind", [1]), ("seed", "text"),
+        ("vis.out", 5), ("cache.ram_gb", "much"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_kind_in_a_stored_configuration_is_named(tmp_path: Path, key: str, value: Any) -> None:
+    cfg = configure(tmp_path)
+    cfg.protocol.name = "clean, changed: geometry.kind=stretch"
+    path = tmp_path / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(cfg))
+    assert complete(read_config(tmp_path), path).protocol.name.startswith("clean")
+    OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+    path.write_text(OmegaConf.to_yaml(cfg))
+    with pytest.raises(UserError, match=rf"config.yaml is damaged \({key} is .*, expected .*\); name another run with run="):
+        complete(read_config(tmp_path), path)
+
+
+@pytest.mark.parametrize("facts", [{"identity": 5}, {"inputs": [1]}, {"status": {}}])
+def test_facts_of_another_kind_are_named(tmp_path: Path, facts: dict) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=rf"run.json is damaged \({next(iter(facts))} is .*\); delete it: "):
+        read_facts(tmp_path)
 
 
 def test_a_mode_that_looks_at_no_run_refuses_one(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from controls import Subject, constant_loss
 from errors import UserError
 from pairs.task import check_samples, task_maker
 from probes import load_probe
+from runs.finished import check_fit
 from runs.records import read_records
 from runs.run import Run, checkpoint_files
 from runs.signals import Stopped
@@ -230,6 +231,18 @@ def test_a_checkpoint_of_another_fit_is_refused_by_name(tmp_path: Path) -> None:
     fit_planted(cfg, tmp_path / "a")
     with pytest.raises(UserError, match=r"best.00.safetensors is of something else \(fits: .*; delete it and repeat"):
         fit_planted(configure("trainer.epochs=1", "trainer.seeds=[5]"), tmp_path / "a")
+
+
+def test_the_last_epoch_in_the_place_of_the_best_is_refused(tmp_path: Path) -> None:
+    cfg = configure("trainer.epochs=1")
+    _, _, probes, _ = fit_planted(cfg, tmp_path)
+    best, last = (tmp_path / "checkpoints" / "probe" / f"{which}.00.safetensors" for which in ("best", "last"))
+    best.write_bytes(last.read_bytes())
+    with pytest.raises(UserError, match=r'best.00.safetensors is of something else \(which: "last", expected "best"\); delete'):
+        fit_planted(cfg, tmp_path)
+    facts = probes[0].facts | load_probe(last).facts
+    with pytest.raises(UserError, match="best.00.safetensors holds the last epoch, expected the best one; put the right file"):
+        check_fit(best, facts, tmp_path, "probe")
 
 
 def test_every_fit_keeps_its_own_best_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
