@@ -322,10 +322,8 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
                 run.finishing()
                 status = "finished"
             except BaseException as error:
-                status = "interrupted" if stop_behind(error) or isinstance(error, KeyboardInterrupt) else "failed"
-                raise
-            except UserError:
-                status = "refused"
+                stopped = stop_behind(error) is not None or isinstance(error, KeyboardInterrupt)
+                status = "interrupted" if stopped else "refused" if isinstance(error, UserError) else "failed"
                 raise
             finally:
                 run.finishing()  # a second signal finds the last writes under way, and does no harm
