@@ -1,7 +1,7 @@
 """Compare what `mode=plan` says with what then comes out, on twenty small configurations.
 
     python scripts/compare_plans.py                     # all twenty: minutes
-    python scripts/compare_plans.py --only 3 --out /tmp/plans
+    python scripts/compare_plans.py --only 0 3 --out /tmp/plans
 
 Each configuration is planned and run in a fresh cache. Bytes are those of the token files on disk, seconds those of run.json,
 half-widths those of the records, at every layer; printed are the table of docs/results.md and how many hit: bytes exactly,
@@ -23,8 +23,9 @@ from runs.finished import read_facts
 
 RANDOM = ["model.pretrained=false", "model.weights=null", "model.digest=null"]
 SMALL = [*RANDOM, "model.kwargs={img_size: 96, patch_size: 8, embed_dim: 48, depth: 3, num_heads: 3}"]
-SPLITS = ["dataset.n_train=200", "dataset.n_val=40", "dataset.n_test=160"]
-BASE = [*SPLITS, "trainer.seeds=1", "trainer.n_boot=400", "wandb.mode=disabled", "controls=[position]", "plan.images=48"]
+SPLITS = ["dataset.n_train=120", "dataset.n_val=24", "dataset.n_test=120"]
+BASE = [*SPLITS, "trainer.seeds=1", "trainer.epochs=4", "trainer.n_boot=400", "wandb.mode=disabled", "controls=[position]",
+        "plan.images=48"]  # fmt: skip
 # One thing is varied at a time: layers, patches, images, the probe, controls, the data, the model, the protocol.
 CASES: dict[str, list[str]] = {
     "demo_vit, last layer": ["model.layers=7"],
@@ -33,9 +34,9 @@ CASES: dict[str, list[str]] = {
     "16 patches": ["model.layers=7", "protocol.selection.patches=16"],
     "32 patches": ["model.layers=7", "protocol.selection.patches=32"],
     "96 patches": ["model.layers=7", "protocol.selection.patches=96"],
-    "80 test images": ["model.layers=7", "dataset.n_test=80"],
-    "320 test images": ["model.layers=7", "dataset.n_test=320"],
-    "400 training images": ["model.layers=7", "dataset.n_train=400"],
+    "60 test images": ["model.layers=7", "dataset.n_test=60"],
+    "240 test images": ["model.layers=7", "dataset.n_test=240"],
+    "300 training images": ["model.layers=7", "dataset.n_train=300"],
     "linear": ["model.layers=7", "probe.mode=linear"],
     "diagonal": ["model.layers=7", "probe.mode=diag_quadratic"],
     "low rank": ["model.layers=7", "probe.mode=quadratic_fixed_rank", "probe.rank=8"],
@@ -64,6 +65,7 @@ def compare(name: str, overrides: list[str], folder: Path) -> dict:
     titles = {"all": "all pairs AUROC", "foreground": "foreground AUROC", "same_class_matched": "same class, matched AUROC"}
     widths = {s: (plan["half_width"][t], statistics.median(found[s])) for s, t in titles.items() if t in plan["half_width"]}
     seconds = read_facts(done.dir)["seconds"]
+    print(f"{name}: planned {plan['total_seconds']:.0f} s, took {seconds:.0f} s", flush=True)
     return {
         "name": name,
         "bytes": (plan["total_bytes"], n_bytes),
@@ -76,9 +78,10 @@ def main() -> None:
     """Compare, print the table and the rates."""
     parser = argparse.ArgumentParser(description="Compare plans with what came out.", allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("outputs/compare_plans"), help="folder of caches and runs")
-    parser.add_argument("--only", type=int, default=None, help="the first so many configurations")
+    parser.add_argument("--only", type=int, nargs="*", default=None, help="numbers of the configurations, from 0")
     options = parser.parse_args()
-    found = [compare(*case, options.out / str(i)) for i, case in enumerate(list(CASES.items())[: options.only])]
+    chosen = [(i, case) for i, case in enumerate(CASES.items()) if options.only is None or i in options.only]
+    found = [compare(name, overrides, options.out / str(i)) for i, (name, overrides) in chosen]
     print(
         "\n| configuration | bytes | seconds, planned | it took | half-widths, planned | they were |\n|---|---|---|---|---|---|"
     )
