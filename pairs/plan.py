@@ -6,7 +6,8 @@
 Bytes are those of the token files, exactly, if no image is dropped or unreadable. Minutes come from running everything on a
 few images of each split: a part that does not grow with their number (weights are loaded) and one that does, told apart by
 running it for a quarter of them first. Half-widths come from the influence of every pilot image on the score: an interval over
-M images is sqrt(m / M) times as wide as one over m. The pilot's probe has seen few images, so the width is that of its score.
+M images is sqrt(m / M) times as wide as one over m. A probe that has seen more images scores better and more evenly: what
+that does to the width is followed from half of the pilot's training images to all of them, on to those of the run, as 1 / sqrt(n).
 """
 
 import math
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -27,10 +29,11 @@ from datasets.in_memory import Collection, hand_over
 from datasets.scene import Scene, UnreadableScene
 from errors import UserError
 from metrics.bootstrap import Estimate, mean_over_seeds
-from pairs.task import columns, task_maker
+from pairs.folds import pool, take
+from pairs.task import columns, show, task_maker
 from runs.progress import clock, stage, stages
-from runs.run import Run
-from show.records import Column, Resampling, find, records
+from runs.run import Run, identify
+from show.records import Column, Resampling, find, write_records
 from show.text import format_table
 from store.plan import stored_bytes, tokens_per_image
 from tasks import ProbeResult, read_seeds
@@ -44,11 +47,12 @@ LEAST = 8  # images of a split that a pilot needs
 class Costs(NamedTuple):
     """Seconds of a run: what does not grow with images, and per image.
 
-    fixed: loading weights. read: an image of the data set. tokens: labels and tokens of an image, for all models. fit: a
-    visit of an image by every fit. score: a scored image by every fit, with its records.
+    fixed: loading weights. show: table and figure. read: an image of the data set. tokens: labels and tokens of an image, for
+    all models. fit: a visit of an image by every fit. score: a scored image by every fit, with its records.
     """
 
     fixed: float
+    show: float
     read: float
     tokens: float
     fit: float
@@ -60,7 +64,7 @@ class Costs(NamedTuple):
         return {
             "labels and tokens": self.fixed + total * (self.read + self.tokens),
             "fits": self.fit * visits(images, epochs),
-            "scores": self.score * (images["test"] + images["val"]),
+            "scores and figure": self.show + self.score * (images["test"] + images["val"]),
         }
 
 
@@ -103,7 +107,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     data = {split: build_dataset(cfg, split) for split in SPLITS}
     images = {split: len(dataset) for split, dataset in data.items()}
     scenes, seconds_to_read = read_some(data, int(cfg.plan.images))
-    pilot = ask(cfg, scenes, list(data["train"].classes), seconds_to_read)
+    pilot = ask(cfg, scenes, list(data["train"].classes), seconds_to_read, images["train"])
     stage("plan")
     stored = planned_bytes(cfg, images)
     kept = tokens_per_image(cfg, backbone_facts(cfg.model))
@@ -178,8 +182,8 @@ def read_some(data: Mapping[str, Any], n_images: int) -> tuple[dict[str, list[Sc
     return scenes, (time.perf_counter() - started) / n_read
 
 
-def ask(cfg: DictConfig, scenes: Mapping[str, list[Scene]], classes: list[str], seconds_to_read: float) -> Pilot:
-    """Run everything on the images of a pilot, tokens in a temporary folder."""
+def ask(cfg: DictConfig, scenes: Mapping[str, list[Scene]], classes: list[str], seconds_to_read: float, n_train: int) -> Pilot:
+    """Run everything on the images of a pilot, tokens in a temporary folder; the run has `n_train` training images."""
     times, counts = [], []
     with tempfile.TemporaryDirectory() as folder:
         for number, share in enumerate((4, 1)):
@@ -199,10 +203,10 @@ def ask(cfg: DictConfig, scenes: Mapping[str, list[Scene]], classes: list[str], 
         fixed = max(0.0, times[0] - per_image * counts[0])
         aside = Path(folder) / "run"
         aside.mkdir()
-        quiet = Run(aside, {}, False)
+        quiet = Run(aside, identify(cfg), False)
         quiet.say = _silent  # type: ignore[method-assign]
         try:
-            return _fit(small, quiet, samples, controls, Costs(fixed, seconds_to_read, per_image, 0.0, 0.0))
+            return _fit(small, quiet, samples, controls, Costs(fixed, 0.0, seconds_to_read, per_image, 0.0, 0.0), n_train)
         finally:
             quiet.close()
 
@@ -222,13 +226,20 @@ def _silent(text: str) -> None:
     pass
 
 
-def _fit(cfg: DictConfig, run: Run, samples: dict[str, PatchSample], controls: Sequence[Subject], costs: Costs) -> Pilot:
+def _fit(
+    cfg: DictConfig,
+    run: Run,
+    samples: dict[str, PatchSample],
+    controls: Sequence[Subject],
+    costs: Costs,
+    n_train: int,
+) -> Pilot:
     """Fit and score the probe and its controls on the pilot; seconds per image, and deviations of the scores."""
     make, seeds, options = task_maker(cfg), read_seeds(cfg.trainer.seeds), trainer.FitOptions.read(cfg)
     counts, resampling = {split: len(sample.keys) for split, sample in samples.items()}, Resampling.read(cfg)
     fitting = scoring = 0.0
     main_stack: Any = None
-    result: ProbeResult | None = None
+    results: list[ProbeResult] = []
     for subject in [Subject(PROBE_ROW, "", cfg.probe, samples, seeds), *controls]:
         began = time.perf_counter()
         task = make(subject.seeds)
@@ -236,10 +247,14 @@ def _fit(cfg: DictConfig, run: Run, samples: dict[str, PatchSample], controls: S
         fitted = time.perf_counter()
         scored = trainer.evaluate(task, stack, subject, options, split="test")
         trainer.evaluate(task, stack, subject, options, split="val", detail=False)
-        list(records(scored, resampling, split="test"))
+        write_records(run, scored, resampling, split="test")
         fitting, scoring = fitting + fitted - began, scoring + time.perf_counter() - fitted
-        if result is None:
-            main_stack, result = (stack, subject), scored
+        results.append(scored)
+        if len(results) == 1:
+            main_stack = (stack, subject)
+    result, began = results[0], time.perf_counter()
+    show(results, cfg, run, resampling, "test")
+    costs = costs._replace(show=time.perf_counter() - began)
     costs = costs._replace(fit=fitting / visits(counts, options.epochs), score=scoring / (counts["test"] + counts["val"]))
     shown = [
         c for c in columns(cfg.task, cfg.protocol.pairs.accuracy, {s.question for s in result.subsets}) if c.metric == "auroc"
@@ -250,12 +265,37 @@ def _fit(cfg: DictConfig, run: Run, samples: dict[str, PatchSample], controls: S
         if n_patches >= 8:
             task = partial_task(make, seeds, n_patches)
             by_patches[n_patches] = trainer.evaluate(task, main_stack[0], main_stack[1], options, split="test")
-    deviation = {c.title: {n: _deviation(found, c) for n, found in sorted(by_patches.items())} for c in shown}
+    half = _with_half(cfg, run, make, seeds, samples, options)
+    trend = {c.title: _trend(_deviation(half, c), _deviation(result, c), counts["train"] / n_train) for c in shown}
+    deviation = {c.title: {n: trend[c.title] * _deviation(r, c) for n, r in sorted(by_patches.items())} for c in shown}
     best = {c.title: _best(result, c) for c in shown}
     known = {title: at for title, at in best.items() if at is not None}
     value = {title: float(_mean(result, c).value[known[title]]) for c in shown if (title := c.title) in known}
     layer = {title: result.layers[at] for title, at in known.items()}
     return Pilot(costs, {title: deviation[title] for title in known}, value, layer)
+
+
+def _with_half(
+    cfg: DictConfig, run: Run, make: Callable, seeds: Sequence[int], samples: dict[str, PatchSample], options: Any
+) -> ProbeResult:
+    """The scores of the probe fitted on half of the pilot's training images."""
+    train = samples["train"]
+    fewer = {**samples, "train": take(pool(samples), torch.arange(0, len(train.keys), 2))}
+    subject = Subject(PROBE_ROW, "", cfg.probe, fewer, list(seeds), part="half")
+    stack = trainer.fit_stack(run, make(seeds), subject, options)
+    return trainer.evaluate(make(seeds), stack, subject, options, split="test")
+
+
+def _trend(half: float, whole: float, share: float) -> float:
+    """Factor from the deviation with all training images of the pilot to that with all of the run, as a + b / sqrt(n).
+
+    Args:
+        half, whole: deviations with half and with all of the pilot's images. share: of the run's images that the pilot has.
+    """
+    if not (half > 0 and whole > 0):
+        return 1.0
+    step = (1 - math.sqrt(min(share, 1.0))) / (math.sqrt(2) - 1)  # from half to whole is a step of one
+    return min(1.0, max(0.5, 1 - (half / whole - 1) * step))
 
 
 def result_tokens(sample: PatchSample) -> int:

@@ -14,7 +14,7 @@ import vit_probing as vp
 from controls import PROBE_ROW, Subject
 from errors import UserError
 from metrics.bootstrap import interval, resample
-from pairs.plan import NORMAL, Costs, Pilot, _deviation, cheapest, report, visits
+from pairs.plan import NORMAL, Costs, Pilot, _deviation, _trend, cheapest, report, visits
 from pairs.task import Pairwise, columns
 
 OPTIONS = functools.cache(lambda: trainer.FitOptions.read(vp.compose(*TINY)))
@@ -59,15 +59,24 @@ def test_widths_of_more_images_follow_from_a_few(seed: int) -> None:
 
 
 def test_seconds_grow_with_what_costs_them() -> None:
-    costs, images = Costs(10.0, 0.1, 0.4, 0.01, 0.2), {"train": 100, "val": 20, "test": 30}
+    costs, images = Costs(10.0, 3.0, 0.1, 0.4, 0.01, 0.2), {"train": 100, "val": 20, "test": 30}
     seconds = costs.seconds(images, epochs=2)
     assert visits(images, 2) == 2 * (3 * 100 + 20)
-    assert seconds == pytest.approx({"labels and tokens": 10 + 150 * 0.5, "fits": 6.4, "scores": 0.2 * 50})
+    assert seconds == pytest.approx({"labels and tokens": 10 + 150 * 0.5, "fits": 6.4, "scores and figure": 3 + 0.2 * 50})
+
+
+@pytest.mark.parametrize(
+    ("half", "whole", "share", "factor"),
+    [(0.12, 0.1, 0.5, 1 - 0.2 * 0.5**0.5), (0.12, 0.1, 1.0, 1.0), (0.11, 0.1, 0.0, 1 - 0.1 / (2**0.5 - 1)), (0.09, 0.1, 0.2, 1.0), (0.5, 0.1, 0.0, 0.5),
+     (math.nan, 0.1, 0.5, 1.0)],
+)  # fmt: skip
+def test_the_trend_of_a_probe_that_sees_more(half: float, whole: float, share: float, factor: float) -> None:
+    assert _trend(half, whole, share) == pytest.approx(factor)
 
 
 def pilot(deviation: dict[int, float]) -> Pilot:
     title = "all pairs AUROC"
-    return Pilot(Costs(5.0, 0.0, 0.1, 0.001, 0.05), {title: deviation}, {title: 0.8}, {title: 7})
+    return Pilot(Costs(5.0, 0.0, 0.0, 0.1, 0.001, 0.05), {title: deviation}, {title: 0.8}, {title: 7})
 
 
 def test_the_cheapest_way_is_first_and_wide_enough() -> None:
