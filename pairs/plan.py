@@ -7,7 +7,8 @@ Bytes are those of the token files, exactly, if no image is dropped or unreadabl
 few images of each split: a part that does not grow with their number (weights are loaded) and one that does, told apart by
 running it for a quarter of them first. Half-widths come from the influence of every pilot image on the score: an interval over
 M images is sqrt(m / M) times as wide as one over m. A probe that has seen more images scores better and more evenly: what
-that does to the width is followed from half of the pilot's training images to all of them, on to those of the run, as 1 / sqrt(n).
+that does to the width is followed from half of the pilot's training images to all of them, and on to those of the run as
+1 / sqrt(n) (our choice).
 """
 
 import math

@@ -67,8 +67,8 @@ def test_seconds_grow_with_what_costs_them() -> None:
 
 @pytest.mark.parametrize(
     ("half", "whole", "share", "factor"),
-    [(0.12, 0.1, 0.5, 1 - 0.2 * 0.5**0.5), (0.12, 0.1, 1.0, 1.0), (0.11, 0.1, 0.0, 1 - 0.1 / (2**0.5 - 1)), (0.09, 0.1, 0.2, 1.0), (0.5, 0.1, 0.0, 0.5),
-     (math.nan, 0.1, 0.5, 1.0)],
+    [(0.12, 0.1, 0.5, 1 - 0.2 * 0.5**0.5), (0.12, 0.1, 1.0, 1.0), (0.11, 0.1, 0.0, 1 - 0.1 / (2**0.5 - 1)),
+     (0.09, 0.1, 0.2, 1.0), (0.5, 0.1, 0.0, 0.5), (math.nan, 0.1, 0.5, 1.0)],
 )  # fmt: skip
 def test_the_trend_of_a_probe_that_sees_more(half: float, whole: float, share: float, factor: float) -> None:
     assert _trend(half, whole, share) == pytest.approx(factor)
