@@ -29,6 +29,8 @@ from tasks import ProbeResult
 from trainer import FitOptions
 
 CLAIM = "same_class_matched"  # the column that claims are made in
+BIN = 0.01  # of true gains, AUROC
+PLANTED = 0.03  # the effect that the power is stated for
 SCORED_IMAGES = 128  # at a time
 SPLITS = ("train", "val", "test", "population")
 
@@ -102,7 +104,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         run.write({"kind": "calibration", "name": f"strength {line['strength']:g}", "subset": line["subset"], **line})
     from pairs.calibrate_figure import write_calibration  # here: nothing waits for matplotlib but the figure
 
-    write_calibration(summary, run.dir / "calibration.png")
+    write_calibration(summary, by_effect(rows), run.dir / "calibration.png")
     run.finishing()
     run.say(format_summary(summary, rows, settings))
     run.say(f"\nrecords and figure: {run.dir}")
@@ -256,6 +258,22 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
+def by_effect(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Claims of planted worlds by their true gain over the best control, in bins of BIN; those of the null worlds apart.
+
+    Fits of one strength differ in what they find, so a world counts by its own truth.
+    """
+    lines = []
+    for null in (True, False):
+        here = [row for row in rows if row["subset"] == CLAIM and (row["strength"] == 0) == null]
+        for number in [None] if null else sorted({round(row["effect"] / BIN) for row in here}):
+            worlds = here if null else [row for row in here if round(row["effect"] / BIN) == number]
+            mean = sum(row["effect"] for row in worlds) / len(worlds)
+            claimed = sum(row["claimed"] for row in worlds)
+            lines.append({"null": null, "bin": number, "effect": mean, "worlds": len(worlds), "claimed": claimed})
+    return lines
+
+
 def rate(hits: int, n: int) -> str:
     """A rate in percent with its interval."""
     low, high = wilson(hits, n)
@@ -276,7 +294,8 @@ def format_summary(summary: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[
     ]  # fmt: skip
     null = next(line for line in lines if line["strength"] == 0)
     covered = [sum(line[key] for line in lines) for key in ("scores_covered", "scores", "gains_covered", "gains")]
-    planted = min((line for line in lines if line["strength"] > 0), key=lambda x: abs(x["effect"] - 0.03), default=None)
+    curve = [line for line in by_effect(rows) if not line["null"]]
+    planted = next((line for line in curve if line["bin"] == round(PLANTED / BIN)), None)
     single = ", ".join(f"{name} {100 * share:.1f}" for name, share in null["above_one"].items())
     world = settings.world
     text = [
@@ -284,13 +303,16 @@ def format_summary(summary: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[
         f"column same class, matched; effect: true gain over the best control; {settings.groups} sets of scenes, "
         f"{world.n_train} / {world.n_test} training / test images of {world.patches} patches",
         f"null worlds with a gain over one control alone, percent: {single}",
+        "claimed by true gain: "
+        + ", ".join(f"{x['bin'] * BIN:+.2f} {100 * x['claimed'] / x['worlds']:.0f} % of {x['worlds']}" for x in curve),
         f"intervals cover {rate(*covered[:2])} of the scores and {rate(*covered[2:])} of the gains",
         "",
         f"false claims: {rate(null['claimed'], null['worlds'])} of {null['worlds']} null worlds",
     ]
-    if planted is not None:
-        text.append(
-            f"power: {rate(planted['claimed'], planted['worlds'])} of {planted['worlds']} worlds with a planted effect of "
-            f"{planted['effect']:+.3f} AUROC"
-        )
+    low, high = PLANTED - BIN / 2, PLANTED + BIN / 2
+    if planted is None:
+        text.append(f"power: no world has a true gain of {low:+.3f} to {high:+.3f}; plant other calibrate.strengths")
+    else:
+        share = rate(planted["claimed"], planted["worlds"])
+        text.append(f"power: {share} of {planted['worlds']} worlds with a true gain of {low:+.3f} to {high:+.3f} AUROC")
     return "\n".join(text)

@@ -13,22 +13,21 @@ from pairs.calibrate import CLAIM, wilson
 from show.style import BLUE, GREY, ORANGE, RED, STYLE, png_bytes
 
 
-def draw_calibration(summary: Sequence[Mapping[str, Any]]) -> Figure:
+def draw_calibration(summary: Sequence[Mapping[str, Any]], curve: Sequence[Mapping[str, Any]]) -> Figure:
     """Two panels: rate of claims by effect, cover of intervals by effect, with 95 % intervals of these rates.
 
     Args:
-        summary: lines of `calibrate.summarise`.
+        summary: lines of `calibrate.summarise`. curve: of `calibrate.by_effect`.
     """
     lines = [line for line in summary if line["subset"] == CLAIM]
     effect = np.array([line["effect"] for line in lines])
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.4, 3.5), layout="constrained")
         claims, cover = figure.subplots(1, 2)
-        _draw_rates(claims, effect, [(line["claimed"], line["worlds"]) for line in lines], BLUE, "o", "-", "planted")
-        null = [i for i, line in enumerate(lines) if line["strength"] == 0]
-        _draw_rates(
-            claims, effect[null], [(lines[i]["claimed"], lines[i]["worlds"]) for i in null], RED, "s", "", "null worlds"
-        )
+        for null, color, marker, line, label in ((False, BLUE, "o", "-", "planted"), (True, RED, "s", "", "null worlds")):
+            points = [point for point in curve if point["null"] == null]
+            hits = [(point["claimed"], point["worlds"]) for point in points]
+            _draw_rates(claims, np.array([point["effect"] for point in points]), hits, color, marker, line, label)
         for level, text in ((0.05, "5 %"), (0.95, "95 %")):
             claims.axhline(level, color="black", ls=(0, (1, 3)), lw=0.9)
             claims.annotate(text, (1.0, level), xycoords=("axes fraction", "data"), xytext=(3, -3), textcoords="offset points")
@@ -42,9 +41,9 @@ def draw_calibration(summary: Sequence[Mapping[str, Any]]) -> Figure:
             _draw_rates(cover, effect + side * shift, hits, color, marker, "", f"of {name}")
         cover.axhline(0.95, color="black", ls=(0, (1, 3)), lw=0.9)
         cover.axhspan(0.93, 0.97, color="0.92", zorder=0)
-        cover.set(ylim=(0.85, 1.0), ylabel="intervals that cover the truth", xlabel="true gain over the best control (AUROC)")
+        cover.set(ylim=(0.83, 1.005), ylabel="intervals that cover the truth", xlabel="true gain over the best control (AUROC)")
         cover.set_title("95 % intervals", loc="left", fontweight="bold")
-        cover.legend(frameon=False, loc="lower right", fontsize=8)
+        cover.legend(frameon=False, loc="lower left", fontsize=8, ncols=2)
     return figure
 
 
@@ -59,6 +58,6 @@ def _draw_rates(
     )
 
 
-def write_calibration(summary: Sequence[Mapping[str, Any]], path: Path) -> None:
+def write_calibration(summary: Sequence[Mapping[str, Any]], curve: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw the figure into a PNG file."""
-    write_atomically(path, png_bytes(draw_calibration(summary)))
+    write_atomically(path, png_bytes(draw_calibration(summary, curve)))

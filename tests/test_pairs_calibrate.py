@@ -16,7 +16,7 @@ import trainer
 from activation import PatchSample
 from controls import Subject
 from metrics.bootstrap import Estimate, interval, resample
-from pairs.calibrate import CLAIM, ClaimTask, auroc, judge, truth_of
+from pairs.calibrate import CLAIM, ClaimTask, auroc, by_effect, judge, truth_of
 from pairs.worlds import WorldOptions, as_sample, draw_scenes, draw_tokens, stream
 from probes import build_probe
 from show.claims import above_every_control
@@ -115,6 +115,15 @@ def test_the_claim_needs_every_control_and_at_least_one():
     assert above_every_control([(0.1, 0.05, 0.2), (0.2, 0.01, 0.3)])
     assert not above_every_control([(0.1, 0.05, 0.2), (0.2, -0.01, 0.3)])
     assert not above_every_control([(0.1, 0.0, 0.2)]) and not above_every_control([])
+
+
+def test_power_counts_a_world_by_its_own_truth():
+    row = lambda strength, effect, claimed: {"subset": CLAIM, "strength": strength, "effect": effect, "claimed": claimed}
+    rows = [row(0.0, 0.03, True), row(0.5, 0.026, True), row(0.5, 0.034, False), row(0.4, 0.036, True)]
+    null, three, four = by_effect(rows)
+    assert (null["null"], null["worlds"], null["claimed"]) == (True, 1, 1)
+    assert (three["bin"], three["worlds"], three["claimed"]) == (3, 2, 1) and three["effect"] == pytest.approx(0.03)
+    assert (four["bin"], four["worlds"], four["claimed"]) == (4, 1, 1)
 
 
 def test_the_truth_allows_for_the_error_of_the_large_sample():
@@ -222,7 +231,7 @@ SMALL = [
 def test_the_mode_prints_its_two_numbers_and_repeats_them(tmp_path, capsys):
     done = program.run(tmp_path, *SMALL)
     said = capsys.readouterr().out
-    assert "false claims: " in said and "power: " in said and "planted effect of" in said
+    assert "false claims: " in said and "power: " in said and "true gain of +0.025 to +0.035" in said
     worlds = [record for record in done.records() if record["kind"] == "world"]
     assert [record["strength"] for record in worlds] == [0.0, 0.0, 1.0]
     for record in worlds:
