@@ -29,7 +29,7 @@ from tasks import ProbeResult
 from trainer import FitOptions
 
 CLAIM = "same_class_matched"  # the column that claims are made in
-BIN = 0.01  # of true gains, AUROC
+BIN, LAST_BIN = 0.01, 6  # width of the bins of true gains in AUROC, number of the last one
 PLANTED = 0.03  # the effect that the power is stated for
 SCORED_IMAGES = 128  # at a time
 SPLITS = ("train", "val", "test", "population")
@@ -261,13 +261,13 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def by_effect(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Claims of planted worlds by their true gain over the best control, in bins of BIN; those of the null worlds apart.
 
-    Fits of one strength differ in what they find, so a world counts by its own truth.
+    The last bin has all larger gains. Fits of one strength differ in what they find, so a world counts by its own truth.
     """
-    lines = []
+    lines, number_of = [], lambda row: min(round(row["effect"] / BIN), LAST_BIN)
     for null in (True, False):
         here = [row for row in rows if row["subset"] == CLAIM and (row["strength"] == 0) == null]
-        for number in [None] if null else sorted({round(row["effect"] / BIN) for row in here}):
-            worlds = here if null else [row for row in here if round(row["effect"] / BIN) == number]
+        for number in [None] if null else sorted(set(map(number_of, here))):
+            worlds = here if null else [row for row in here if number_of(row) == number]
             mean = sum(row["effect"] for row in worlds) / len(worlds)
             claimed = sum(row["claimed"] for row in worlds)
             lines.append({"null": null, "bin": number, "effect": mean, "worlds": len(worlds), "claimed": claimed})

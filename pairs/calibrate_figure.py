@@ -34,7 +34,7 @@ def draw_calibration(summary: Sequence[Mapping[str, Any]], curve: Sequence[Mappi
         claims.axvline(0.03, color=GREY, ls=":", lw=0.9)
         claims.set(ylim=(-0.03, 1.03), ylabel="worlds with the claim", xlabel="true gain over the best control (AUROC)")
         claims.set_title("IsSameObject above every control", loc="left", fontweight="bold")
-        claims.legend(frameon=False, loc="center right", fontsize=8)
+        claims.legend(frameon=False, loc=(0.6, 0.3), fontsize=8)
         shift = 0.006 * np.ptp(effect) if len(effect) > 1 else 0.0
         for name, color, marker, side in (("scores", BLUE, "o", -1), ("gains", ORANGE, "D", 1)):
             hits = [(line[f"{name}_covered"], line[name]) for line in lines]
