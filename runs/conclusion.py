@@ -21,6 +21,7 @@ def conclude(run: Run, text: str, objective: float | None) -> None:
     run.facts["conclusion"] = {"objective": objective, "files": _digests(run.dir)}
     run.finishing()  # what follows is only shown
     run.say(text)
+    run.close_mirror(complete=True)
 
 
 def concluded(run: Run) -> dict[str, Any] | None:

@@ -14,7 +14,6 @@ number is never taken over from other code. W&B is a mirror; these files are the
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,9 +34,9 @@ from files import cannot_write, write_atomically
 from machine import set_table_width, torch_facts
 from runs import progress
 from runs.finished import newest_run, read_config, read_facts, source_run
-from runs.mirror import WANDB_MODES, open_mirror
+from runs.mirror import WANDB_MODES, Mirror
 from runs.provenance import code_digest, provenance
-from runs.records import jsonable, line_of, open_records, read_records, record_key
+from runs.records import jsonable, line_of, open_records, record_key
 from runs.signals import ignored, stop_behind
 
 __all__ = [
@@ -91,8 +90,7 @@ class Run:
         self.reused = reused
         self.source = source
         self.configuration: dict[str, Any] = {}
-        self.mirror: Any = None
-        self.start_mirror: Callable[[], Any] | None = None  # called at the first new record: it takes seconds
+        self.mirror: Mirror | None = None  # of the first rank only; begun at the first new record: it takes seconds
         self.opened = time.monotonic()
         self.ending = contextlib.ExitStack()
         self._log: IO[str] = open(directory / "log.txt", "a", encoding="utf-8")
@@ -125,11 +123,12 @@ class Run:
         if key in self._seen[file]:
             return
         self._seen[file].add(key)
-        if self.start_mirror is not None:
-            start, self.start_mirror = self.start_mirror, None
-            self.mirror = start()
         self._files[file].write(line_of({**self.identity, **record}) + "\n")
         self._files[file].flush()
+        if self.mirror is not None:
+            self.mirror.begin()
+            if record.get("kind") == "epoch" and "train_loss" in record:
+                self.mirror.epoch(record)
 
     def rest_on(self, inputs: Mapping[str, Any]) -> None:
         """Say what the numbers rest on beside configuration and code (the activations, the run that is scored).
@@ -149,43 +148,16 @@ class Run:
         self.facts["inputs"] = inputs
         _write_facts(self)
 
-    def mirror_curve(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Send the layer curve to W&B: one step per layer, one series per control, block and metric."""
-        if self.mirror is None:
-            return
-        steps: dict[int, dict[str, float]] = {}
-        for row in rows:
-            series = f"{row['name']}/{row['question']}/{row['subset']}/{row['metric']}"
-            steps.setdefault(row["layer_index"], {})[series] = row["value"]
-        self.mirror.define_metric("layer_index")
-        for series in dict.fromkeys(series for step in steps.values() for series in step):
-            self.mirror.define_metric(series, step_metric="layer_index")
-        for index in sorted(steps):
-            self.mirror.log({"layer_index": index, **steps[index]})
-
-    def mirror_history(self) -> None:
-        """Send the learning curves to W&B: one step per epoch, a series per fit, mean over what shares variant and layer."""
-        if self.mirror is None:
-            return
-        steps: dict[int, dict[str, float]] = {}
-        for record in read_records(self.dir / "history.jsonl", self.say):
-            if record["kind"] != "epoch":
-                continue
-            for s, (variant, seed) in enumerate(record["fits"]):
-                for i, layer in enumerate(re.findall(r"[\w-]+", record["layer"])):
-                    for loss in ("train_loss", "val_loss"):
-                        if (value := record[loss][s][i]) is not None:
-                            series = f"learning/{record['name']}/{variant}/seed {seed}/layer {layer}/{loss}"
-                            steps.setdefault(record["epoch"], {})[series] = value
-        self.mirror.define_metric("epoch")
-        self.mirror.define_metric("learning/*", step_metric="epoch")
-        for epoch in sorted(steps):
-            self.mirror.log({"epoch": epoch, **steps[epoch]})
-
     def finishing(self) -> None:
         """All results are written: from here to the end of the run Ctrl-C and SIGTERM no longer make it an unfinished one."""
         self.ending.enter_context(ignored())
         progress.end()
+
+    def close_mirror(self, complete: bool) -> None:
+        """Send what is left to W&B and close it there; a line says how to send an offline copy."""
+        line = self.mirror.finish(complete) if self.mirror is not None else None
+        if line is not None:
+            self.say(line)
 
     def close(self) -> None:
         """Close the files."""
@@ -312,7 +284,7 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
         run.facts["config_sha256"] = hashlib.sha256(configuration.encode()).hexdigest()
         _write_facts(run)
         _note_in_sweep(directory)
-        run.start_mirror = None if rank else functools.partial(open_mirror, cfg, run.dir, run.say)
+        run.mirror = None if rank else Mirror(cfg, run.dir, run.say, run.before.get("wandb_id"))
         status = "failed"
         with progress.shown(run.note) if not rank else contextlib.nullcontext(), run.ending:
             try:
@@ -328,11 +300,12 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
             finally:
                 run.finishing()  # a second signal finds the last writes under way, and does no harm
                 run.facts |= {"status": "failed" if status == "refused" else status, **torch_facts()}
+                if run.mirror is not None and run.mirror.identity is not None:
+                    run.facts["wandb_id"] = run.mirror.identity
                 try:
                     _write_facts(run)
                 finally:
-                    if run.mirror is not None:
-                        run.mirror.finish(exit_code=0 if status == "finished" else 1)
+                    run.close_mirror(complete=status == "finished")
                     run.close()
                     if status == "refused" and {path.name for path in directory.iterdir()} <= OPENING_FILES:
                         shutil.rmtree(directory)  # nothing was computed: it would only be in the way

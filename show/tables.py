@@ -54,7 +54,8 @@ def present(
         figure.unlink(missing_ok=True)
     write_scores(run, results, columns, resampling, split)
     scores = [row for row in rows if row["kind"] == "score"]
-    run.mirror_curve(scores)
+    if run.mirror is not None:
+        run.mirror.curve(scores, columns)
     warnings = few_images(results[0], columns, remedy)
     draw_learning(run, units)
     if not figure.exists():  # a finished run that is shown again has its figure
@@ -81,11 +82,10 @@ def few_images(probe: ProbeResult, columns: Sequence[Column], remedy: str) -> li
 
 
 def draw_learning(run: Run, units: Mapping[str, tuple[float, str]] | None) -> None:
-    """Draw and mirror the learning curves of every fit of the run."""
+    """Draw the learning curves of every fit of the run."""
     if (run.dir / "history.jsonl").exists() and not (run.dir / "learning.png").exists():
         from show.learning import write_learning_curves  # here: no fit waits for matplotlib
 
-        run.mirror_history()
         write_learning_curves(run.dir, units)
 
 

@@ -164,7 +164,8 @@ def test_the_mirror_never_costs_a_result(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(wandb, "init", broken)
     with open_run(configure(tmp_path, "wandb.mode=offline")) as run:
         run.write({"kind": "score"})
-        run.mirror_curve([])
+        run.mirror.curve([], [])
+        run.mirror.log({"a": 1})
     assert "W&B is not mirrored" in (run.dir / "log.txt").read_text()
 
 
