@@ -233,7 +233,7 @@ def run(cfg: Any, run: Any) -> dict[str, Any]:
     """
     facts: dict[str, dict[str, Any]] = {}
     keys: dict[str, set[str]] = {}
-    stages(*SPLITS)
+    stages(*SPLITS, "contact sheet")
     for split in SPLITS:
         stage(split)
         facts[split], keys[split] = check_split(cfg, split)

@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,7 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from errors import UserError
 from files import cannot_write, write_atomically
-from machine import set_table_width, torch_facts
+from machine import set_table_width, table_width, torch_facts
 from runs import progress
 from runs.finished import newest_run, read_config, read_facts, source_run
 from runs.mirror import WANDB_MODES, Mirror
@@ -98,7 +99,8 @@ class Run:
         self._seen: dict[str, set[str]] = {}
 
     def say(self, text: str) -> None:
-        """Print a line and keep it in log.txt."""
+        """Print a line and keep it in log.txt; long warnings and notes are wrapped."""
+        text = "\n".join(map(_wrapped, text.split("\n")))
         with progress.aside():
             print(text, flush=True)
         self._keep(text)
@@ -309,6 +311,13 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
                     run.close()
                     if status == "refused" and {path.name for path in directory.iterdir()} <= OPENING_FILES:
                         shutil.rmtree(directory)  # nothing was computed: it would only be in the way
+
+
+def _wrapped(line: str) -> str:
+    """A warning or note in lines of `report.width` characters; any other line as it is (tables, paths)."""
+    if not line.startswith(("warning: ", "note: ")):
+        return line
+    return textwrap.fill(line, table_width(), subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _note_in_sweep(directory: Path) -> None:

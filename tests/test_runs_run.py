@@ -169,6 +169,23 @@ def test_the_mirror_never_costs_a_result(tmp_path: Path, monkeypatch: pytest.Mon
     assert "W&B is not mirrored" in (run.dir / "log.txt").read_text()
 
 
+def test_warnings_are_wrapped_and_tables_are_not(tmp_path: Path) -> None:
+    with open_run(configure(tmp_path, "report.width=40")) as run:
+        run.say("warning: " + "word " * 20 + "/a/path/that/is/longer/than/forty/characters/in/all")
+        run.say("x" * 90)
+    lines = (run.dir / "log.txt").read_text().splitlines()
+    warning = lines[lines.index(next(line for line in lines if line.startswith("warning"))) : -1]
+    assert all(len(line) <= 40 for line in warning[:-1]) and warning[-1].strip().startswith("/a/path") and lines[-1] == "x" * 90
+
+
+def test_wide_tables_stand_in_blocks() -> None:
+    rows = [["a", "1" * 10, "2" * 10, "3" * 10]]
+    text = format_table(["name", *"xyz"], rows, width=30)
+    assert max(map(len, text.splitlines())) <= 30 and text.count("name") == 2 and text.count("1" * 10) == 1
+    assert format_table(["name", *"xyz"], rows, width=60).count("name") == 1
+    assert format_table(["name", "x"], [["a", "1" * 50]], width=20).splitlines()[-1].endswith("1" * 50)  # nothing is cut
+
+
 def test_tables_are_flush() -> None:
     text = format_table(["layer", "score"], [["embed", ".5"], ["0", ".75"]])
     assert text.splitlines() == ["layer  score", "-----  -----", "embed     .5", "0        .75"]

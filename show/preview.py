@@ -1,0 +1,28 @@
+"""mode=check_data: every scene of every split is read and counted, then some are shown with masks, names and purity."""
+
+from typing import Any
+
+from datasets import check
+from datasets.codes import CodeScenes
+from errors import UserError
+from runs.progress import stage
+from runs.run import Run
+from show import look
+from store.index import build_dataset
+
+
+def run(cfg: Any, run: Run) -> dict[str, Any]:
+    """Entry of mode=check_data: `datasets.check.run`, then a contact sheet of the data sets that have label maps.
+
+    Raises:
+        UserError: as `datasets.check.run`; the sheet alone costs no check, what it cannot show is said.
+    """
+    counted = check.run(cfg, run)
+    if isinstance(build_dataset(cfg, str(cfg.show.split)), CodeScenes):
+        return counted
+    stage("contact sheet")
+    try:
+        look.run(cfg, run)
+    except UserError as error:
+        run.say(f"note: no contact sheet: {error}")
+    return counted
