@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from files import write_atomically
-from runs.run import RESULT_FILES, Run
+from runs.run import RESULT_FILES, Run, wrapped
 
 TABLE = "table.txt"
 
 
 def conclude(run: Run, text: str, objective: float | None) -> None:
     """All results are written: keep the text a reader sees, note the digest of every file, and show the text."""
+    text = wrapped(text)
     write_atomically(run.dir / TABLE, text + "\n")
     run.facts["conclusion"] = {"objective": objective, "files": _digests(run.dir)}
     run.finishing()  # what follows is only shown

@@ -100,7 +100,7 @@ class Run:
 
     def say(self, text: str) -> None:
         """Print a line and keep it in log.txt; long warnings and notes are wrapped."""
-        text = "\n".join(map(_wrapped, text.split("\n")))
+        text = wrapped(text)
         with progress.aside():
             print(text, flush=True)
         self._keep(text)
@@ -313,11 +313,10 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
                         shutil.rmtree(directory)  # nothing was computed: it would only be in the way
 
 
-def _wrapped(line: str) -> str:
-    """A warning or note in lines of `report.width` characters; any other line as it is (tables, paths)."""
-    if not line.startswith(("warning: ", "note: ")):
-        return line
-    return textwrap.fill(line, table_width(), subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+def wrapped(text: str) -> str:
+    """Text whose warnings and notes are in lines of `report.width` characters; other lines stay as they are (tables, paths)."""
+    fill = lambda line: textwrap.fill(line, table_width(), subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(fill(line) if line.startswith(("warning: ", "note: ")) else line for line in text.split("\n"))
 
 
 def _note_in_sweep(directory: Path) -> None:
