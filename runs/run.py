@@ -314,7 +314,7 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
 
 
 def wrapped(text: str) -> str:
-    """Text whose warnings and notes are in lines of `report.width` characters; other lines stay as they are (tables, paths)."""
+    """Text with its warnings and notes in lines of `report.width` characters; tables and paths stay as they are."""
     fill = lambda line: textwrap.fill(line, table_width(), subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     return "\n".join(fill(line) if line.startswith(("warning: ", "note: ")) else line for line in text.split("\n"))
 
