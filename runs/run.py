@@ -315,7 +315,8 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
 
 def wrapped(text: str) -> str:
     """Text with its warnings and notes in lines of `report.width` characters; tables and paths stay as they are."""
-    fill = lambda line: textwrap.fill(line, table_width(), subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    whole = {"break_long_words": False, "break_on_hyphens": False}
+    fill = lambda line: textwrap.fill(line, table_width(), subsequent_indent="  ", **whole)
     return "\n".join(fill(line) if line.startswith(("warning: ", "note: ")) else line for line in text.split("\n"))
 
 
