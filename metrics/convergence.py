@@ -1,10 +1,10 @@
-"""Whether fits had converged when they ended: the fall of the validation loss against its noise and against what was learnt.
+"""Whether fits had converged when they ended: the fall of the validation loss against its noise and all there is to know.
 
 A fit counts as still falling if both hold:
 
     the fall is real       the older half of the last epochs lies above the newer half by more than their noise explains
     the fall matters       as many epochs again would lower the loss below the best so far, and by more than `TOLERANCE` of
-                           what the probe has learnt (the loss of a constant answer minus its best loss)
+                           all there is to know (the loss of the best constant answer)
 
 What more epochs would bring is read off a curve a + c / epochs, as the loss of averaged stochastic gradient descent falls:
 E epochs more would gain c / (2 E), and c follows from the last fall. A curve that falls exponentially has less left, so the
@@ -19,8 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TOLERANCE = 0.01  # of what was learnt
-LEAST = 0.001  # of the constant answer's loss: the tolerance of a probe that learnt next to nothing
+TOLERANCE = 0.01  # of the loss of the constant answer
 SHARE = 0.25  # of the epochs that count as the last ones, at least 4 of them
 NOISE = 2.5  # standard errors of a fall that noise rarely makes
 SHORTEST = 4  # epochs; fewer show nothing
@@ -54,9 +53,8 @@ def judge(val_loss: Tensor, constant: Tensor) -> Convergence:
         for layer in range(n_layers):
             curve = val_loss[:, s, layer].double()
             curve = curve[curve == curve]
-            learnt = float(constant[s]) - float(curve.min())
-            tolerance = max(TOLERANCE * learnt, LEAST * abs(float(constant[s])))
-            worse[s, layer] = learnt < 0
+            tolerance = TOLERANCE * float(constant[s])
+            worse[s, layer] = float(curve.min()) > float(constant[s])
             falling[s, layer], epochs[s, layer], gain[s, layer] = judge_curve(curve, tolerance)
     return Convergence(falling, epochs, gain, worse)
 

@@ -114,7 +114,7 @@ def moved(task: Task, shift: float) -> Task:
 
 
 def test_a_learning_rate_without_sense_is_flagged_in_every_record(tmp_path: Path) -> None:
-    cfg = configure("trainer.lr=1e9", "trainer.epochs=2", "probe.mode=linear", "trainer.seeds=1")
+    cfg = configure("trainer.lr=1e5", "trainer.epochs=2", "probe.mode=linear", "trainer.seeds=1")
     task, subject, probes, run = fit_planted(cfg, tmp_path)
     result = trainer.evaluate(task, probes, subject, trainer.FitOptions.read(cfg), split="test")
     assert all(fit.worse_than_constant for fit in result.fits) and len(result.fits) == 4  # variants x layers
