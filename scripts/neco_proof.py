@@ -1,0 +1,374 @@
+"""What a short patch-ordering post-training changes in the embedded ViT, over seeds, beside two controls that should not help.
+
+    python scripts/neco_proof.py            train, score, table, figure; a stopped one goes on where it was
+    python scripts/neco_proof.py --show     table and figure of what was scored so far
+
+Three variants of cfgs/experiment/proof_neco.yaml start from `demo_vit`: NeCo as it is, the same steps with the teacher's
+references shuffled (what is ordered means nothing), and without a teacher (the student is its own target). Of three learning
+rates the one is taken whose network after the last step is best on validation scenes, by the mean of three mIoUs, with seed 0;
+no test scene is scored before. Then every variant is trained with every seed and scored on test scenes:
+dense evaluations of the last block's final-norm tokens, IsSameObject at every layer, binding ratio at four blocks.
+Settings are smaller than the defaults of the modes they come from, and the same for every network; the probes have one seed.
+
+Intervals: 95 %, percentile bootstrap over images and training seeds together. The network before is scored once, on the same
+images with the same probe seed, so gains are paired over images; variants are paired over seeds too. Files are below --out:
+scores/*.safetensors (values, and the influence of every image on them), metrics.jsonl, table.txt, before_after.png.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from activation import open_samples
+from backbones.load import backbone_facts
+from binding.information import combine
+from binding.task import Code, notes_of
+from controls import PROBE_ROW, Subject
+from datasets.scene import build
+from dense.contract import mean_over_seeds
+from dense.linear_seg import linear_seg
+from dense.overcluster import overcluster
+from dense.patch_class import patch_class
+from dense.retrieval import retrieval
+from errors import UserError
+from files import ROOT, write_atomically
+from machine import set_threads
+from metrics.bootstrap import Estimate, difference, interval_over_seeds, resample
+from neco import post_training
+from neco.evaluation import open_scored, read_tokens
+from neco.student_teacher import PatchEncoder, ProjectionHead
+from neco.training import load_vit
+from pairs.task import task_maker
+from runs.provenance import provenance
+from runs.records import line_of
+from runs.run import open_run
+from runs.states import load_state, save_state
+from show.text import format_table
+from trainer import FitOptions, evaluate, fit_stack, probe
+
+VARIANTS = {"NeCo": [], "shuffled": ["neco.shuffle_references=true"], "no teacher": ["neco.use_teacher=false"]}
+LEARNING_RATES = ("1e-4", "3e-4", "1e-3")
+CHOSEN_BY = ("retrieval miou", "overcluster K=classes miou", "overcluster K=300 miou")
+SHOWN = (
+    *CHOSEN_BY, "linear segmentation miou", "patch class accuracy", "patch class balanced_accuracy",
+)  # fmt: skip
+CURVES = {  # name: (title, which layers; None all)
+    "same object, same class matched, AUROC": "IsSameObject, same class matched, AUROC",
+    "same object, all pairs, AUROC": "IsSameObject, all pairs, AUROC",
+    "binding ratio": "binding ratio",
+}
+PAIRS = [
+    "mode=train", "controls=none", "dataset.n_train=400", "trainer.seeds=1", "trainer.n_boot=10",
+]  # fmt: skip
+BINDING = [
+    "mode=train_binding", "controls=none", "probe.mode=attention_quadratic", "model.output_mode=all",
+    "model.layers=[1,3,5,7]", "dataset.n_train=2500", "dataset.n_val=200", "dataset.n_test=400", "trainer.seeds=1",
+]  # fmt: skip
+Scores = dict[str, Estimate]  # of F layers (dense evaluations: one), with the influence of every image
+
+
+def configure(out: Path, *overrides: str) -> DictConfig:
+    """A composed configuration whose run, cache and threads are those of this script."""
+    own = [f"output_dir={out}/runs", f"cache.dir={out}/cache", "threads=1", "wandb.mode=disabled", "device=cpu"]
+    with initialize_config_dir(str(ROOT / "cfgs"), version_base="1.3"):
+        return compose("config", [*own, *overrides])
+
+
+# ---------------------------------------------------------------------------------------------------- one network
+
+
+def train(out: Path, name: str, seed: int, lr: str) -> Path:
+    """Train a variant (or go on with it); the file of its network after the last step."""
+    changes = [*VARIANTS[name], f"seed={seed}", f"neco.lr_backbone={lr}"]
+    cfg = configure(out, "experiment=proof_neco", *changes)
+    with open_run(cfg) as run:
+        post_training.run(cfg, run)
+        return run.dir / ("teacher.safetensors" if cfg.neco.use_teacher else "student.safetensors")
+
+
+def model_of(weights: Path | None) -> list[str]:
+    """Overrides that load a network; None: the embedded one as it is."""
+    return [] if weights is None else [f"model.weights={weights}", "model.digest=null"]
+
+
+def score_dense(out: Path, weights: Path | None, split: str) -> Scores:
+    """Retrieval, overclustering, linear segmentation and patch classes on the last block's final-norm tokens."""
+    cfg = configure(out, *model_of(weights))
+    facts, device = backbone_facts(cfg.model), torch.device("cpu")
+    encoder = PatchEncoder(load_vit(cfg.model, "keep", lambda text: None), ProjectionHead(facts.dim, 1, 1, 1)).eval()
+    limits = {"train": 300, split: 300}
+    scored = {name: open_scored(build(cfg.dataset, name), limit, facts.image_size[0]) for name, limit in limits.items()}
+    features = {name: read_tokens(encoder, s.images, facts, device, contextlib.nullcontext) for name, s in scored.items()}
+    features, labels = _as_test(features, split), _as_test({name: s.maps for name, s in scored.items()}, split)
+    found: Scores = {}
+    for result in retrieval(features, labels, memory_size=None):
+        if result.setting["matching"] == "direct":
+            found["retrieval miou"] = result.metrics["miou"]
+    clustered = overcluster(features, labels, n_clusters=["classes", 300], seeds=3, iterations=50, size=100)
+    names = {len(labels["test"].classes): "classes", 300: 300}
+    for result in mean_over_seeds(clustered):
+        if result.notes["published"]:
+            found[f"overcluster K={names[result.setting['n_clusters']]} miou"] = result.metrics["miou"]
+    heads = {"lrs": (1e-3, 3e-3, 1e-2), "weight_decays": (1e-4,), "seeds": 2, "epochs": 8}
+    for result in mean_over_seeds(linear_seg(features, labels, **heads)):
+        found["linear segmentation miou"] = result.metrics["miou"]
+    for result in mean_over_seeds(patch_class(features, labels, seeds=2, normalize=["standardize"], score_sizes=[])):
+        for metric in ("accuracy", "balanced_accuracy"):
+            found[f"patch class {metric}"] = result.metrics[metric]
+    return found
+
+
+def _as_test(entries: Mapping[str, Any], split: str) -> dict[str, Any]:
+    """What is scored under the name evaluations look for."""
+    return {"train": entries["train"], "test": entries[split]}
+
+
+def score_pairs(out: Path, weights: Path | None) -> Scores:
+    """IsSameObject of a quadratic probe at every layer (mode=train with fewer images and one probe seed)."""
+    cfg = configure(out, *PAIRS, *model_of(weights))
+    with open_run(cfg) as run:
+        samples = open_samples(cfg, run.say)
+        subject = Subject(PROBE_ROW, "", cfg.probe, samples, [0])
+        result = probe(run, task_maker(cfg)([0]), subject, FitOptions.read(cfg))
+        shutil.rmtree(run.dir / "checkpoints")
+    subsets = {s.subset: s.metrics["auroc"] for s in result.subsets if s.question == "is_same_object"}
+    return {
+        "same object, same class matched, AUROC": subsets["same_class_matched"],
+        "same object, all pairs, AUROC": subsets["all"],
+    }
+
+
+def score_binding(out: Path, weights: Path | None) -> Scores:
+    """Binding ratio of all tokens (mode=train_binding with fewer images, one probe and one probe seed)."""
+    cfg = configure(out, *BINDING, *model_of(weights))
+    options = FitOptions.read(cfg)
+    with open_run(cfg) as run:
+        samples = open_samples(cfg, run.say)
+        answers = {}
+        for part in ("Y", "F"):
+            task, subject = Code([0], part), Subject(PROBE_ROW, "", cfg.probe, samples, [0], part=part)
+            answers[part] = evaluate(task, fit_stack(run, task, subject, options), subject, options, split="test")
+        result = combine(answers, samples["test"], notes_of(cfg, samples["test"]))
+        shutil.rmtree(run.dir / "checkpoints")
+    return {"binding ratio": result.subsets[0].metrics["ratio"]}
+
+
+def score(out: Path, name: str, weights: Path | None, notes: Mapping[str, Any]) -> Scores:
+    """All scores of a network on the test split, from its file or now."""
+    file = out / "scores" / f"{name}.safetensors"
+    settings = {"pairs": PAIRS, "binding": BINDING, **notes}
+    if not file.exists():
+        begun, taken, found = time.process_time(), {}, {}
+        for part in (lambda: score_dense(out, weights, "test"), lambda: score_pairs(out, weights),
+                     lambda: score_binding(out, weights)):  # fmt: skip
+            found |= part()
+            taken[list(found)[-1]] = round(time.process_time() - begun, 1)
+        shutil.rmtree(out / "cache", ignore_errors=True)  # activations of a network that is not needed again
+        save(file, found, {**settings, "processor_seconds": taken, "provenance": provenance()})
+        print(f"scored {name}, processor seconds so far: {taken}", flush=True)
+    return load(file, settings)
+
+
+def save(file: Path, scores: Scores, notes: Mapping[str, Any]) -> None:
+    """Write scores with the influence of every image."""
+    save_state(file, {f"{name}/{key}": x for name, e in scores.items() for key, x in e._asdict().items()}, notes)
+
+
+def load(file: Path, expected: Mapping[str, Any] | None = None) -> Scores:
+    """Read what `save` wrote, with these settings."""
+    tensors = load_state(file, expected).tensors
+    names = sorted({key.rpartition("/")[0] for key in tensors})
+    return {name: Estimate(tensors[f"{name}/value"], tensors[f"{name}/influence"]) for name in names}
+
+
+# ---------------------------------------------------------------------------------------------------- all networks
+
+
+def choose(out: Path) -> str:
+    """The learning rate whose network of seed 0 is best on validation, by the mean of CHOSEN_BY."""
+    file = out / "choice.json"
+    if not file.exists():
+        means = {}
+        for lr in ("before", *LEARNING_RATES):
+            scores = score_dense(out, None if lr == "before" else train(out, "NeCo", 0, lr), "val")
+            values = {name: float(scores[name].value) for name in SHOWN}
+            means[lr] = {"mean": sum(values[name] for name in CHOSEN_BY) / len(CHOSEN_BY), **values}
+            print(f"validation, {lr}: {json.dumps(means[lr])}", flush=True)
+        best = max(LEARNING_RATES, key=lambda lr: means[lr]["mean"])
+        write_atomically(file, json.dumps({"chosen": best, "validation": means}, indent=1) + "\n")
+    return json.loads(file.read_text())["chosen"]
+
+
+def compute(out: Path, seeds: int) -> None:
+    """Choose, then train and score seed after seed, so that what is there at any time is balanced."""
+    lr = choose(out)
+    score(out, "before", None, {"variant": "before"})
+    for seed in range(seeds):
+        for name in VARIANTS:
+            file = f"{name.replace(' ', '_')}-{seed}"
+            notes = {"variant": name, "seed": seed, "lr": lr}
+            if (out / "scores" / f"{file}.safetensors").exists():
+                load(out / "scores" / f"{file}.safetensors", notes)
+            else:
+                score(out, file, train(out, name, seed, lr), notes)
+
+
+# ---------------------------------------------------------------------------------------------------- table and figure
+
+
+def stacked(scores: Sequence[Scores], name: str) -> Estimate:
+    """Scores of several seeds as one stack [S * L]."""
+    return Estimate(*(torch.cat([getattr(s[name], key) for s in scores]) for key in Estimate._fields))
+
+
+def less(scores: Estimate, other: Estimate) -> Estimate:
+    """Gain of a stack [S * L] over another, or over one network [L]."""
+    repeat = len(scores.value) // len(other.value)
+    return difference(scores, Estimate(other.value.repeat(repeat), other.influence.repeat(repeat, 1)))
+
+
+def rows_of(before: Scores, after: Mapping[str, Sequence[Scores]], n_boot: int = 4000) -> list[dict[str, Any]]:
+    """A record for every score and layer: before, and of every variant what is after, its gain, and its lead of NeCo."""
+    rows: list[dict[str, Any]] = []
+    for name, first in before.items():
+        counts = resample(first.influence.shape[-1], n_boot)
+        add = functools.partial(add_rows, rows, name, counts)
+        add("before", "score", first, 1)
+        stacks = {variant: stacked(scores, name) for variant, scores in after.items() if scores}
+        for variant, stack in stacks.items():
+            add(variant, "score", stack, len(after[variant]))
+            add(variant, "gain", less(stack, first), len(after[variant]))
+            shared = min(len(after["NeCo"]), len(after[variant]))
+            if variant != "NeCo" and shared:
+                parts = [stacked(after[v][:shared], name) for v in ("NeCo", variant)]
+                add(variant, "NeCo less this", less(*parts), shared)
+    return rows
+
+
+def add_rows(
+    rows: list[dict[str, Any]], name: str, counts: Tensor, variant: str, kind: str, estimate: Estimate, n_seeds: int
+) -> None:
+    """Append a record per layer: the mean over seeds of a stack [S * L] with its interval, and the value of every seed."""
+    low, high = interval_over_seeds(estimate, n_seeds, counts, (-math.inf, math.inf))
+    each = estimate.value.unflatten(0, (n_seeds, -1))  # [S, L]
+    for layer in range(each.shape[1]):
+        numbers = {"value": float(each[:, layer].mean()), "low": float(low[layer]), "high": float(high[layer])}
+        rows.append({"kind": "neco_proof", "score": name, "layer": layer_name(name, layer), "variant": variant, "of": kind,
+                     "seeds": n_seeds, **numbers, "each": each[:, layer].tolist()})  # fmt: skip
+
+
+def layer_name(name: str, index: int) -> str:
+    """What a layer is called."""
+    if name not in CURVES:
+        return "last"
+    return ("1", "3", "5", "7")[index] if name == "binding ratio" else ("embed", *map(str, range(8)))[index]
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Before, gains of every variant, and NeCo against the controls, as text; in points."""
+    variants = [v for v in VARIANTS if any(row["variant"] == v for row in rows)]
+    found = {(row["score"], row["layer"], row["variant"], row["of"]): row for row in rows}
+
+    def cell(key: tuple, sign: str = "+") -> str:
+        if key not in found:
+            return "–"
+        return "{0:{s}.1f} [{1:{s}.1f}, {2:{s}.1f}]".format(*(100 * found[key][k] for k in ("value", "low", "high")), s=sign)
+
+    lines = []
+    listed = [(name, "last") for name in SHOWN] + [
+        (name, layer) for name in CURVES for layer in ("3", "7") if (name, layer, "before", "score") in found
+    ]
+    for name, layer in listed:
+        title = name if layer == "last" else f"{name}, block {layer}"
+        gains = [cell((name, layer, variant, "gain")) for variant in variants]
+        against = [cell((name, layer, variant, "NeCo less this")) for variant in variants if variant != "NeCo"]
+        lines.append([title, cell((name, layer, "before", "score"), ""), *gains, *against])
+    header = ["", "before", *(f"{v}: gain" for v in variants), *(f"NeCo less {v}" for v in variants if v != "NeCo")]
+    seeds = ", ".join(f"{v} {found[(SHOWN[0], 'last', v, 'gain')]['seeds']}" for v in variants)
+    return format_table(header, lines) + f"\nin points (hundredths), 95 % intervals over images and training seeds ({seeds})"
+
+
+def draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Layer curves before and after on the same axes, and the gains of the dense evaluations."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    from show.style import BLUE, GREY, ORANGE, PINK, STYLE, png_bytes
+
+    looks = {"before": ("black", "-"), "NeCo": (BLUE, "-"), "shuffled": (ORANGE, "--"), "no teacher": (PINK, ":")}
+    curves = ("same object, same class matched, AUROC", "binding ratio")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.6, 3.4), layout="constrained")
+        axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.15))
+        for panel, name in zip(axes, curves, strict=False):
+            for variant, (colour, dash) in looks.items():
+                of = [row for row in rows if row["score"] == name and row["variant"] == variant and row["of"] == "score"]
+                if of:
+                    x = range(len(of))
+                    panel.plot(x, [row["value"] for row in of], dash, color=colour, marker="o", markersize=3, label=variant)
+                    low, high = ([row[key] for row in of] for key in ("low", "high"))
+                    panel.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+                    panel.set_xticks(list(x), [row["layer"] for row in of])
+            panel.set(title=CURVES[name], xlabel="block (its output)")
+        axes[0].legend(frameon=False)
+        names = [name for name in SHOWN if any(row["score"] == name for row in rows)]
+        for index, variant in enumerate(v for v in looks if v != "before"):
+            of = {row["score"]: row for row in rows if row["variant"] == variant and row["of"] == "gain"}
+            if of:
+                y = [place + 0.22 * (index - 1) for place in range(len(names))]
+                value, low, high = ([100 * of[name][key] for name in names] for key in ("value", "low", "high"))
+                ends = [[v - a for v, a in zip(value, low, strict=True)], [b - v for v, b in zip(value, high, strict=True)]]
+                axes[2].errorbar(value, y, xerr=ends, fmt="o", color=looks[variant][0], markersize=3.5, linewidth=1)
+        axes[2].axvline(0, color=GREY, linewidth=0.6)
+        axes[2].set_yticks(range(len(names)), [name.replace(" miou", ", mIoU").replace("_", " ") for name in names])
+        axes[2].invert_yaxis()
+        axes[2].set(title="gain over before, points", xlabel="after − before, 95 % over images and seeds")
+    return png_bytes(figure)
+
+
+def show(out: Path) -> None:
+    """Write and print what the scored networks say."""
+    read = lambda name: [load(f) for f in sorted((out / "scores").glob(f"{name.replace(' ', '_')}-*.safetensors"))]
+    if not (out / "scores/before.safetensors").exists():
+        raise UserError(f"{out} holds no scores yet; run the script without --show")
+    rows = rows_of(load(out / "scores/before.safetensors"), {name: read(name) for name in VARIANTS})
+    write_atomically(out / "metrics.jsonl", "".join(line_of(row) + "\n" for row in rows))
+    text = table(rows)
+    write_atomically(out / "table.txt", text + "\n")
+    write_atomically(out / "before_after.png", draw(rows))
+    print(text)
+
+
+def main() -> None:
+    """Read the options, compute, show."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("outputs/neco_proof"), help="folder of all files")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--show", action="store_true", help="only table and figure of what is there")
+    args = parser.parse_args()
+    set_threads(1)
+    try:
+        if not args.show:
+            compute(args.out.resolve(), args.seeds)
+        show(args.out)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
