@@ -64,6 +64,7 @@ from trainer import FitOptions, evaluate, fit_stack, probe
 VARIANTS = {"NeCo": [], "shuffled": ["neco.shuffle_references=true"], "no teacher": ["neco.use_teacher=false"]}
 LEARNING_RATES = ("1e-4", "3e-4", "1e-3")
 CHOSEN_BY = ("retrieval miou", "overcluster K=classes miou", "overcluster K=300 miou")
+FIRST = 2  # seeds of which all variants come first
 SHOWN = (
     *CHOSEN_BY, "linear segmentation miou", "patch class accuracy", "patch class balanced_accuracy",
 )  # fmt: skip
@@ -73,11 +74,11 @@ CURVES = {  # name: (title, which layers; None all)
     "binding ratio": "binding ratio",
 }
 PAIRS = [
-    "mode=train", "controls=none", "dataset.n_train=400", "trainer.seeds=1", "trainer.n_boot=10",
+    "mode=train", "controls=none", "dataset.n_train=300", "dataset.n_val=50", "trainer.seeds=1", "trainer.n_boot=10",
 ]  # fmt: skip
 BINDING = [
     "mode=train_binding", "controls=none", "probe.mode=attention_quadratic", "model.output_mode=all",
-    "model.layers=[3,7]", "dataset.n_train=2000", "dataset.n_val=200", "dataset.n_test=400", "trainer.seeds=1",
+    "model.layers=[3,7]", "dataset.n_train=1500", "dataset.n_val=150", "dataset.n_test=400", "trainer.seeds=1",
 ]  # fmt: skip
 Scores = dict[str, Estimate]  # of F layers (dense evaluations: one), with the influence of every image
 
@@ -218,7 +219,7 @@ def compute(out: Path, seeds: int) -> None:
     """Choose, then train and score; the first seeds of all variants, then NeCo's others, last those of the controls."""
     lr = choose(out)
     score(out, "before", None, {"variant": "before"})
-    in_turn = lambda seed, name: (min(seed, seeds // 2 + 1), seed > seeds // 2 and name != "NeCo", seed)
+    in_turn = lambda seed, name: (min(seed, FIRST), seed >= FIRST and name != "NeCo", seed)
     places = [(seed, name) for seed in range(seeds) for name in VARIANTS]
     for seed, name in sorted(places, key=lambda place: in_turn(*place)):
         file, notes = f"{name.replace(' ', '_')}-{seed}", {"variant": name, "seed": seed, "lr": lr}
