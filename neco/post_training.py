@@ -241,7 +241,7 @@ class _Session:
             shown = ", ".join(f"{key} {100 * value:.1f} %" for key, value in scores.items() if key.endswith("miou"))
             self.say(f"epoch {row['epoch']}: validation {shown}")
             if self.run.mirror is not None:
-                self.run.mirror.log({f"val/{key}": value for key, value in scores.items()})
+                self.run.mirror.log({"step": done, **{f"val/{key}": value for key, value in scores.items()}})
             if row["step"] and self.best()["step"] == row["step"]:
                 self.save_networks(self.dir / "checkpoints" / "best")
         if self.training.world.size > 1:
@@ -284,6 +284,9 @@ class _Session:
         rows = compare(*pair, n_boot=int(self.cfg.trainer.n_boot), seed=int(self.cfg.seed))
         for row in rows:
             self.run.write({"kind": "neco_result", "name": row["metric"], "split": "test", "chosen": place, **row})
+        if self.run.mirror is not None:
+            ends = ("before", "after", "gain")
+            self.run.mirror.log({f"test/{row['metric']}/{end}": row[end] for row in rows for end in ends})
         scored = self.split("test")
         self.say(f"\n{role}, {place}; {len(scored.images)} test images, %, [95 % over images]; gain paired over images\n")
         shown = [row for row in rows if row["metric"].endswith(("miou", "accuracy"))]

@@ -55,9 +55,27 @@ def kill() -> None:
     raise Killed
 
 
+class Mirror:
+    """Stands for W&B: keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.ended = False
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def finish(self, exit_code: int) -> None:
+        self.ended = exit_code == 0
+
+
+MIRROR = Mirror()
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
-    yield run(tmp_path_factory.mktemp("whole"), *TINY)
+    with mock.patch("wandb.init", lambda **_: MIRROR):
+        yield run(tmp_path_factory.mktemp("whole"), *TINY, "wandb.mode=offline")
 
 
 def test_files_and_records(whole: Finished) -> None:
@@ -78,33 +96,89 @@ def test_files_and_records(whole: Finished) -> None:
     assert "before" in text and "gain" in text and "linear miou" in text
 
 
-def test_checkpoints_say_what_they_are_and_every_mode_loads_them(whole: Finished) -> None:
+def test_checkpoints_say_what_they_are_and_load_as_a_backbone(whole: Finished) -> None:
     for role in ("student", "teacher"):
         state = load_state(whole.dir / f"{role}.safetensors", {"kind": "neco", "role": role, "step": 4})
         assert state.checked and state.recipe["recipe"]["network"] == "bitonic" and state.recipe["provenance"]["code"]
         assert {"cls_token", "blocks.1.mlp.fc2.weight", "projection_head.4.weight"} <= state.tensors.keys()
-    weights = whole.dir / "teacher.safetensors"
-    said: list[str] = []
-    with configured(f"model.kwargs={VIT}", f"model.weights={weights}", "model.digest=null") as cfg:
-        backbone = load_backbone(cfg.model, "cpu", said.append)
-    assert torch.equal(backbone.model.state_dict()["norm.weight"], load_file(weights)["norm.weight"])
-    settings = ["trainer.epochs=1", "trainer.seeds=1", "trainer.n_boot=10", "controls=none", "wandb.mode=disabled"]
-    data = ["dataset.size=32", "dataset.n_train=8", "dataset.n_val=4", "dataset.n_test=4"]
-    model = [f"model.kwargs={VIT}", f"model.weights={weights}", "model.digest=null", "model.layers=[-1]"]
-    assert run(whole.dir.parent.parent.parent, *settings, *data, *model).objective is not None
+    with configured(f"model.kwargs={VIT}", f"model.weights={whole.dir}/teacher.safetensors", "model.digest=null") as cfg:
+        backbone = load_backbone(cfg.model, "cpu", lambda text: None)
+    expected = load_file(whole.dir / "teacher.safetensors")
+    assert all(torch.equal(value, expected[key]) for key, value in backbone.model.state_dict().items())
 
 
-@pytest.mark.parametrize("save_seconds", ["0.0", "1000.0"])  # a state after every step, or at the end of an epoch only
-@pytest.mark.parametrize("step", [1, 3])
-def test_killed_and_started_again_gives_the_same_bytes(whole: Finished, tmp_path: Path, step: int, save_seconds: str) -> None:
-    settings = [*QUICK, f"neco.save_seconds={save_seconds}"]
+def test_the_mirror_gets_losses_and_scores(whole: Finished) -> None:
+    losses = {row["step"]: row["loss"] for row in MIRROR.rows if "loss" in row}
+    assert losses == {row["step"]: row["loss"] for row in whole.records("history.jsonl")} and MIRROR.ended
+    scores = [row for row in MIRROR.rows if "val/retrieval miou" in row]
+    assert [row["step"] for row in scores] == [0, 2, 4]
+    assert max(row["val/retrieval miou"] for row in scores[1:]) == whole.objective
+    gains = {row["name"]: row["gain"] for row in whole.records() if row["kind"] == "neco_result"}
+    assert MIRROR.rows[-1]["test/linear miou/gain"] == gains["linear miou"]
+
+
+@pytest.fixture(scope="module")
+def places(whole: Finished) -> tuple[Path, dict[str, Finished]]:
+    """Where runs on the trained networks go, with a probe of each role, which later modes look at."""
+    folder = whole.dir.parent.parent.parent
+    return folder, {role: run(folder, *on(whole, role), "probe.mode=quadratic") for role in ("student", "teacher")}
+
+
+def on(whole: Finished, role: str) -> list[str]:
+    """Settings of a tiny run on a trained network."""
+    model = [f"model.kwargs={VIT}", f"model.weights={whole.dir}/{role}.safetensors", "model.digest=null"]
+    fits = ["trainer.epochs=1", "trainer.seeds=1", "trainer.n_boot=10", "controls=none", "wandb.mode=disabled", "threads=1"]
+    return [*model, *fits, "dataset.n_train=8", "dataset.n_val=4", "dataset.n_test=4"]
+
+
+def test_probes_of_student_and_teacher_rest_on_different_weights(places: tuple[Path, dict[str, Finished]]) -> None:
+    read = [json.loads((done.dir / "run.json").read_text())["inputs"] for done in places[1].values()]
+    assert read[0] != read[1] and all(done.objective is not None for done in places[1].values())
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        ["mode=extract", "dataset.size=32"],
+        ["mode=train_binding", "probe.mode=quadratic_concat", "model.output_mode=mean_spatial", "model.layers=[0,-1]",
+         "dataset.image_size=48", "dataset.obj_size=8"],
+        ["mode=dense_suite", "dataset.size=32", "model.layers=[-1]", "dense.evaluations=[overcluster,dense_retrieval]",
+         "overcluster.n_clusters=[4]", "overcluster.seeds=1", "overcluster.pca=null"],
+        ["mode=vis", "run={probe}", "vis.gif=false", "vis.page=false"],
+        ["mode=analyze", "run={probe}", "analyze.images=2", "analyze.pair_images=2", "analyze.ranks=[2]",
+         "analyze.refit=false"],
+    ],
+    ids=lambda mode: mode[0],
+)  # fmt: skip
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_every_mode_reads_the_trained_networks(
+    whole: Finished, places: tuple[Path, dict[str, Finished]], mode: list[str], role: str
+) -> None:
+    folder, probes = places
+    settings = [setting.format(probe=probes[role].dir) for setting in mode]
+    done = run(folder, *([] if "run=" in settings[1] else on(whole, role)), *settings, "wandb.mode=disabled")
+    assert json.loads((done.dir / "run.json").read_text())["status"] == "finished"
+
+
+@pytest.fixture(scope="module", params=["0.0", "1000.0"])  # a state after every step, or at the end of an epoch only
+def through(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Finished]:
+    """Settings, and a run that was never stopped."""
+    settings = [*QUICK, f"neco.save_seconds={request.param}"]
+    return settings, run(tmp_path_factory.mktemp("through"), *settings)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+def test_killed_at_any_step_and_started_again_gives_the_same_bytes(
+    whole: Finished, through: tuple[list[str], Finished], tmp_path: Path, step: int
+) -> None:
+    settings, undisturbed = through
     with pytest.raises(Killed), stopped_after(step, kill):
-        run(tmp_path / "hit", *settings)
-    hit, through = run(tmp_path / "hit", *settings), run(tmp_path / "through", *settings)
+        run(tmp_path, *settings)
+    hit = run(tmp_path, *settings)
     for name in ("student.safetensors", "teacher.safetensors", "checkpoints/state.safetensors"):
-        assert (hit.dir / name).read_bytes() == (through.dir / name).read_bytes()
+        assert (hit.dir / name).read_bytes() == (undisturbed.dir / name).read_bytes()
     assert [row["step"] for row in hit.records("history.jsonl")] == [1, 2, 3, 4]
-    weights = load_file(through.dir / "teacher.safetensors")
+    weights = load_file(undisturbed.dir / "teacher.safetensors")
     for key, value in load_file(whole.dir / "teacher.safetensors").items():  # evaluations draw nothing of the training's
         assert torch.equal(value, weights[key])
 

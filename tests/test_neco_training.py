@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ FACTS = BackboneFacts(
 
 def vit(**options: Any) -> torch.nn.Module:
     torch.manual_seed(5)
-    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 0}
-    return timm.create_model("vit_tiny_patch16_224", **kwargs, dynamic_img_size=True, **options).requires_grad_(False)
+    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 0, **options}
+    return timm.create_model("vit_tiny_patch16_224", **kwargs, dynamic_img_size=True).requires_grad_(False)
 
 
 def training(total: int = 6, world: World | None = None, **changes: Any) -> Training:
@@ -107,28 +108,79 @@ def test_parts_of_a_batch_add_up_to_their_mean() -> None:
     torch.testing.assert_close(learnt, wanted)
 
 
+@pytest.fixture(scope="module")
+def usual() -> tuple[float, Tensor]:
+    """Loss of the first step and the student after it, without any change."""
+    one = training(drop_path=0.1)
+    return one.step([batch(0)]).loss, weights(one.student)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
+        {"network": "odd_even"},
+        {"student_steepness": 10.0},
+        {"teacher_steepness": 10.0},
+        *({"swap": swap} for swap in ("logistic", "logistic_phi", "gaussian", "reciprocal", "optimal")),
+        {"similarity": "euclidean"},
+        {"assign": (0,)},
+        {"grid": 2},
         {"use_teacher": False},
         {"reference_by": "student"},
+        {"reference_from": "batch"},
         {"reference_by": "student", "reference_from": "batch"},
         {"shuffle_references": True},
-        {"similarity": "euclidean", "network": "odd_even", "student_steepness": 10.0, "teacher_steepness": None},
-        {"trainable_blocks": (-1,)},
-        {"dtype": "bfloat16"},
         {"loss_mask": "fg"},
         {"loss_mask": "bg", "reference_from": "batch"},
+        {"loss_mask": "fg", "mask_threshold": 0.3},
+        {"trainable_blocks": (-1,)},
+        {"head_layers": 1},
+        {"same_heads": True},
+        {"drop_path": 0.5},
+        {"weight_decay": (0.5, 0.5)},
+        {"dtype": "bfloat16"},
     ],
     ids=str,
 )
-def test_every_option_trains(changes: dict) -> None:
-    one = training(**changes)
+def test_every_option_changes_what_is_learnt(usual: tuple[float, Tensor], changes: dict) -> None:
+    one = training(**{"drop_path": 0.1, **changes})
     before = weights(one.student)
-    assert one.step([batch(0)]).loss > 0
-    assert torch.isfinite(weights(one.student)).all() and not torch.equal(weights(one.student), before)
+    loss, after = one.step([batch(0)]).loss, weights(one.student)
+    assert loss > 0 and torch.isfinite(after).all() and not torch.equal(after, before)
+    assert loss != usual[0] or not torch.equal(after, usual[1])
     if "trainable_blocks" in changes:
-        torch.testing.assert_close(weights(one.student.vit.blocks[0]), weights(vit().blocks[0]))
+        assert loss == usual[0]
+        torch.testing.assert_close(weights(one.student.vit.blocks[0]), weights(vit().blocks[0]), rtol=0, atol=0)
+
+
+def test_crops_no_patch_divides_are_aligned_as_published_or_correctly() -> None:
+    losses = {}
+    for rounding in ("published", "corrected"):  # 20 px and patches of 8: boxes reach to 2.5 or to 2 patches
+        options = dataclasses.replace(CROPS, sizes=(32, 20), rounding=rounding).check(8)
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8, generator=generator)
+        samples = [sample_crops(image, options, (0, i)) for i, image in enumerate(pixels)]
+        crops = collate(samples, options, 8, FACTS.mean, FACTS.std)
+        assert crops.crops[2].shape[-1] == 16 and crops.overlaps.in_all[:, 2].amax() > (16 if rounding == "published" else 15)
+        losses[rounding] = training(crops=options).step([crops]).loss
+    assert losses["published"] != losses["corrected"]
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="compiling for a CPU needs a C++ compiler")
+def test_compiled_networks_learn_the_same() -> None:
+    options = dataclasses.replace(CROPS, numbers=(2, 0))  # one size of crops, so each network is compiled once
+    facts, plain = dataclasses.replace(FACTS, depth=1), batch(0)
+    seen = CropBatch(plain.crops[:2], type(plain.overlaps)(plain.overlaps.in_global[:, :, :2], plain.overlaps.in_all[:, :2]))
+    ends = []
+    for compiled in (False, True):
+        recipe = dataclasses.replace(RECIPE, crops=options).check(facts, 1)
+        one = Training(vit(depth=1), facts, recipe, total=6, device=torch.device("cpu"), seed=3, compiled=compiled)
+        ends.append(([one.step([seen]).loss for _ in range(2)], {key: x.clone() for key, x in one.tensors().items()}))
+    (losses, expected), (compiled_losses, found) = ends
+    assert compiled_losses == pytest.approx(losses, rel=1e-5)
+    assert found.keys() == expected.keys()  # a state of one goes on in the other
+    for key in ("student.vit.norm.weight", "student.vit.blocks.0.attn.qkv.weight", "teacher.vit.blocks.0.mlp.fc1.weight"):
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-4)
 
 
 def test_shuffled_references_change_the_teachers_order_only() -> None:
