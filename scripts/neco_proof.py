@@ -68,7 +68,7 @@ FIRST = 2  # seeds of which all variants come first
 SHOWN = (
     *CHOSEN_BY, "linear segmentation miou", "patch class accuracy", "patch class balanced_accuracy",
 )  # fmt: skip
-CURVES = {  # name: (title, which layers; None all)
+CURVES = {  # scores that have layers, and their titles
     "same object, same class matched, AUROC": "IsSameObject, same class matched, AUROC",
     "same object, all pairs, AUROC": "IsSameObject, all pairs, AUROC",
     "binding ratio": "binding ratio",
@@ -286,8 +286,17 @@ def layer_name(name: str, index: int) -> str:
     return ("3", "7")[index] if name == "binding ratio" else ("embed", *map(str, range(8)))[index]
 
 
+LISTED = [(name, "last") for name in SHOWN] + [(name, layer) for name in CURVES for layer in ("3", "7")]
+
+
+def title(name: str, layer: str) -> str:
+    """What a score is called in table and figure."""
+    short = CURVES.get(name, name).replace(" miou", ", mIoU").replace("_", " ")
+    return short if layer == "last" else f"{short}, block {layer}"
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Before, gains of every variant, and NeCo against the controls, as text; in points."""
+    """Before and the gains of every variant, then how far NeCo lies above the controls, as text; in points."""
     variants = [v for v in VARIANTS if any(row["variant"] == v for row in rows)]
     found = {(row["score"], row["layer"], row["variant"], row["of"]): row for row in rows}
 
@@ -296,22 +305,23 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             return "–"
         return "{0:{s}.1f} [{1:{s}.1f}, {2:{s}.1f}]".format(*(100 * found[key][k] for k in ("value", "low", "high")), s=sign)
 
-    lines = []
-    listed = [(name, "last") for name in SHOWN] + [
-        (name, layer) for name in CURVES for layer in ("3", "7") if (name, layer, "before", "score") in found
-    ]
-    for name, layer in listed:
-        title = name if layer == "last" else f"{name}, block {layer}"
-        gains = [cell((name, layer, variant, "gain")) for variant in variants]
-        against = [cell((name, layer, variant, "NeCo less this")) for variant in variants if variant != "NeCo"]
-        lines.append([title, cell((name, layer, "before", "score"), ""), *gains, *against])
-    header = ["", "before", *(f"{v}: gain" for v in variants), *(f"NeCo less {v}" for v in variants if v != "NeCo")]
+    gains, leads = [], []
+    for name, layer in LISTED:
+        of = [cell((name, layer, variant, "gain")) for variant in variants]
+        gains.append([title(name, layer), cell((name, layer, "before", "score"), ""), *of])
+        of = [cell((name, layer, variant, "NeCo less this")) for variant in variants if variant != "NeCo"]
+        leads.append([title(name, layer), *of])
     seeds = ", ".join(f"{v} {found[(SHOWN[0], 'last', v, 'gain')]['seeds']}" for v in variants)
-    return format_table(header, lines) + f"\nin points (hundredths), 95 % intervals over images and training seeds ({seeds})"
+    return "\n".join([
+        format_table(["after less before", "before", *variants], gains),
+        "",
+        format_table(["NeCo less the control", *(v for v in variants if v != "NeCo")], leads),
+        f"in points (hundredths), 95 % intervals over test images and training seeds (number of seeds: {seeds})",
+    ])  # fmt: skip
 
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Layer curves before and after on the same axes, and the gains of the dense evaluations."""
+    """Layer curves before and after on the same axes, and all gains with their intervals."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -320,29 +330,27 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
     looks = {"before": ("black", "-"), "NeCo": (BLUE, "-"), "shuffled": (ORANGE, "--"), "no teacher": (PINK, ":")}
     curves = ("same object, same class matched, AUROC", "binding ratio")
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.6, 3.4), layout="constrained")
-        axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.15))
+        figure = Figure(figsize=(11.2, 4.0), layout="constrained")
+        axes = figure.subplots(1, 3, width_ratios=(1, 0.6, 1.3))
         for panel, name in zip(axes, curves, strict=False):
             for variant, (colour, dash) in looks.items():
                 of = [row for row in rows if row["score"] == name and row["variant"] == variant and row["of"] == "score"]
                 if of:
-                    x = range(len(of))
+                    x, (low, high) = range(len(of)), ([row[key] for row in of] for key in ("low", "high"))
                     panel.plot(x, [row["value"] for row in of], dash, color=colour, marker="o", markersize=3, label=variant)
-                    low, high = ([row[key] for row in of] for key in ("low", "high"))
                     panel.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
-                    panel.set_xticks(list(x), [row["layer"] for row in of])
-            panel.set(title=CURVES[name], xlabel="block (its output)")
+                    panel.set_xticks(list(x), [row["layer"].replace("embed", "in") for row in of])
+            panel.set(title=CURVES[name], xlabel="after block")
         axes[0].legend(frameon=False)
-        names = [name for name in SHOWN if any(row["score"] == name for row in rows)]
         for index, variant in enumerate(v for v in looks if v != "before"):
-            of = {row["score"]: row for row in rows if row["variant"] == variant and row["of"] == "gain"}
+            of = {(row["score"], row["layer"]): row for row in rows if row["variant"] == variant and row["of"] == "gain"}
             if of:
-                y = [place + 0.22 * (index - 1) for place in range(len(names))]
-                value, low, high = ([100 * of[name][key] for name in names] for key in ("value", "low", "high"))
+                y = [place + 0.22 * (index - 1) for place in range(len(LISTED))]
+                value, low, high = ([100 * of[key][what] for key in LISTED] for what in ("value", "low", "high"))
                 ends = [[v - a for v, a in zip(value, low, strict=True)], [b - v for v, b in zip(value, high, strict=True)]]
                 axes[2].errorbar(value, y, xerr=ends, fmt="o", color=looks[variant][0], markersize=3.5, linewidth=1)
         axes[2].axvline(0, color=GREY, linewidth=0.6)
-        axes[2].set_yticks(range(len(names)), [name.replace(" miou", ", mIoU").replace("_", " ") for name in names])
+        axes[2].set_yticks(range(len(LISTED)), [title(*key) for key in LISTED])
         axes[2].invert_yaxis()
         axes[2].set(title="gain over before, points", xlabel="after − before, 95 % over images and seeds")
     return png_bytes(figure)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from neco.networks import Sorter
 from neco.sorting import order_cross_entropy
@@ -32,3 +33,12 @@ def test_bytes_kept_are_those_of_live_storages() -> None:
     values = torch.rand(49, 49, requires_grad=True)
     kept = bench.bytes_kept(lambda: order_cross_entropy(values * 1.0, torch.rand(49, 49), Sorter(), Sorter()))
     assert kept == 49 * 49 * 4
+
+
+def test_every_published_recipe_fits_into_40_gb(capsys: pytest.CaptureFixture[str]) -> None:
+    bench.memory("vit_small_patch14_dinov2", 64, 518, 98)
+    kept, checkpointed = (float(line.split("(")[-1].split(" GB")[0]) for line in capsys.readouterr().out.splitlines()[-2:])
+    assert checkpointed < 40 < kept
+    for file in (Path(__file__).parent.parent / "cfgs/experiment").glob("neco_*_small.yaml"):
+        recipe = OmegaConf.load(file).neco
+        assert recipe.checkpoint_activations if recipe.crops.sizes[0] == 518 else recipe.crops.sizes[0] == 224

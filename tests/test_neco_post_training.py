@@ -137,22 +137,21 @@ def test_probes_of_student_and_teacher_rest_on_different_weights(places: tuple[P
 
 
 @pytest.mark.parametrize(
-    "mode",
+    ("role", "mode"),
     [
-        ["mode=extract", "dataset.size=32"],
-        ["mode=train_binding", "probe.mode=quadratic_concat", "model.output_mode=mean_spatial", "model.layers=[0,-1]",
-         "dataset.image_size=48", "dataset.obj_size=8"],
-        ["mode=dense_suite", "dataset.size=32", "model.layers=[-1]", "dense.evaluations=[overcluster,dense_retrieval]",
-         "overcluster.n_clusters=[4]", "overcluster.seeds=1", "overcluster.pca=null"],
-        ["mode=vis", "run={probe}", "vis.gif=false", "vis.page=false"],
-        ["mode=analyze", "run={probe}", "analyze.images=2", "analyze.pair_images=2", "analyze.ranks=[2]",
-         "analyze.refit=false"],
+        ("teacher", ["mode=extract", "dataset.size=32"]),
+        ("student", ["mode=train_binding", "probe.mode=quadratic_concat", "model.output_mode=mean_spatial",
+                     "model.layers=[0,-1]", "dataset.image_size=48", "dataset.obj_size=8"]),
+        ("teacher", ["mode=dense_suite", "dataset.size=32", "model.layers=[-1]", "overcluster.n_clusters=[4]",
+                     "dense.evaluations=[overcluster,dense_retrieval]", "overcluster.seeds=1", "overcluster.pca=null"]),
+        ("student", ["mode=vis", "run={probe}", "vis.gif=false", "vis.page=false"]),
+        ("teacher", ["mode=analyze", "run={probe}", "analyze.images=2", "analyze.pair_images=2", "analyze.ranks=[2]",
+                     "analyze.refit=false"]),
     ],
-    ids=lambda mode: mode[0],
+    ids=lambda value: value if isinstance(value, str) else value[0],
 )  # fmt: skip
-@pytest.mark.parametrize("role", ["student", "teacher"])
 def test_every_mode_reads_the_trained_networks(
-    whole: Finished, places: tuple[Path, dict[str, Finished]], mode: list[str], role: str
+    whole: Finished, places: tuple[Path, dict[str, Finished]], role: str, mode: list[str]
 ) -> None:
     folder, probes = places
     settings = [setting.format(probe=probes[role].dir) for setting in mode]
