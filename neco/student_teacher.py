@@ -167,7 +167,8 @@ def trained_blocks(choice: int | Sequence[int] | None, depth: int) -> list[int] 
         return None
     chosen = [choice] if isinstance(choice, int) else list(choice)
     if isinstance(choice, bool) or not all(isinstance(b, int) and -depth <= b < depth for b in chosen) or not chosen:
-        raise UserError(f"neco.trainable_blocks: got {choice}, expected null, a block {-depth}…{depth - 1} or a list of them")
+        got = choice if isinstance(choice, int) else chosen
+        raise UserError(f"neco.trainable_blocks: got {got}, expected null, a block {-depth}…{depth - 1} or a list of them")
     if isinstance(choice, int):
         return list(range(depth))[choice:]
     return sorted({block % depth for block in chosen})
