@@ -35,7 +35,7 @@ def spectrum(affinity: Tensor) -> Spectrum:
 
 def count_by_gap(of: Spectrum, most: int = MOST_OBJECTS) -> int:
     """Number of groups, 2 to `most`, at the largest gap between neighbouring eigenvalues."""
-    gaps = of.values[1:most] - of.values[2 : most + 1]
+    gaps = -of.values[1 : most + 1].diff()  # an image may have fewer patches than `most`
     return int(gaps.argmax()) + 2
 
 
