@@ -64,6 +64,7 @@ from trainer import FitOptions, evaluate, fit_stack, probe
 VARIANTS = {"NeCo": [], "shuffled": ["neco.shuffle_references=true"], "no teacher": ["neco.use_teacher=false"]}
 LEARNING_RATES = ("1e-4", "3e-4")
 CHOSEN_BY = ("retrieval miou", "overcluster K=classes miou", "overcluster K=300 miou")
+AGAIN = "again"  # file of the binding ratio of the network before, with three more probe seeds
 FIRST = 2  # seeds of which all variants come first
 SHOWN = (
     *CHOSEN_BY, "linear segmentation miou", "patch class accuracy", "patch class balanced_accuracy",
@@ -160,15 +161,15 @@ def score_pairs(out: Path, weights: Path | None) -> Scores:
     }
 
 
-def score_binding(out: Path, weights: Path | None) -> Scores:
-    """Binding ratio of all tokens (mode=train_binding with fewer images, one probe and one probe seed)."""
+def score_binding(out: Path, weights: Path | None, seeds: Sequence[int] = (0,)) -> Scores:
+    """Binding ratio of all tokens (mode=train_binding with fewer images, one probe and one probe seed), fits [seeds * L]."""
     cfg = configure(out, *BINDING, *model_of(weights))
     options = FitOptions.read(cfg)
     with open_run(cfg) as run:
         samples = open_samples(cfg, run.say)
         answers = {}
         for part in ("Y", "F"):
-            task, subject = Code([0], part), Subject(PROBE_ROW, "", cfg.probe, samples, [0], part=part)
+            task, subject = Code(seeds, part), Subject(PROBE_ROW, "", cfg.probe, samples, list(seeds), part=part)
             answers[part] = evaluate(task, fit_stack(run, task, subject, options), subject, options, split="test")
         result = combine(answers, samples["test"], notes_of(cfg, samples["test"]))
         shutil.rmtree(run.dir / "checkpoints")
@@ -225,6 +226,9 @@ def compute(out: Path, seeds: int) -> None:
     """Choose, then train and score; the first seeds of all variants, then NeCo's others, last those of the controls."""
     lr = choose(out)
     score(out, "before", None, {"variant": "before"})
+    again = out / "scores" / f"{AGAIN}.safetensors"
+    if not again.exists():  # how far the probes themselves scatter
+        save(again, score_binding(out, None, (1, 2, 3)), {"binding": BINDING, "probe seeds": [1, 2, 3]})
     in_turn = lambda seed, name: (min(seed, FIRST), seed >= FIRST and name != "NeCo", seed)
     places = [(seed, name) for seed in range(seeds) for name in VARIANTS]
     for seed, name in sorted(places, key=lambda place: in_turn(*place)):
@@ -313,9 +317,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         leads.append([title(name, layer), *of])
     seeds = ", ".join(f"{v} {found[(SHOWN[0], 'last', v, 'gain')]['seeds']}" for v in variants)
     return "\n".join([
-        format_table(["after less before", "before", *variants], gains),
+        format_table(["after less before", "before", *variants], gains, 140),
         "",
-        format_table(["NeCo less the control", *(v for v in variants if v != "NeCo")], leads),
+        format_table(["NeCo less the control", *(v for v in variants if v != "NeCo")], leads, 140),
         f"in points (hundredths), 95 % intervals over test images and training seeds (number of seeds: {seeds})",
     ])  # fmt: skip
 
@@ -364,6 +368,11 @@ def show(out: Path) -> None:
     rows = rows_of(load(out / "scores/before.safetensors"), {name: read(name) for name in VARIANTS})
     write_atomically(out / "metrics.jsonl", "".join(line_of(row) + "\n" for row in rows))
     text = table(rows)
+    if (again := out / "scores" / f"{AGAIN}.safetensors").exists():
+        ratios = load(again)["binding ratio"].value.unflatten(0, (3, -1))  # [probe seeds, L]
+        for index, layer in enumerate(("3", "7")):
+            listed = ", ".join(f"{100 * float(value):.1f}" for value in ratios[:, index])
+            text += f"\nbinding ratio before, block {layer}, with three other probe seeds: {listed}"
     write_atomically(out / "table.txt", text + "\n")
     write_atomically(out / "before_after.png", draw(rows))
     print(text)
