@@ -54,7 +54,7 @@ from neco.evaluation import Scored, open_scored, read_tokens
 from neco.student_teacher import PatchEncoder, ProjectionHead
 from neco.training import load_vit
 from pairs.task import task_maker
-from runs.provenance import provenance
+from runs.provenance import code_digest, provenance
 from runs.records import line_of
 from runs.run import open_run
 from runs.states import load_state, save_state
@@ -179,7 +179,7 @@ def score_binding(out: Path, weights: Path | None, seeds: Sequence[int] = (0,)) 
 def score(out: Path, name: str, weights: Path | None, notes: Mapping[str, Any]) -> Scores:
     """All scores of a network on the test split, from its file or now."""
     file = out / "scores" / f"{name}.safetensors"
-    settings = {"pairs": PAIRS, "binding": BINDING, **notes}
+    settings = {"pairs": PAIRS, "binding": BINDING, "code": code_digest(), **notes}  # no score is taken over from other code
     if not file.exists():
         begun, taken, found = time.process_time(), {}, {}
         for part in (lambda: score_dense(out, weights, "test"), lambda: score_pairs(out, weights),
@@ -228,11 +228,12 @@ def compute(out: Path, seeds: int) -> None:
     score(out, "before", None, {"variant": "before"})
     again = out / "scores" / f"{AGAIN}.safetensors"
     if not again.exists():  # how far the probes themselves scatter
-        save(again, score_binding(out, None, (1, 2, 3)), {"binding": BINDING, "probe seeds": [1, 2, 3]})
+        notes = {"binding": BINDING, "code": code_digest(), "probe seeds": [1, 2, 3], "provenance": provenance()}
+        save(again, score_binding(out, None, (1, 2, 3)), notes)
     in_turn = lambda seed, name: (min(seed, FIRST), seed >= FIRST and name != "NeCo", seed)
     places = [(seed, name) for seed in range(seeds) for name in VARIANTS]
     for seed, name in sorted(places, key=lambda place: in_turn(*place)):
-        file, notes = f"{name.replace(' ', '_')}-{seed}", {"variant": name, "seed": seed, "lr": lr}
+        file, notes = f"{name.replace(' ', '_')}-{seed}", {"variant": name, "seed": seed, "lr": lr, "code": code_digest()}
         if (out / "scores" / f"{file}.safetensors").exists():
             load(out / "scores" / f"{file}.safetensors", notes)
         else:
