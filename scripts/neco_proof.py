@@ -325,8 +325,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     ])  # fmt: skip
 
 
-def draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Layer curves before and after on the same axes, and all gains with their intervals."""
+def draw(rows: Sequence[Mapping[str, Any]], again: Sequence[Sequence[float]] = ()) -> bytes:
+    """Layer curves before and after on the same axes, and gains with their intervals.
+
+    Args:
+        again: binding ratios of the network before with other probe seeds, by layer.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -336,7 +340,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
     curves = ("same object, same class matched, AUROC", "binding ratio")
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11.2, 4.0), layout="constrained")
-        axes = figure.subplots(1, 3, width_ratios=(1, 0.6, 1.3))
+        axes = figure.subplots(1, 3, width_ratios=(1, 0.8, 1.3))
         for panel, name in zip(axes, curves, strict=False):
             for variant, (colour, dash) in looks.items():
                 of = [row for row in rows if row["score"] == name and row["variant"] == variant and row["of"] == "score"]
@@ -346,16 +350,22 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
                     panel.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
                     panel.set_xticks(list(x), [row["layer"].replace("embed", "in") for row in of])
             panel.set(title=CURVES[name], xlabel="after block")
+        for x, ratios in enumerate(again):
+            label = "before, other probe seeds" if not x else None
+            axes[1].plot([x] * len(ratios), ratios, "x", color="black", markersize=5, label=label)
         axes[0].legend(frameon=False)
+        if again:
+            axes[1].legend(*([found[-1]] for found in axes[1].get_legend_handles_labels()), frameon=False, fontsize=7)
+        listed = [key for key in LISTED if key[0] != "binding ratio"]  # its gains are many times as wide
         for index, variant in enumerate(v for v in looks if v != "before"):
             of = {(row["score"], row["layer"]): row for row in rows if row["variant"] == variant and row["of"] == "gain"}
             if of:
-                y = [place + 0.22 * (index - 1) for place in range(len(LISTED))]
-                value, low, high = ([100 * of[key][what] for key in LISTED] for what in ("value", "low", "high"))
+                y = [place + 0.22 * (index - 1) for place in range(len(listed))]
+                value, low, high = ([100 * of[key][what] for key in listed] for what in ("value", "low", "high"))
                 ends = [[v - a for v, a in zip(value, low, strict=True)], [b - v for v, b in zip(value, high, strict=True)]]
                 axes[2].errorbar(value, y, xerr=ends, fmt="o", color=looks[variant][0], markersize=3.5, linewidth=1)
         axes[2].axvline(0, color=GREY, linewidth=0.6)
-        axes[2].set_yticks(range(len(LISTED)), [title(*key) for key in LISTED])
+        axes[2].set_yticks(range(len(listed)), [title(*key) for key in listed])
         axes[2].invert_yaxis()
         axes[2].set(title="gain over before, points", xlabel="after − before, 95 % over images and seeds")
     return png_bytes(figure)
@@ -368,14 +378,14 @@ def show(out: Path) -> None:
         raise UserError(f"{out} holds no scores yet; run the script without --show")
     rows = rows_of(load(out / "scores/before.safetensors"), {name: read(name) for name in VARIANTS})
     write_atomically(out / "metrics.jsonl", "".join(line_of(row) + "\n" for row in rows))
-    text = table(rows)
-    if (again := out / "scores" / f"{AGAIN}.safetensors").exists():
-        ratios = load(again)["binding ratio"].value.unflatten(0, (3, -1))  # [probe seeds, L]
-        for index, layer in enumerate(("3", "7")):
-            listed = ", ".join(f"{100 * float(value):.1f}" for value in ratios[:, index])
+    text, again = table(rows), []
+    if (file := out / "scores" / f"{AGAIN}.safetensors").exists():
+        again = load(file)["binding ratio"].value.unflatten(0, (3, -1)).T.tolist()  # [L, probe seeds]
+        for layer, ratios in zip(("3", "7"), again, strict=True):
+            listed = ", ".join(f"{100 * ratio:.1f}" for ratio in ratios)
             text += f"\nbinding ratio before, block {layer}, with three other probe seeds: {listed}"
     write_atomically(out / "table.txt", text + "\n")
-    write_atomically(out / "before_after.png", draw(rows))
+    write_atomically(out / "before_after.png", draw(rows, again))
     print(text)
 
 
