@@ -22,6 +22,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -96,6 +97,8 @@ def share(base: Base, todo: Sequence[tuple[str, int]], jobs: int, file: Path, fa
             try:
                 work(base.at(f"job-{job}"), todo[job::jobs], file, facts, file.parent / "kept")
                 status = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stderr.flush()
                 os._exit(status)

@@ -19,6 +19,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from errors import UserError
 from runs.records import read_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,7 +63,10 @@ def numbers(folder: Path, mode: str) -> dict[str, Any]:
     """The scores of the newest run of a mode, by what they are of."""
     runs = sorted((folder / "outputs" / mode).glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
     keys = ("name", "layer", "seed", "question", "readout", "subset")
-    found = read_records(runs[-1], lambda text: None) if runs else []
+    try:
+        found = read_records(runs[-1], lambda text: None) if runs else []
+    except UserError:  # a folder in its place, which is for the program to name
+        found = []
     return {str([r[key] for key in keys]): [r["metrics"], r.get("interval")] for r in found if r["kind"] == "score"}
 
 

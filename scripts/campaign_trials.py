@@ -33,6 +33,7 @@ from campaign_program import SECONDS, Done, composed, judge, numbers, program
 BAD = ("other numbers", "vague", "defect", "no answer", "lost", "code run")
 COLUMNS = ("same numbers", "sentence", "accepted", *BAD)
 LOOK = ["wandb.mode=disabled", "threads=1"]  # of modes that look at a finished run
+SECTIONS = ("dataset.", "model.", "protocol.", "probe.", "trainer.")  # whose options a sentence may name
 ON_DISK = "cache.ram_gb=1e-9"  # activations are read from disk, not held in memory
 
 
@@ -146,7 +147,7 @@ class Base:
             return Answer(answer, about, done.err[-500:]) if answer in BAD else self.resumed(done, about)
         finally:
             if mounted:
-                subprocess.run(["umount", work], check=True)
+                subprocess.run(["umount", "--lazy", work], check=True)
 
     # -------------------------------------------------------------------------------------------------------- damage
 
@@ -209,7 +210,7 @@ class Base:
         about += f" (mode={mode}{', from disk' if ON_DISK in command else ''})"
         done = program(self.work, *command, ready=self.ready["disk" if ON_DISK in command else key])
         names = [str(run), file.name] + [str(file.parent)] * (place == "cache")
-        names += ["dataset.", "model.", "protocol.", "probe.", "trainer."] if file.name == "config.yaml" else []  # its options
+        names += SECTIONS if file.name == "config.yaml" else ()  # its options
         answer = judge(done, numbers(self.work, mode), self.expected[key], tuple(names))
         text = done.err[-500:]
         if answer != "sentence" or not way_out or mode == "eval" and not file.name.startswith(("best", "last")):
@@ -246,7 +247,7 @@ class Base:
         if marker.exists():
             return Answer("code run", about, done.err[-500:])
         found = numbers(self.work, "eval") if command == ["mode=eval"] else self.expected["best"]
-        return Answer(judge(done, found, self.expected["best"], ("config.yaml", f"{key}", "dataset.")), about, done.err[-500:])
+        return Answer(judge(done, found, self.expected["best"], ("config.yaml", str(key), *SECTIONS)), about, done.err[-500:])
 
     # --------------------------------------------------------------------------------------------- commands, metadata
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import campaign
 import campaign_trials
 from campaign_commands import COMMANDS
-from campaign_program import Done, judge, warm_up
+from campaign_program import Done, judge, numbers, warm_up
 from campaign_trials import BAD, COLUMNS, KINDS, Answer, Base
 
 import runs.states
@@ -57,6 +57,11 @@ def test_no_numbers_to_compare_with_is_no_agreement() -> None:
     assert judge(Done(0, "", ""), {}, {}) == "other numbers"
 
 
+def test_a_folder_in_the_place_of_the_numbers_is_no_numbers(tmp_path: Path) -> None:
+    (tmp_path / "outputs" / "train" / "run" / "metrics.jsonl").mkdir(parents=True)
+    assert numbers(tmp_path, "train") == {}
+
+
 # ------------------------------------------------------------------------------------------------------------ trials
 
 
@@ -93,12 +98,12 @@ def test_silently_other_numbers_are_seen(base: Base, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("kind", "numbers"),
+    ("kind", "trials"),
     [("kills", [0]), ("signals", [1]), ("flips", [0, 1, 2]), ("structure", [0]), ("hostile", [0]), ("commands", [0, 200]),
      ("disks", [1]), ("mutations", range(12))],
 )  # fmt: skip
-def test_trials_end_well(base: Base, kind: str, numbers: list[int]) -> None:
-    answers = [base.trial(kind, number) for number in numbers]
+def test_trials_end_well(base: Base, kind: str, trials: list[int]) -> None:
+    answers = [base.trial(kind, number) for number in trials]
     assert not [answer for answer in answers if answer.answer not in COLUMNS or answer.answer in BAD], answers
 
 
