@@ -11,7 +11,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from files import write_atomically
-from show.style import BLUE, FALLING, GREEN, GREY, ORANGE, PINK, PURPLE, RED, SKY, STYLE, layer_places, note_below, png_bytes
+from show.style import (
+    BLUE,
+    BROWN,
+    FALLING,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    PURPLE,
+    RED,
+    SKY,
+    STYLE,
+    layer_places,
+    note_below,
+    png_bytes,
+)
 
 LINES = {
     "probe": ("probe", BLUE, "-"),
@@ -22,7 +37,7 @@ LINES = {
     "class_oracle": ("true class", GREY, "--"),
     "cosine": ("cosine", ORANGE, ":"),
     "dot_product": ("dot product", SKY, ":"),
-    "shuffled": ("shuffled identities", "black", ":"),
+    "shuffled": ("shuffled identities", BROWN, ":"),
 }
 
 

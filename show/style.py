@@ -17,7 +17,7 @@ DPI = 160
 BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#777777",
 )  # fmt: skip
-PURPLE = "#5D3A9B"  # a ninth one, darker than all of these
+PURPLE, BROWN = "#5D3A9B", "#8C564B"  # two more, darker than all of these
 
 
 def layer_places(layers: Iterable[int | str]) -> dict[int | str, int]:

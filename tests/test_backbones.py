@@ -531,7 +531,7 @@ def test_no_network_and_no_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         ({"image_size": 100}, "expected multiples of its patch size 16, such as 96"),
         ({"image_size": 8}, "expected multiples of its patch size 16, such as 16"),
         ({"image_size": [1, 2, 3]}, "model.image_size=.* is not understood"),
-        ({"source": "hub"}, "model.source=hub is unknown, expected one of timm, pixels"),
+        ({"source": "hub"}, "model.source=hub is unknown, expected one of timm, module, pixels"),
         ({"attention": "flash"}, "model.attention=flash is unknown"),
         ({"dtype": "float8"}, "model.dtype=float8 is unknown"),
     ],

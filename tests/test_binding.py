@@ -158,6 +158,11 @@ def test_published_resize_and_normalisation(case: dict) -> None:
 GRID = Groups([["red", "blue"], ["circle", "square"]])
 LAW = uniform_up_to(GRID.sizes)  # every one of the 16 object codes equally likely
 EXACT = LAW.population()
+TOY_FACTS = {
+    "name": "toy", "source": "timm", "weights": "none", "depth": 1, "dim": 4, "patch_size": 1, "image_size": [1, 1],
+    "num_prefix_tokens": 1, "has_class_token": True, "mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bicubic",
+}  # fmt: skip
+TOY_MEANING = {"norm": True, "output_mode": "cls", "geometry": {"kind": "stretch"}}
 
 
 def toy_sample(z: Tensor, code: np.ndarray) -> PatchSample:
@@ -175,7 +180,7 @@ def toy_sample(z: Tensor, code: np.ndarray) -> PatchSample:
         info={"H_Y": EXACT["H_Y"], "H_F": EXACT["H_F"], "H_Y_given_F": float(entropy.mean())},
         keys=[f"image{i}" for i in range(len(z))],
         grids=torch.ones(len(z), 2, dtype=torch.long),
-        meta={"classes": GRID.names, "facts": {"has_class_token": True, "name": "toy", "weights": "none"},
+        meta={"classes": GRID.names, "facts": dict(TOY_FACTS), **TOY_MEANING,
               "report": {"prior": LAW.name}},
     )  # fmt: skip
 

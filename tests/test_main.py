@@ -397,14 +397,20 @@ def test_the_mirror_gets_the_curve_and_is_closed(folder: Path, mirrors: list[Mir
     finished = run(folder, *SHORT, "wandb.mode=offline", "wandb.project=mine", "seed=7")
     (mirror,) = mirrors
     assert mirror.exit_code == 0 and mirror.given["project"] == "mine" and mirror.given["dir"] == finished.dir
-    of_layers = [values for values in mirror.logged if "layer_index" in values]
-    assert [values["layer_index"] for values in of_layers] == [0, 1]
-    means = {r["layer_index"]: r["metrics"]["auroc"] for r in scores(finished) if (r["seed"], r["subset"]) == ("mean", "all")}
-    assert {v["layer_index"]: v["probe/is_same_object/all/auroc"] for v in of_layers} == means
-    (learning,) = [values for values in mirror.logged if "epoch" in values]  # of the one epoch there is
-    epoch = next(record for record in finished.records("history.jsonl") if record["kind"] == "epoch")
-    assert learning["learning/probe/all/seed 0/layer embed/val_loss"] == epoch["val_loss"][0][0]
-    assert len(learning) == 1 + 2 * 2 * 2 * 2  # losses, layers, seeds, variants
+    curve = [row for row in mirror.logged if "layer_index" in row]
+    assert [row["layer_index"] for row in curve] == [0, 1] and max(map(len, mirror.logged)) <= 13  # the columns of the table
+    of_all = {r["layer_index"]: r for r in scores(finished) if (r["seed"], r["subset"]) == ("mean", "all")}
+    for row in curve:
+        record = of_all[row["layer_index"]]
+        assert row["all pairs AUROC/probe"] == record["metrics"]["auroc"]
+        assert [row[f"all pairs AUROC/probe {end}"] for end in ("low", "high")] == record["interval"]["auroc"]
+    epochs = [record for record in finished.records("history.jsonl") if record["kind"] == "epoch"]
+    (losses,) = [row for row in mirror.logged if "epoch" in row]  # of the one epoch there is
+    assert losses["loss/probe/val"] == pytest.approx(float(torch.tensor(epochs[0]["val_loss"]).mean()))
+    (table,) = [row["losses"] for row in mirror.logged if "losses" in row]
+    assert len(table.data) == sum(len(record["fits"]) * 2 for record in epochs)  # a row per fit and layer
+    assert any("figures/layers" in row for row in mirror.logged) and any("layers" in row for row in mirror.logged)
+    assert {"metrics.jsonl", "layers.csv", "table.txt", "config.yaml"} <= set(mirror.artifacts[0])
 
 
 def test_nothing_is_mirrored_where_there_is_nothing_new(folder: Path, mirrors: list[Mirror]) -> None:

@@ -64,7 +64,7 @@ def test_every_flipped_byte_is_refused_or_changes_nothing(whole: Path, cache: Pa
     expected, draw, n_refused = opened(whole), random.Random(0), 0
     for file in files_of(cache):
         good = file.read_bytes()
-        flips = draw.sample(range(len(good)), 6)
+        flips = draw.sample(range(len(good)), min(6, len(good)))  # a lock has no bytes
         for at in flips:
             bad = bytearray(good)
             bad[at] ^= 1 << draw.randrange(8)
