@@ -199,7 +199,7 @@ def first_line(cfg: DictConfig, source: Path | None = None) -> str:
         seeds = cfg.trainer.seeds if isinstance(cfg.trainer.seeds, int) else len(cfg.trainer.seeds)
         layers = cfg.model.layers if isinstance(cfg.model.layers, str | int) else ",".join(map(str, cfg.model.layers))
         controls = cfg.controls if isinstance(cfg.controls, str) else ",".join(cfg.controls)
-        parts += [f"probe {cfg.probe.mode} × {seeds} seeds", f"layers {layers}", f"controls {controls}"]
+        parts += [f"probe {cfg.probe.mode} × {seeds} seed{'s' * (seeds != 1)}", f"layers {layers}", f"controls {controls}"]
     return "; ".join(parts)
 
 
