@@ -68,6 +68,14 @@ def write_atomically(path: Path, *parts: bytes | str | memoryview | np.ndarray) 
         raise
 
 
+def write_if_changed(path: Path, content: bytes) -> bool:
+    """Write a file (`write_atomically`) unless it holds this content already; whether it was written."""
+    if path.is_file() and path.read_bytes() == content:
+        return False
+    write_atomically(path, content)
+    return True
+
+
 def _remove_leftovers(folder: Path) -> None:
     """Remove what killed processes of this machine wrote aside; those of other machines cannot be asked."""
     for left in folder.glob(f".*.{HOST}-*.part"):

@@ -83,7 +83,7 @@ class FitReport(NamedTuple):
     """How one fit ended (`metrics.convergence`).
 
     part: which of several tasks of a row. epochs: how many it had; 0 of a fit that was solved for. best_epoch: the one
-    that is kept. val_loss: its validation loss. epochs_needed: those that would do, 0 where that cannot be told.
+    that is kept. val_loss: its validation loss. epochs_needed: those that would do, 0 where that cannot be known.
     """
 
     part: str

@@ -13,7 +13,7 @@ from dense.contract import Result, mean_over_seeds
 from metrics.bootstrap import Estimate, draws_of, interval, percentiles
 from runs.records import write_table
 from runs.states import load_state, save_state
-from show.text import format_table
+from show.text import format_table, interval_text
 
 # Results by evaluation, then by subject: the backbone, or a control in its place.
 Results = Mapping[str, Mapping[str, Sequence[Result]]]
@@ -203,7 +203,7 @@ def gain_over_best(ours: Estimate, theirs: Sequence[Estimate], counts: Tensor) -
         return "–"
     best = torch.cat([draws_of(e, counts) for e in theirs]).amax(0)  # [n_boot]
     low, high = percentiles(draws_of(ours, counts) - best, (-1.0, 1.0))
-    return _shown(value, float(low), float(high), "+")
+    return interval_text(value, float(low), float(high), "+")
 
 
 def _counterpart(result: Result, others: Sequence[Result], metric: str) -> Estimate | None:
@@ -216,13 +216,5 @@ def _counterpart(result: Result, others: Sequence[Result], metric: str) -> Estim
 
 def number(estimate: Estimate, counts: Tensor) -> str:
     """A score with its 95 % interval over images; a dash where it is undefined."""
-    value = float(estimate.value)
-    if value != value:
-        return "–"
     low, high = interval(estimate, counts)
-    return _shown(value, float(low), float(high))
-
-
-def _shown(value: float, low: float, high: float, sign: str = "") -> str:
-    shown = [f"{x:{sign}.3f}".replace("0.", ".", 1) for x in (value, low, high)]
-    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
+    return interval_text(float(estimate.value), float(low), float(high))

@@ -36,6 +36,7 @@ from machine import choose_device, set_threads
 from metrics.bootstrap import resample
 from runs.progress import count, stage, stages
 from runs.run import Run
+from show.text import score_text
 
 
 class Evaluation(NamedTuple):
@@ -158,7 +159,7 @@ def say_published(cfg: DictConfig, run: Run, results: Mapping[str, Mapping[str, 
         return
     ours = [result for result in mean_over_seeds(found) if result.setting["size"] == "patches"][-1]
     value = float(ours.metrics["accuracy"].value)
-    shown = [f"{x:{sign}.3f}".replace("0.", ".", 1) for x, sign in ((published, ""), (value, ""), (value - published, "+"))]
+    shown = score_text(published), score_text(value), score_text(value - published, "+")
     run.say(f"pooled accuracy of {run.identity['model']}: published {shown[0]}, ours {shown[1]}, difference {shown[2]}")
 
 

@@ -29,7 +29,7 @@ class Convergence(NamedTuple):
     """How fits ended.
 
     still_falling: bool [S, L]. epochs: int64 [S, L], after which as many again would bring less than the tolerance; 0 where
-    that cannot be told (fewer than `SHORTEST` epochs). gain: float64 [S, L], by how much as many epochs again would lower the
+    that cannot be known (fewer than `SHORTEST` epochs). gain: float64 [S, L], by how much as many epochs again would lower the
     loss. worse_than_constant: bool [S, L], the best loss is above the constant answer's.
     """
 

@@ -4,7 +4,7 @@
     … plan.width=0.01                                                               the cheapest way to intervals of ± 0.01
 
 Bytes are those of the token files, exactly, if no image is dropped or unreadable. Minutes come from running everything on a
-few images of each split: a part that does not grow with their number (weights are loaded) and one that does, told apart by
+few images of each split: a part that does not grow with their number (weights are loaded) and one that does, separated by
 running it for a quarter of them first. Half-widths come from the influence of every pilot image on the score: an interval over
 M images is sqrt(m / M) times as wide as one over m. A probe that has seen more images scores better and more evenly: what
 that does to the width is followed from half of the pilot's training images to all of them, and on to those of the run as
@@ -75,7 +75,7 @@ def visits(images: Mapping[str, int], epochs: int) -> int:
 
 
 class Pilot(NamedTuple):
-    """What a few images told.
+    """What a few images showed.
 
     costs: of this machine. deviation: per column and number of patches, the deviation of the score per image. value: the
     pilot's score per column, at its best layer `layer`.

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from activation import PatchSample
+from store.shards import StackedTokens
 
 N_CLASSES = 8
 CLASS, FIELD, TEXTURE, OBJECT = 4, 4, 6, 4  # channels of what a feature carries; pixels have 3, a place has 4
@@ -77,18 +78,6 @@ class Scenes(NamedTuple):
     place: Tensor
     pixels: Tensor
     name: str
-
-
-class HeldTokens:
-    """Tokens [L, M, T, D] in memory; to a probe the same as cached ones."""
-
-    def __init__(self, tokens: Tensor, layers: Sequence[int | str]) -> None:
-        self.tokens, self.layers, self.shape = tokens, list(layers), tokens.shape
-
-    def gather(self, images: Tensor, layers: list[int] | None = None) -> Tensor:
-        """The tokens [L, B, T, D] of some images and layers (positions; None: all)."""
-        rows = torch.arange(len(self.layers)) if layers is None else torch.as_tensor(layers)
-        return self.tokens[rows[:, None], images]
 
 
 def stream(*names: int | str) -> torch.Generator:
@@ -170,4 +159,4 @@ def as_sample(scenes: Scenes, tokens: Tensor, layers: Sequence[int | str]) -> Pa
     keys = [f"{scenes.name}/{i}" for i in range(len(scenes.identity))]
     meta = {"fingerprint": scenes.name, "index": scenes.name, "selected_by": "identity"}
     meta["classes"] = [str(k) for k in range(N_CLASSES + 1)]
-    return PatchSample(HeldTokens(tokens, layers), position, labels, {}, keys, torch.tensor([[1, 1]]), meta)
+    return PatchSample(StackedTokens.from_tensor(tokens, layers), position, labels, {}, keys, torch.tensor([[1, 1]]), meta)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from errors import UserError
-from files import unreadable, write_atomically
+from files import unreadable, write_atomically, write_if_changed
 
 _RECORD_KEY = (
     "kind", "name", "part", "variant", "split", "layer", "seed", "question", "readout", "subset", "metric", "epoch",
@@ -120,11 +120,7 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> bool:
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-    content = text.getvalue().encode()
-    if path.is_file() and path.read_bytes() == content:
-        return False
-    write_atomically(path, content)
-    return True
+    return write_if_changed(path, text.getvalue().encode())
 
 
 def _record(line: bytes) -> dict[str, Any]:

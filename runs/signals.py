@@ -2,7 +2,6 @@
 
 leave        both end the process at once, in one sentence: before a run is opened there is nothing to save
 begin, end   from here on both raise `Stopped` wherever the program is; no longer (of a process that called `leave`)
-install      the same, whatever was before
 stop_behind  the `Stopped` behind an error that broken-off code of others raised in its place
 stop_later   until the end of the block they are only noted: what is half done is finished or saved first
 ignored      they do nothing any more: the last writes of a run, and what comes after success
@@ -55,30 +54,25 @@ def leave() -> None:
 
 
 def begin() -> None:
-    """Let both signals raise `Stopped` in a process that has called `leave`."""
-    for number in _heard():
-        if signal.getsignal(number) is _leave:
-            signal.signal(number, _stop)
+    """Let both signals raise `Stopped` in a process that has called `leave`; one that is ignored already stays so."""
+    _exchange(_leave, _stop)
 
 
 def end() -> None:
     """Let both signals end the process at once again: between the jobs of a sweep."""
-    for number in _heard():
-        if signal.getsignal(number) is _stop:
-            signal.signal(number, _leave)
-
-
-def install() -> None:
-    """Let both signals raise `Stopped`; one that is ignored already (a job in the background) stays so."""
-    for number in _heard():
-        signal.signal(number, _stop)
+    _exchange(_stop, _leave)
 
 
 def ignore() -> None:
-    """Let both signals do nothing for the rest of a process that has called `install`."""
+    """Let both signals do nothing for the rest of a process that has called `begin`."""
+    _exchange(_stop, _nothing)
+
+
+def _exchange(before: Callable, after: Callable) -> None:
+    """Put one handler in the place of another, where that one is."""
     for number in _heard():
-        if signal.getsignal(number) is _stop:
-            signal.signal(number, _nothing)
+        if signal.getsignal(number) is before:
+            signal.signal(number, after)
 
 
 @contextlib.contextmanager

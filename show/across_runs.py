@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from files import write_atomically
-from runs.finished import read_facts
+from files import write_if_changed
 from runs.progress import stage, stages, track
 from runs.run import Run
 from show.board import Table, csv_table, latex_tables, markdown, text_table
-from show.comparison import columns_of, labels_of, read_run, same_ground
+from show.comparison import MEASURES, columns_of, labels_of, read_run, same_ground
 from show.page import html_page
 from show.style import pdf_bytes, png_bytes
 
 EVERYTHING = ("task", "dataset", "protocol", "split", "windows", "resamples", "images")  # a sweep: a table for each
-MEASURES = ("train", "train_class", "train_identity", "train_binding", "eval")  # the modes whose runs hold scores by layer
 
 
 def run(cfg: Any, run: Run) -> dict[str, Any]:
@@ -79,9 +77,6 @@ def open_tables(directories: Sequence[Path], by: Iterable[str], reference: str |
         raise UserError(f"report.reference={reference} is none of the {len(directories)} runs; name one of their directories")
     rows = []
     for directory in track(directories, "reading", "run"):
-        mode = (read_facts(directory).get("identity") or {}).get("mode", MEASURES[0])
-        if mode not in MEASURES:
-            raise UserError(f"{directory} is a run of mode={mode}; runs= takes those of {', '.join(MEASURES)}")
         rows += read_run(directory)
     tables = []
     for group in same_ground(rows, by):
@@ -114,8 +109,7 @@ def write_report(tables: Sequence[Table], folder: Path) -> list[Path]:
     files["report.md"] = markdown(tables).encode()
     files["report.html"] = html_page(tables, pictures).encode()
     for name, content in files.items():
-        if not ((folder / name).is_file() and (folder / name).read_bytes() == content):
-            write_atomically(folder / name, content)
+        write_if_changed(folder / name, content)
     return [folder / name for name in files]
 
 

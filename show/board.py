@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from show.comparison import Cell, Difference, Key, RunRow, apart
-from show.text import format_table, markdown_table
+from show.text import format_table, interval_text, markdown_table, score_text
 
 HEADER = (
     "table", "run", "directory", "model", "dataset", "protocol", "probe", "row", "control", "split", "question", "readout",
@@ -35,14 +35,6 @@ class Table(NamedTuple):
         return None if index == self.reference else apart(self.rows[index], self.rows[self.reference], key)
 
 
-def shown(value: float, low: float, high: float, sign: str = "") -> str:
-    """A score with the ends of its interval: .753 [.738, .768]."""
-    if math.isnan(value):
-        return "–"
-    numbers = [f"{x:{sign}.3f}".replace("0.", ".", 1) for x in (value, low, high)]
-    return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
-
-
 def title_of(key: Key) -> str:
     """What a column is called."""
     question, readout, subset, metric = key
@@ -56,14 +48,14 @@ def cell_text(row: RunRow, key: Key) -> str:
     cell = row.cell(key)
     if cell is None:
         return row.flags[0] if not row.curves and row.flags else "–"
-    return shown(cell.value, cell.low, cell.high) + (f" @{cell.layer}" if len(row.curves[key]) > 1 else "")
+    return interval_text(cell.value, cell.low, cell.high) + (f" @{cell.layer}" if len(row.curves[key]) > 1 else "")
 
 
 def difference_text(found: Difference | None) -> str:
     """A difference with its interval, and a star where its p-value is below .05."""
     if found is None:
         return ""
-    return shown(found.value, found.low, found.high, "+") + (" *" if found.p < 0.05 else "")
+    return interval_text(found.value, found.low, found.high, "+") + (" *" if found.p < 0.05 else "")
 
 
 def main_cells(table: Table) -> tuple[list[str], list[list[str]]]:
@@ -93,7 +85,7 @@ def layer_cells(table: Table, key: Key) -> tuple[list[str], list[list[str]]]:
 def _layer_text(cell: Cell | None, chosen: Cell | None) -> str:
     if cell is None or math.isnan(cell.value):
         return "–"
-    text = f"{cell.value:.3f}".replace("0.", ".", 1)
+    text = score_text(cell.value)
     return text + ("†" if chosen is not None and chosen.layer == cell.layer else "")
 
 

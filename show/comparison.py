@@ -10,7 +10,7 @@ Nothing is computed again but differences, and these from the influences of the 
 
 import hashlib
 import json
-import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from runs.records import read_lines
 from show.per_image import read_scores
 
 Key = tuple[str, str, str, str]  # question, readout, subset, metric of a column
+MEASURES = ("train", "train_class", "train_identity", "train_binding", "eval")  # the modes whose runs hold scores by layer
 IDENTITY = ("mode", "task", "protocol", "model", "dataset", "probe")
 NOT_DATA = ("root", "allow", "on_error")  # of the section dataset: where it lies and what to do, not what it is
 # Fields that may differ between tables but never inside one; `report.by` names those that get a table each.
@@ -93,6 +94,8 @@ def read_run(directory: Path) -> list[RunRow]:
     remedy = "leave this run out, or repeat its command"
     if not isinstance(identity, dict) or not isinstance(facts.get("command"), list):
         raise UserError(f"{directory / 'run.json'} is missing or lacks identity or command; {remedy}")
+    if identity.get("mode") not in MEASURES:
+        raise UserError(f"{directory} is a run of mode={identity.get('mode')}; runs= takes those of {', '.join(MEASURES)}")
     _check_config(directory, facts, remedy)
     lines = read_lines(directory / "metrics.jsonl")
     if lines.damaged:
@@ -190,11 +193,7 @@ def _row(
 
 def command_of(facts: Mapping[str, Any]) -> str:
     """The command of a run as it was typed."""
-    return "python main.py " + " ".join(_quoted(str(word)) for word in facts["command"][1:])
-
-
-def _quoted(word: str) -> str:
-    return f"'{word}'" if re.search(r"[^\w=.,/:+@%-]", word) else word
+    return "python main.py " + shlex.join(map(str, facts["command"][1:]))
 
 
 def _number(value: float | None) -> float:

@@ -1,4 +1,4 @@
-"""What a reader is told of fits that had not converged, or that read less than a constant answer: marks and sentences."""
+"""What a reader sees of fits that had not converged, or that read less than a constant answer: marks and sentences."""
 
 from collections.abc import Iterable, Sequence
 

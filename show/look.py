@@ -59,7 +59,11 @@ def run(cfg: Any, run: Run) -> dict[str, Any]:
     Raises:
         UserError: images that have no patches to show (codes), or that cannot be read.
     """
-    dataset = build_dataset(cfg, str(cfg.show.split))
+    return contact_sheet(build_dataset(cfg, str(cfg.show.split)), cfg, run)
+
+
+def contact_sheet(dataset: Any, cfg: Any, run: Run) -> dict[str, Any]:
+    """The contact sheet of a split that is open already; as `run`."""
     shown = min(int(cfg.show.images), len(dataset))
     items = LabelledItems(dataset, cfg.protocol, backbone_facts(cfg.model), whole_images=False)
     looked, left_out = [], []

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from activation import PatchSample
-from files import write_atomically
+from files import write_if_changed
 from metrics.bootstrap import mean_over_seeds
 from probes import Probe
 from runs.run import Run
@@ -66,9 +66,7 @@ def write_scores(
             writer.writerows(_rows(result, columns))
     files = {"scores.safetensors": pack(tensors, recipe, "scores.safetensors"), "scores.csv": text.getvalue().encode()}
     for name, content in files.items():
-        path = run.dir / name
-        if not (path.is_file() and path.read_bytes() == content):
-            write_atomically(path, content)
+        write_if_changed(run.dir / name, content)
     run.facts["sha256"] = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 

@@ -18,11 +18,12 @@ def run(cfg: Any, run: Run) -> dict[str, Any]:
         UserError: as `datasets.check.run`; the sheet alone costs no check, what it cannot show is said.
     """
     counted = check.run(cfg, run)
-    if isinstance(build_dataset(cfg, str(cfg.show.split)), CodeScenes):
+    dataset = build_dataset(cfg, str(cfg.show.split))
+    if isinstance(dataset, CodeScenes):
         return counted
     stage("contact sheet")
     try:
-        look.run(cfg, run)
+        look.contact_sheet(dataset, cfg, run)
     except UserError as error:
         run.say(f"note: no contact sheet: {error}")
     return counted

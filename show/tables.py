@@ -16,7 +16,7 @@ from show.claims import above_every_control
 from show.convergence import marks, sentences
 from show.per_image import write_scores
 from show.records import Column, Resampling, curve_rows, find
-from show.text import format_table
+from show.text import format_table, interval_text
 from tasks import CONTROL_TASK, ProbeResult
 
 LEVEL = 0.05  # gains whose corrected p-value is not below it are marked
@@ -125,7 +125,7 @@ def _cell(result: ProbeResult, column: Column, index: int, counts: Tensor) -> st
         return "–"
     mean = mean_over_seeds(estimate, len(result.seeds))
     low, high = interval(mean, counts)
-    return _number(float(mean.value[index]), float(low[index]), float(high[index]))
+    return interval_text(float(mean.value[index]), float(low[index]), float(high[index]))
 
 
 def _chosen_cell(result: ProbeResult, column: Column, counts: Tensor) -> str:
@@ -133,7 +133,7 @@ def _chosen_cell(result: ProbeResult, column: Column, counts: Tensor) -> str:
     here = chosen(result, column, counts)
     if here is None:
         return "–"
-    return _number(*here.score) + (f" @{here.layer}" if len(result.layers) > 1 else "")
+    return interval_text(*here.score) + (f" @{here.layer}" if len(result.layers) > 1 else "")
 
 
 def _gain_cell(probe: ProbeResult, control: ProbeResult, column: Column, counts: Tensor) -> str:
@@ -143,7 +143,7 @@ def _gain_cell(probe: ProbeResult, control: ProbeResult, column: Column, counts:
         return ""
     index = best_layer(probe, column)
     p = found.p_chosen if index is None else float(found.p_holm[index])  # folds choose a layer each: nothing to correct
-    return _number(*found.chosen, sign="+") + ("" if p < LEVEL else f" {DOUBT}")
+    return interval_text(*found.chosen, sign="+") + ("" if p < LEVEL else f" {DOUBT}")
 
 
 def _claim_cell(results: Sequence[ProbeResult], column: Column, counts: Tensor) -> str:
@@ -157,7 +157,7 @@ def _claim_cell(results: Sequence[ProbeResult], column: Column, counts: Tensor) 
 def _regret_cell(result: ProbeResult, column: Column, counts: Tensor) -> str:
     """What the best layer of the scored split has over the chosen one."""
     cost = regret(result, column, counts)
-    return "–" if cost is None else f"{_number(*cost.regret)} @{cost.layer}"
+    return "–" if cost is None else f"{interval_text(*cost.regret)} @{cost.layer}"
 
 
 def basis(probe: ProbeResult) -> str:
@@ -173,10 +173,3 @@ def basis(probe: ProbeResult) -> str:
         text += f", {subset.counts['n_pairs']} pairs, {float(rate.value[0]):.3f} of them {positive}"
         text += f" (majority rate {float(majority.value[0]):.3f})"
     return text
-
-
-def _number(value: float, low: float, high: float, sign: str = "") -> str:
-    if value != value:
-        return "–"
-    shown = [f"{x:{sign}.3f}".replace("0.", ".", 1) for x in (value, low, high)]
-    return f"{shown[0]} [{shown[1]}, {shown[2]}]"

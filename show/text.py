@@ -36,6 +36,18 @@ def _blocks(widths: Sequence[int], limit: int) -> list[list[int]]:
     return blocks
 
 
+def score_text(value: float, sign: str = "") -> str:
+    """A score of at most 1 with three digits and no leading zero: .753; with sign="+": +.012."""
+    return f"{value:{sign}.3f}".replace("0.", ".", 1)
+
+
+def interval_text(value: float, low: float, high: float, sign: str = "") -> str:
+    """A score with the ends of its interval, .753 [.738, .768]; a dash where it is undefined."""
+    if value != value:
+        return "–"
+    return f"{score_text(value, sign)} [{score_text(low, sign)}, {score_text(high, sign)}]"
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The same as a Markdown table, numbers flush right."""
     line = lambda row: "| " + " | ".join(str(cell).strip().replace("|", "\\|") for cell in row) + " |"

@@ -149,7 +149,8 @@ def as_pairs(sample, both_orders):
     both = torch.stack([first, second], -1)  # [P, 2]
     cut = lambda x: x[:, both].flatten(0, 1)
     labels = {name: cut(value) for name, value in sample.labels.items()}
-    held = type(sample.tokens)(sample.tokens.tokens[:, :, both].flatten(1, 2), sample.tokens.layers)  # [L, M P, 2, D]
+    tokens = sample.tokens.gather(torch.arange(len(sample.keys)))
+    held = type(sample.tokens).from_tensor(tokens[:, :, both].flatten(1, 2), sample.tokens.layers)  # [L, M P, 2, D]
     keys = list(range(n_images * len(both)))
     return PatchSample(held, cut(sample.position), labels, {}, keys, torch.tensor([[1, 1]]), sample.meta), both
 

@@ -20,7 +20,8 @@ BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.fixture(autouse=True)
 def installed():
     before = {number: signal.getsignal(number) for number in signals.STOPPING}
-    signals.install()
+    signals.leave()
+    signals.begin()
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -91,7 +92,8 @@ def test_a_process_that_is_on_its_way_out_ignores_signals() -> None:
 
 def test_a_job_in_the_background_keeps_ignoring_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signals.install()
+    signals.leave()
+    signals.begin()
     with signals.stop_later():
         signal.raise_signal(signal.SIGINT)
     signal.raise_signal(signal.SIGINT)

@@ -98,7 +98,7 @@ def test_files_agree_and_are_equal_when_written_again(outputs: Path, tmp_path: P
         lines = [line for line in csv.DictReader(file) if line["chosen"] == "1"]
     for line in lines:
         key = (line["question"], line["readout"], line["subset"], line["metric"])
-        shown = board.shown(*(float(line[name]) for name in ("value", "low", "high")))
+        shown = board.interval_text(*(float(line[name]) for name in ("value", "low", "high")))
         assert key not in table.columns or shown in (first / "report.md").read_text()
     assert (first / "report.tex").read_text().count(r"\toprule") == 1
 
