@@ -9,6 +9,7 @@ from runs import signals
 
 if __name__ == "__main__":
     signals.leave()  # before the imports, which take seconds on a busy machine
+    signals.skip_teardown()
 
 import importlib
 import os
@@ -98,6 +99,7 @@ def cli() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         main()
+        signals.succeeded()
     except KeyboardInterrupt as stop:
         _stopped(stop)
     except Exception as error:

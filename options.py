@@ -66,6 +66,7 @@ TEXTS = (
 NEEDED_LISTS = ("protocol.pairs.fit", "export.splits")
 FOLDED = ("pairwise", "class", "identity")  # tasks that take trainer.folds; codes of whole images are split by code
 LIMIT = 2**31  # of whole numbers
+FOLLOWING = ("mode_and_model", "mode_and_protocol")  # config groups whose file follows from the choice of others
 # Keys of the last release and what they are called now: a command that still uses one is answered with the new name, the
 # stored configuration of a finished run is read with the new names. An entry goes one release after the renaming.
 RENAMED = {
@@ -120,6 +121,8 @@ def _check_overrides() -> None:
     """Refuse overrides that add or take away options."""
     for override in HydraConfig.get().overrides.task if HydraConfig.initialized() else ():
         key = _key_of(override)
+        if key in FOLLOWING:
+            raise UserError(f"{key} follows from the other choices and cannot be set; leave {override} out")
         if override.startswith("~"):
             raise UserError(f"{override} takes an option away, and all of them are needed; set {key}=… instead")
         if override.startswith("+") and not key.startswith(tuple(f"{section}." for section in OPEN)):

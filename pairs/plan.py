@@ -204,7 +204,7 @@ def ask(cfg: DictConfig, scenes: Mapping[str, list[Scene]], classes: list[str], 
         fixed = max(0.0, times[0] - per_image * counts[0])
         aside = Path(folder) / "run"
         aside.mkdir()
-        quiet = Run(aside, identify(cfg), False)
+        quiet = Run(aside, identify(cfg))
         quiet.say = _silent  # type: ignore[method-assign]
         try:
             return _fit(small, quiet, samples, controls, Costs(fixed, 0.0, seconds_to_read, per_image, 0.0, 0.0), n_train)

@@ -77,18 +77,16 @@ class Run:
     Attributes:
         dir: the run directory.
         facts: what `run.json` holds; entries may add to it, it is written when the run ends.
-        reused: True when this directory already held this configuration (finished, failed or killed).
         before: what `run.json` held when this process opened the directory.
         source: the directory of the run this one looks at (mode=eval, vis), else None.
         configuration: what of the configuration decides the numbers, as plain values; written into checkpoints.
     """
 
-    def __init__(self, directory: Path, identity: Mapping[str, Any], reused: bool, source: Path | None = None) -> None:
+    def __init__(self, directory: Path, identity: Mapping[str, Any], source: Path | None = None) -> None:
         self.dir = directory
         self.identity = dict(identity)
         self.facts: dict[str, Any] = {}
         self.before: dict[str, Any] = {}
-        self.reused = reused
         self.source = source
         self.configuration: dict[str, Any] = {}
         self.mirror: Mirror | None = None  # of the first rank only; begun at the first new record: it takes seconds
@@ -261,7 +259,6 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
         raise UserError(f"mode={cfg.mode} runs in one process; torchrun shares the work of {shared}, then run it alone")
     source = source_run(cfg)
     directory = run_directory(cfg, source) / (f"rank{rank}" if rank else "")  # what other ranks log is beside, not in, the run
-    reused = (directory / "run.json").exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -276,7 +273,7 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
             ) from error
         configuration = OmegaConf.to_yaml(cfg, resolve=True)
         write_atomically(directory / "config.yaml", configuration)
-        run = Run(directory, identify(cfg), reused, source)
+        run = Run(directory, identify(cfg), source)
         run.configuration = {k: v for k, v in jsonable(deciding(cfg)).items() if k not in _NOT_OF_A_FIT}
         if source is not None:  # its numbers belong to what was fitted there
             run.identity |= {**read_facts(source).get("identity", {}), "mode": cfg.mode}

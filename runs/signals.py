@@ -5,17 +5,21 @@ begin, end   from here on both raise `Stopped` wherever the program is; no longe
 stop_behind  the `Stopped` behind an error that broken-off code of others raised in its place
 stop_later   until the end of the block they are only noted: what is half done is finished or saved first
 ignored      they do nothing any more: the last writes of a run, and what comes after success
+skip_teardown, succeeded   the way out after success
 """
 
+import atexit
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 _ignoring = False
+_succeeded = False
 
 
 class Stopped(KeyboardInterrupt):
@@ -51,6 +55,31 @@ def leave() -> None:
     """Let both signals end the process at once: imports and Hydra, broken off by an exception, end in traces or worse."""
     for number in _heard():
         signal.signal(number, _leave)
+
+
+def skip_teardown() -> None:
+    """End a process that has `succeeded` once its threads, exit handlers and output are through.
+
+    What is left then is that Python takes down a few thousand modules one by one, more than a second in which nothing is
+    written. To be called before other modules are imported: the first handler that is registered is the last one to run.
+    """
+    atexit.register(_end_process)
+
+
+def succeeded() -> None:
+    """All is done and the exit status is 0."""
+    global _succeeded
+    _succeeded = True
+
+
+def _end_process() -> None:
+    if _succeeded:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            try:
+                stream.flush()
+            except (OSError, ValueError):  # a closed pipe: Python says so, in its own way and with its own exit status
+                return
+        os._exit(0)
 
 
 def begin() -> None:

@@ -214,7 +214,7 @@ def measure(samples: dict[str, PatchSample], folder: Path, *overrides: str) -> d
 
 def open_test_run(folder: Path) -> Run:
     folder.mkdir(parents=True, exist_ok=True)
-    return Run(folder, {"mode": "train_binding"}, reused=False)
+    return Run(folder, {"mode": "train_binding"})
 
 
 EASY = ("probe.mode=dnn", "trainer.epochs=15", "binding.conditional=true")
@@ -403,7 +403,7 @@ def test_a_killed_run_resumes_to_identical_records(default_run: Run, tmp_path: P
         run_tiny(folder / "again")
     monkeypatch.setattr(trainer, "mean_loss", real)
     resumed = run_tiny(folder / "again")
-    assert resumed.reused
+    assert resumed.before["status"] == "failed"
     for file in ("metrics.jsonl", "history.jsonl"):
         assert read_records(resumed.dir / file) == read_records(default_run.dir / file)
 

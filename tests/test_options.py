@@ -97,6 +97,7 @@ def test_values_of_the_right_kind_pass(composed: DictConfig, key: str, value: ob
 @pytest.mark.parametrize(
     ("override", "said"),
     [
+        ("mode_and_model=nonsense", "mode_and_model follows from the other choices and cannot be set; leave mode_and_model=n"),
         ("+unknown=1", r"\+unknown=1 adds an option that nothing reads; valid keys at the top: .*cache, "),
         ("+trainer.foo=1", r"\+trainer.foo=1 adds an option that nothing reads; valid keys of trainer: averaging, "),
         ("++probe.foo=1", r"nothing reads; valid keys of probe"),

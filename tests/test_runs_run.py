@@ -38,9 +38,9 @@ def test_resume_false_starts_a_new_directory(tmp_path: Path) -> None:
     with open_run(configure(tmp_path)) as first:
         pass
     with open_run(configure(tmp_path, "resume=false")) as second:
-        assert second.dir != first.dir and not second.reused
+        assert second.dir != first.dir
     with open_run(configure(tmp_path)) as third:
-        assert third.dir == first.dir and third.reused
+        assert third.dir == first.dir and third.before["status"] == "finished"
 
 
 def test_a_run_tells_how_it_ended(tmp_path: Path) -> None:

@@ -133,3 +133,34 @@ def test_signals_are_raised_only_while_a_job_is_under_way() -> None:
         signal.raise_signal(signal.SIGINT)
     signals.end()
     assert [signal.getsignal(number) for number in signals.STOPPING] == handlers
+
+
+WAY_OUT = """
+from runs import signals
+signals.skip_teardown()
+import atexit, sys, threading, time
+class Left:
+    def __del__(self): print("taken down")
+left = Left()
+atexit.register(print, "handler")
+threading.Thread(target=lambda: (time.sleep(0.1), print("thread"))).start()
+"""
+
+
+def way_out(end: str, stdout: int | None = subprocess.PIPE) -> subprocess.CompletedProcess:
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    return subprocess.run([sys.executable, "-c", WAY_OUT + end], cwd=ROOT, env=buffered, stdout=stdout, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "out"),
+    [("signals.succeeded()", 0, "thread\nhandler\n"), ("sys.exit(3)", 3, "thread\nhandler\ntaken down\n")],
+)
+def test_the_way_out_waits_for_threads_handlers_and_output(end: str, status: int, out: str) -> None:
+    done = way_out(end)
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (status, out, b"")
+
+
+def test_output_that_cannot_be_written_is_a_failure_on_the_way_out_too() -> None:
+    with open("/dev/full", "w") as full:
+        assert way_out("signals.succeeded()", full.fileno()).returncode == 120

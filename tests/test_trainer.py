@@ -32,7 +32,7 @@ def configure(*overrides: str) -> DictConfig:
 
 def open_test_run(folder: Path) -> Run:
     folder.mkdir(parents=True, exist_ok=True)
-    return Run(folder, {"mode": "train"}, reused=False)
+    return Run(folder, {"mode": "train"})
 
 
 def fit_planted(cfg: DictConfig, folder: Path, layers: tuple = ("embed", 0)) -> tuple:
