@@ -13,6 +13,7 @@ The majority rate is part of every subset's numbers. A control is fitted, select
 the probe, on the same images and patches. Adding one: a function and one line in CONTROLS.
 """
 
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,10 +27,13 @@ from backbones.module import has_random_weights
 from errors import UserError
 from forms import FitAxes, Probe
 from probes import PROBES, Pairwise
+from runs.states import digest_of
 from tasks import CONTROL_TASK, Task
 
 PROBE_ROW = "probe"  # the row of a run that has one
 
+# Options of a fit that decide no number; the layers that a stack holds are part of what a fit is.
+NO_NUMBER = ("stack_gb", "checkpoint_seconds")
 # The seed of a fit that starts from nothing random (a threshold, a table of labels): another one would give the same fit.
 NOTHING_RANDOM = [0]
 
@@ -135,10 +139,11 @@ class MadeTokens:
         read: images [B] -> tokens [1, B, T, D] float32.
         layer: what the layer is called.
         n_images: M.
+        made_from: all that decides these numbers, as text; empty where it is not known.
     """
 
-    def __init__(self, read: Callable[[Tensor], Tensor], layer: str, n_images: int) -> None:
-        self.read, self.layers = read, [layer]
+    def __init__(self, read: Callable[[Tensor], Tensor], layer: str, n_images: int, made_from: str = "") -> None:
+        self.read, self.layers, self.made_from = read, [layer], made_from
         self.shape = (1, n_images, *read(torch.arange(1)).shape[2:])
 
     def gather(self, images: Tensor, layers: list[int] | None = None) -> Tensor:
@@ -173,7 +178,8 @@ def position(opened: Opened) -> Subject | None:
         if "place" in sample.labels:
             at = torch.cat([at[..., :1].float(), sample.labels["place"]], -1)
         read = lambda images, at=at: position_code(at[images])[None]
-        coded[split] = sample._replace(tokens=MadeTokens(read, "position", len(sample.keys)))
+        made_from = f"position {digest_of({'at': at}, {})}"
+        coded[split] = sample._replace(tokens=MadeTokens(read, "position", len(sample.keys), made_from))
     return opened.subject("position", coded)
 
 
@@ -210,7 +216,8 @@ def pixels_position(opened: Opened) -> Subject | None:
     for split, sample in opened.samples.items():
         sources = [part.samples[split].tokens for part in parts]
         read = lambda images, sources=sources: torch.cat([tokens.gather(images, None) for tokens in sources], -1)
-        joined[split] = sample._replace(tokens=MadeTokens(read, "pixels_position", len(sample.keys)))
+        made_from = ", ".join(tokens.made_from for tokens in sources) if all(tokens.made_from for tokens in sources) else ""
+        joined[split] = sample._replace(tokens=MadeTokens(read, "pixels_position", len(sample.keys), made_from))
     return opened.subject("pixels_position", joined)
 
 
@@ -313,6 +320,40 @@ def control_names(choice: Any) -> list[str]:
     return names
 
 
+def fit_digest(
+    subject: Subject, task: Task, probe: Probe, options: Mapping[str, Any], made_with: Mapping[str, Any]
+) -> str | None:
+    """Digest of all that decides the numbers of a control's fit: two fits of one digest are equal to the last bit.
+
+    Of tokens it takes what they are made from, of the rest the numbers themselves: labels and positions of both splits, and
+    the probe as it begins, with its drawn weights and the statistics of its training tokens.
+
+    Args:
+        probe: as it is before its first step.
+        options: how it is fitted (`trainer.FitOptions`). made_with: code, versions and machine.
+
+    Returns:
+        None for a probe, and where not all of it is known (tokens of unknown origin, a task that is more than plain values).
+    """
+    samples = {split: subject.samples[split] for split in ("train", "val") if split in subject.samples}
+    tokens = {split: getattr(sample.tokens, "made_from", "") for split, sample in samples.items()}
+    if not subject.control or len(samples) < 2 or not all(tokens.values()) or not all(made_with.values()):
+        return None
+    options = {key: str(value) for key, value in options.items() if key not in NO_NUMBER}
+    settings = {
+        "control": [subject.control, subject.part], "probe": probe.recipe, "task": [type(task).__qualname__, vars(task)],
+        "options": options, "tokens": tokens, "made with": dict(made_with),
+    }  # fmt: skip
+    try:
+        json.dumps(settings)
+    except TypeError:
+        return None
+    tensors = {f"probe/{name}": value.detach().cpu() for name, value in probe.state_dict().items()}
+    for split, sample in samples.items():
+        tensors |= {f"{split}/{name}": label for name, label in sample.labels.items()} | {f"{split}/at": sample.position}
+    return digest_of({name: value.contiguous() for name, value in tensors.items()}, settings)
+
+
 def build_controls(opened: Opened, fitting: Collection[str], say: Callable[[str], None]) -> list[Subject]:
     """The controls the configuration names, in its order.
 
@@ -349,7 +390,8 @@ def _through_model(opened: Opened, **changes: Any) -> dict[str, PatchSample]:
         other_position, n_more = reopened[split].position, sample.position.shape[1] - reopened[split].position.shape[1]
         if n_more == 1 and cfg.model.output_mode == "all":  # pixels have no class token: zeros, which no task asks about
             read = lambda images, x=reopened[split].tokens: F.pad(x.gather(images), (0, 0, 1, 0))
-            made = MadeTokens(read, "embed", len(sample.keys))
+            made_from = reopened[split].tokens.made_from
+            made = MadeTokens(read, "embed", len(sample.keys), made_from and f"zeros, {made_from}")
             reopened[split] = reopened[split]._replace(tokens=made, position=sample.position, labels=sample.labels)
             other_position = torch.cat([sample.position[:, :1], other_position], 1)
         if not torch.equal(other_position, sample.position):

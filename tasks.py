@@ -108,6 +108,7 @@ class ProbeResult(NamedTuple):
     n_train: images the probe was fitted on, where that is known. keys: names of the M scored images.
     folds: the results this one is pooled from (`trainer.folds`); it has no validation scores of its own then.
     fits: how its fits ended, of every variant, seed and layer; none where nothing was fitted.
+    fitted_in: the run its fits are taken over from (`runs.equal_fits`); "": they are of this run.
     """
 
     row: str
@@ -121,6 +122,7 @@ class ProbeResult(NamedTuple):
     keys: Sequence[str] = ()
     folds: "Sequence[Fold]" = ()
     fits: Sequence[FitReport] = ()
+    fitted_in: str = ""
 
 
 class Fold(NamedTuple):

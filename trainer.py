@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from activation import PatchSample, made_by, token_statistics
-from controls import Subject, constant_loss, control_names
+from controls import Subject, constant_loss, control_names, fit_digest
 from errors import UserError
 from machine import choose_device, keep_freed_memory, set_threads
 from metrics.bootstrap import Estimate
@@ -30,9 +30,11 @@ from metrics.convergence import judge, solved
 from options import named
 from probes import Probe, load_probe
 from runs.adopt import adopt
+from runs.equal_fits import take_over
 from runs.finished import check_fit
 from runs.fit_state import Progress, Weights, load_fit, save_fit
 from runs.progress import count, track
+from runs.provenance import made_with
 from runs.run import Run, checkpoint_files, checkpoint_path, identify, read_config, read_facts
 from runs.signals import stop_later
 from runs.validity import refuse_other_use
@@ -146,14 +148,17 @@ def fit_stack(run: Run, task: Task, subject: Subject, options: FitOptions) -> li
     for number, first in enumerate(range(0, len(layers), per_chunk)):
         chunk = layers[first : first + per_chunk]
         last, best = (checkpoint_path(run.dir, subject.name, f"{which}.{number:02d}") for which in CHECKPOINTS[::-1])
-        if last.exists() and best.exists():  # best is written last: this fit is complete
-            expected = {"fit": identity_of(run, task, subject, chunk, number), "which": "best"}
-            probes.append(load_probe(best, task.probes, expected).to(options.device))
-            continue
-        probe = task.build_probe(subject.probe, train, chunk).to(options.device)
-        if probe.needs_statistics:
-            probe.set_statistics(*token_statistics(train, chunk, options.batch_images))
-        probes.append(fit(probe, task, subject, options, run, number=number))
+        identity = identity_of(run, task, subject, chunk, number)
+        if not (last.exists() and best.exists()):  # best is written last: this fit is complete
+            probe = task.build_probe(subject.probe, train, chunk).to(options.device)
+            if probe.needs_statistics:
+                probe.set_statistics(*token_statistics(train, chunk, options.batch_images))
+            equal = fit_digest(subject, task, probe, vars(options), made_with(run.facts))
+            probe.facts = {} if equal is None else {"equal": equal}
+            if equal is None or not take_over(run, subject.name, number, equal, _fitted_on(train, identity)):
+                probes.append(fit(probe, task, subject, options, run, number=number))
+                continue
+        probes.append(load_probe(best, task.probes, {"fit": identity, "which": "best"}).to(options.device))
     return probes
 
 
@@ -293,7 +298,7 @@ def fit(probe: Probe, task: Task, subject: Subject, options: FitOptions, run: Ru
     weights.restore(weights.average)
     epochs = (progress.curve == progress.curve).sum(0)  # [S, L]
     verdict = judge(progress.curve, constant_loss(task, subject.samples, options.batch_images))
-    probe.facts = _fitted_on(train, identity) | ending(verdict, epochs, progress.best_epoch, progress.best)
+    probe.facts |= _fitted_on(train, identity) | ending(verdict, epochs, progress.best_epoch, progress.best)
     _write_endings(run, task, probe, subject)
     probe.save(checkpoint_path(run.dir, name, f"last.{number:02d}"), **probe.facts, which="last")
     weights.restore(weights.best)
@@ -331,7 +336,7 @@ def _solve(
     )  # fmt: skip
     facts, none = _fitted_on(train, identity_of(run, task, subject, probe.layers, number)), torch.zeros_like(val_loss).long()
     verdict = solved(torch.tensor(notes["converged"]), val_loss, constant_loss(task, subject.samples, options.batch_images))
-    probe.facts = facts | {key: notes[key] for key in ("solver", "converged")} | ending(verdict, none, none, val_loss)
+    probe.facts |= facts | {key: notes[key] for key in ("solver", "converged")} | ending(verdict, none, none, val_loss)
     _write_endings(run, task, probe, subject)
     for which in ("last", "best"):
         probe.save(checkpoint_path(run.dir, subject.name, f"{which}.{number:02d}"), **probe.facts, which=which)
@@ -421,7 +426,8 @@ def evaluate(
     seeds = list(subject.seeds)
     fits = [report for probe in probes for report in fit_reports(task, probe, subject.part)]
     result = ProbeResult(subject.row, subject.control, subject.title, layers, seeds, subsets, None, n_train, sample.keys)
-    return result._replace(fits=fits)
+    origins = dict.fromkeys(origin for probe in probes if (origin := probe.facts.get("fitted_in")))
+    return result._replace(fits=fits, fitted_in=", ".join(origins))
 
 
 def concatenate(chunks: Sequence[SubsetResult], n_seeds: int) -> SubsetResult:

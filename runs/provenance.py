@@ -3,6 +3,7 @@
 import hashlib
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from files import ROOT
 from machine import cpu_name
 
+MADE_WITH = ("code", "python", "torch", "cpu")  # what of `provenance` can change the last digit of a number
 PACKAGES = ("torch", "torchvision", "timm", "numpy")
 # Folders whose Python files make no number of a run.
 _BESIDE = ("tests", "scripts")
@@ -52,3 +54,10 @@ def provenance() -> dict[str, Any]:
         **{name: metadata.version(name) for name in PACKAGES},
         "cpu": cpu_name(),
     }
+
+
+def made_with(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `provenance` can change the last digit of a number, with the number of threads; None where it is not known."""
+    import torch  # here: the start of every command reads this file
+
+    return {key: facts.get(key) for key in MADE_WITH} | {"threads": torch.get_num_threads()}

@@ -79,6 +79,7 @@ class Run:
         facts: what `run.json` holds; entries may add to it, it is written when the run ends.
         before: what `run.json` held when this process opened the directory.
         source: the directory of the run this one looks at (mode=eval, vis), else None.
+        shares: whether fits of other runs that are equal to one of its own are taken over (`runs.equal_fits`).
         configuration: what of the configuration decides the numbers, as plain values; written into checkpoints.
     """
 
@@ -88,6 +89,7 @@ class Run:
         self.facts: dict[str, Any] = {}
         self.before: dict[str, Any] = {}
         self.source = source
+        self.shares = False
         self.configuration: dict[str, Any] = {}
         self.mirror: Mirror | None = None  # of the first rank only; begun at the first new record: it takes seconds
         self.opened = time.monotonic()
@@ -275,6 +277,7 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
         write_atomically(directory / "config.yaml", configuration)
         run = Run(directory, identify(cfg), source)
         run.configuration = {k: v for k, v in jsonable(deciding(cfg)).items() if k not in _NOT_OF_A_FIT}
+        run.shares = bool(cfg.resume)
         if source is not None:  # its numbers belong to what was fitted there
             run.identity |= {**read_facts(source).get("identity", {}), "mode": cfg.mode}
         run.before = read_facts(directory)

@@ -24,6 +24,7 @@ from files import unreadable, write_atomically
 from runs.records import jsonable
 
 FORMAT = 1
+HEADER_BYTES = 100 << 20  # the most a header of safetensors may have
 REMEDY = "delete it and repeat the command that wrote it"
 
 
@@ -48,7 +49,7 @@ def pack(tensors: Mapping[str, Tensor], recipe: Mapping[str, Any], what: str = "
     if (name := not_finite(plain)) is not None:
         raise UserError(f"{what} would hold numbers that are not finite ({name}) and is not written; lower trainer.lr")
     recipe = jsonable(recipe)
-    state = {"digest": _digest(plain, recipe), "format": FORMAT, "recipe": recipe}
+    state = {"digest": digest_of(plain, recipe), "format": FORMAT, "recipe": recipe}
     # One entry only: safetensors writes several in an order that differs from process to process.
     return save(plain, {"state": json.dumps(state, sort_keys=True)})
 
@@ -89,12 +90,23 @@ def load_state(path: Path, expected: Mapping[str, Any] | None = None) -> State:
             "the command that wrote it",
             file=sys.stderr,
         )
-    if checked and state["digest"] != _digest(tensors, recipe):
+    if checked and state["digest"] != digest_of(tensors, recipe):
         raise UserError(f"{path} is damaged (its checksum differs); {REMEDY}")
     if (name := not_finite(tensors)) is not None:
         raise UserError(f"{path} holds numbers that are not finite ({name}); {REMEDY}")
     refuse_other(path, recipe, expected or {})
     return State(tensors, recipe, checked)
+
+
+def peek(path: Path) -> dict[str, Any]:
+    """The recipe in the header of a file, unchecked and without reading its tensors; empty where there is none to read."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(8)
+            head = file.read(min(int.from_bytes(start, "little"), HEADER_BYTES))
+        return _metadata(start + head)["recipe"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
 
 
 def refuse_other(path: Path, recipe: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -129,7 +141,8 @@ def _metadata(data: bytes) -> dict[str, Any]:
     return state
 
 
-def _digest(tensors: Mapping[str, Tensor], recipe: Mapping[str, Any]) -> str:
+def digest_of(tensors: Mapping[str, Tensor], recipe: Mapping[str, Any]) -> str:
+    """SHA-256 of tensors on the CPU, with their names, dtypes and shapes, and of a JSON-able recipe."""
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
     for name in sorted(tensors):
         value = tensors[name]

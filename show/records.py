@@ -77,6 +77,7 @@ def records(result: ProbeResult, resampling: Resampling, *, split: str, flags: F
                 "kind": "score", "name": result.name, "row": result.row, "control": result.control, "split": split,
                 "layer": layer, "layer_index": index, "question": subset.question, "readout": subset.readout,
                 "subset": subset.subset, **subset.counts, **subset.notes,
+                **({"fitted_in": result.fitted_in} if result.fitted_in else {}),
             }  # fmt: skip
             for number, seed in enumerate(result.seeds):
                 metrics = {k: float(e.value[number * n_layers + index]) for k, e in subset.metrics.items()}

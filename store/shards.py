@@ -37,6 +37,7 @@ class StackedTokens:
         self.layers = list(layers)
         self.shape = tuple(shape)  # (L, M, T, D)
         self.nbytes = 0
+        self.made_from = ""  # all that decides these numbers, as text; empty where it is not known
         self._held: Tensor | None = None
         self._store: TokenStore | None = None
         self._part = slice(None)
@@ -58,6 +59,7 @@ class StackedTokens:
         elif mode == "cls_mean":  # concat(class token, spatial mean): two stored tokens side by side are one of width 2D
             kept, dim = 1, 2 * dim
         self = cls(layers, (len(layers), store.n_images, kept, dim))
+        self.made_from = f"{store.digest} {mode}"
         self._part = {"cls": slice(0, 1), "mean_spatial": slice(-1, None)}.get(mode, slice(None))
         self._store, self.nbytes = store, int(np.prod(self.shape)) * store.itemsize
         self._preload = self.nbytes <= ram_gb * 1e9

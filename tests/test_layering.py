@@ -23,7 +23,7 @@ ROOT_IMPORTS = {
     "activation": {"store", "backbones", "machine", "datasets.scene", "files", "runs.progress"},
     "probes": {"forms", "machine", "runs.states", "files"},
     "tasks": {"activation", "probes", "metrics"},
-    "controls": {"activation", "backbones.module", "forms", "probes", "tasks"},
+    "controls": {"activation", "backbones.module", "forms", "probes", "runs.states", "tasks"},
     "trainer": {"tasks", "controls", "probes", "activation", "metrics", "runs", "options", "machine", "files"},
 }
 # The places that call what a configuration names: modes, tasks, and the doors of data sets and of modules of the user's
