@@ -9,6 +9,7 @@ kept in the run directory: the same command after a kill goes on with the next o
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import time
 from collections.abc import Callable, Mapping
@@ -140,6 +141,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         run.write(record)
     rows = write_rows(run.dir, results, test_maps.classes, counts)
     write_image_scores(run.dir, results, opened[BACKBONE]["test"].sample.keys)
+    run.facts["sha256"] = {"scores.csv": hashlib.sha256((run.dir / "scores.csv").read_bytes()).hexdigest()}
     if cfg.dense.figures:
         from dense import figures  # here, so that no result waits for or depends on matplotlib
 

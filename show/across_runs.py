@@ -13,14 +13,17 @@ from typing import Any
 
 from errors import UserError
 from files import write_if_changed
+from runs.finished import read_facts
 from runs.progress import stage, stages, track
 from runs.run import Run
+from show import dense_rows
 from show.board import Table, csv_table, latex_tables, markdown, text_table
-from show.comparison import MEASURES, columns_of, labels_of, read_run, same_ground
+from show.comparison import MEASURES, RunRow, columns_of, labels_of, read_run, same_ground
 from show.page import html_page
 from show.style import pdf_bytes, png_bytes
 
-EVERYTHING = ("task", "dataset", "protocol", "split", "windows", "resamples", "images")  # a sweep: a table for each
+MODES = (*MEASURES, *dense_rows.MODES)
+EVERYTHING = ("task", "dataset", "protocol", "split", "windows", "metric", "resamples", "images")  # a sweep: a table for each
 
 
 def run(cfg: Any, run: Run) -> dict[str, Any]:
@@ -42,7 +45,7 @@ def run(cfg: Any, run: Run) -> dict[str, Any]:
 
 
 def find_runs(runs: Any) -> list[Path]:
-    """The run directories that are named, or lie below a folder that is named, of the modes that score layers.
+    """The run directories that are named, or lie below a folder that is named, of the modes that score a frozen model.
 
     Raises:
         UserError: there is none.
@@ -53,10 +56,10 @@ def find_runs(runs: Any) -> list[Path]:
         if (path / "run.json").is_file():
             found[path] = None
             continue
-        below = sorted(p.parent for mode in MEASURES for p in path.glob(f"{mode}/*/run.json"))
+        below = sorted(p.parent for mode in MODES for p in path.glob(f"{mode}/*/run.json"))
         if not below:
             raise UserError(
-                f"runs={path} is no run directory and has none of modes {', '.join(MEASURES)} below; name a folder of runs "
+                f"runs={path} is no run directory and has none of modes {', '.join(MODES)} below; name a folder of runs "
                 "(runs=outputs) or run directories (runs=[a,b])"
             )
         found |= dict.fromkeys(below)
@@ -77,18 +80,36 @@ def open_tables(directories: Sequence[Path], by: Iterable[str], reference: str |
         raise UserError(f"report.reference={reference} is none of the {len(directories)} runs; name one of their directories")
     rows = []
     for directory in track(directories, "reading", "run"):
-        rows += read_run(directory)
+        rows += read_rows(directory)
     tables = []
     for group in same_ground(rows, by):
         labels = labels_of(group)
         order = sorted(range(len(group)), key=lambda i: labels[i])
         group, labels = [group[i] for i in order], [labels[i] for i in order]
+        columns, finished = columns_of(group), [row for row in group if row.curves]
+        if finished and not columns:
+            shown = [", ".join(dict.fromkeys(key[0] for key in row.curves)) for row in finished[:2]]
+            raise UserError(
+                f"{finished[0].directory} and {finished[1].directory} share no column: the first has {shown[0]}, the second "
+                f"{shown[1]}; name runs of the same evaluations with runs=[…]"
+            )
         first = next((i for i, row in enumerate(group) if row.curves), 0)
         named = [i for i, row in enumerate(group) if reference is not None and row.directory == Path(reference)]
         ground = group[first].ground
         parts = [ground["task"], ground["dataset.name"], f"protocol {ground['protocol.name']}", ground["split"]]
-        tables.append(Table(" · ".join(filter(None, parts)), group, labels, columns_of(group), (named or [first])[0]))
+        tables.append(Table(" · ".join(filter(None, parts)), group, labels, columns, (named or [first])[0]))
     return sorted(tables, key=lambda table: table.title)
+
+
+def read_rows(directory: Path) -> list[RunRow]:
+    """The rows of a run directory of any mode that is reported.
+
+    Raises:
+        UserError: as `read_run`.
+    """
+    identity = read_facts(directory).get("identity")
+    dense = isinstance(identity, dict) and identity.get("mode") in dense_rows.MODES
+    return dense_rows.read_dense_run(directory) if dense else read_run(directory)
 
 
 def write_report(tables: Sequence[Table], folder: Path) -> list[Path]:
@@ -100,7 +121,7 @@ def write_report(tables: Sequence[Table], folder: Path) -> list[Path]:
     pictures = []
     stage("figures and page")
     for number, table in enumerate(tables, start=1):
-        if any(row.curves for row in table.rows):
+        if any(len(row.curves[key]) > 1 for row in table.rows if row.curves for key in table.columns):
             figure = draw_depth_curves(table.rows, table.labels, table.columns[:4], table.title)
             files |= {f"depth-{number}.png": png_bytes(figure), f"depth-{number}.pdf": pdf_bytes(figure)}
             pictures.append(files[f"depth-{number}.png"])

@@ -30,15 +30,20 @@ class Table(NamedTuple):
     columns: list[Key]
     reference: int
 
+    @property
+    def layer_rule(self) -> str:
+        """How the layers are chosen that scores stand at."""
+        return next((row.layer_rule for row in self.rows if row.curves), self.rows[0].layer_rule)
+
     def difference(self, index: int, key: Key) -> Difference | None:
-        """A row minus the reference, at the layers chosen on validation."""
+        """A row minus the reference, at the layer chosen for each."""
         return None if index == self.reference else apart(self.rows[index], self.rows[self.reference], key)
 
 
 def title_of(key: Key) -> str:
     """What a column is called."""
     question, readout, subset, metric = key
-    metric = {"auroc": "AUROC"}.get(metric, metric.replace("_", " "))
+    metric = {"auroc": "AUROC", "miou": "mIoU"}.get(metric, metric.replace("_", " "))
     parts = [subset.replace("_", " "), metric] if subset else [metric]
     return " ".join(part for part in parts if part)
 
@@ -94,10 +99,11 @@ def footnotes(table: Table) -> list[str]:
     finished = [row for row in table.rows if row.curves]
     lines = []
     if finished:
-        images, seeds = finished[0].n_images, sorted({row.n_seeds for row in finished})
+        seeds = sorted({row.n_seeds for row in finished})
+        several = "–".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))) + " seeds"
         lines.append(
-            f"{images} images, {'–'.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds; 95 % intervals over images; "
-            "@ layer chosen on validation; * p < .05 of the paired bootstrap, two-sided, not corrected over cells"
+            f"{finished[0].n_images} images, {several if seeds[-1] > 1 else 'one seed'}; 95 % intervals over images; "
+            f"@ {table.layer_rule}; * p < .05 of the paired bootstrap, two-sided, not corrected over cells"
         )
     for row, label in zip(table.rows, table.labels, strict=True):
         lines += [f"{label}: {flag}" for flag in row.flags]
@@ -115,7 +121,7 @@ def markdown(tables: Sequence[Table]) -> str:
     for table in tables:
         parts += [f"## {table.title}", markdown_table(*main_cells(table)), "\n".join(f"- {line}" for line in footnotes(table))]
         for key in table.columns:
-            parts += [f"### {title_of(key)} by layer († chosen on validation)", markdown_table(*layer_cells(table, key))]
+            parts += [f"### {title_of(key)} by layer († {table.layer_rule})", markdown_table(*layer_cells(table, key))]
         commands = [f"- {label}: `{row.command}`" for label, row in zip(table.labels, table.rows, strict=True)]
         parts += ["### Commands", "\n".join(commands)]
     return "\n\n".join(part for part in parts if part) + "\n"

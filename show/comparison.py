@@ -1,6 +1,7 @@
 """Finished runs side by side: what their records say, whether they may share a column, and how far they are apart.
 
     read_run      the rows of one run directory, checked against each other: records, run.json, config.yaml, scores.safetensors
+                  (of the dense evaluations: `show.dense_rows`)
     same_ground   refuses runs that do not measure the same thing, by the field that differs
     labels_of     what tells runs apart in a table: model, probe, and every other setting that varies
     apart         the difference of two runs at their chosen layers, paired over images
@@ -30,9 +31,10 @@ MEASURES = ("train", "train_class", "train_identity", "train_binding", "eval")  
 IDENTITY = ("mode", "task", "protocol", "model", "dataset", "probe")
 NOT_DATA = ("root", "allow", "on_error")  # of the section dataset: where it lies and what to do, not what it is
 # Fields that may differ between tables but never inside one; `report.by` names those that get a table each.
-FIELDS = ("task", "dataset", "protocol", "split", "windows", "resamples", "images")
+FIELDS = ("task", "dataset", "protocol", "split", "windows", "metric", "resamples", "images")
 ROW_SECTIONS = ("model", "probe", "trainer", "binding", "seed")  # whose settings may vary from row to row
 UNFINISHED, FAILED = "unfinished", "failed"
+REMEDY = "leave this run out, or repeat its command"
 
 
 class Cell(NamedTuple):
@@ -50,6 +52,7 @@ class RunRow(NamedTuple):
     ground: what must agree inside a table, by dotted name, in the order of FIELDS. settings: of the row, by dotted name.
     curves: the probe by column, a cell per layer. controls: the same by control. chosen: position of the layer chosen on
     validation, by column. flags: what is doubtful. images: keys of the scored images. influence: float64 [L, M] by column.
+    layer_rule: how the layer of a score is chosen.
     """
 
     directory: Path
@@ -67,6 +70,7 @@ class RunRow(NamedTuple):
     n_images: int
     n_seeds: int
     resamples: tuple[int, int]
+    layer_rule: str = "layer chosen on validation"
 
     def cell(self, key: Key) -> Cell | None:
         """The score at the layer chosen on validation; None where there is none."""
@@ -83,55 +87,75 @@ class Difference(NamedTuple):
     p: float
 
 
+class Files(NamedTuple):
+    """What every run directory holds: configuration, run.json, records, checked against each other."""
+
+    directory: Path
+    cfg: Any
+    facts: dict[str, Any]
+    records: list[dict[str, Any]]
+
+
+def open_files(directory: Path, modes: Sequence[str]) -> Files:
+    """Configuration, run.json and records of a run.
+
+    Raises:
+        UserError: a file is missing, damaged, or of another run than the others, or the run is of none of these modes.
+    """
+    cfg, facts = read_config(directory), read_facts(directory)
+    identity = facts.get("identity")
+    if not isinstance(identity, dict) or not isinstance(facts.get("command"), list):
+        raise UserError(f"{directory / 'run.json'} is missing or lacks identity or command; {REMEDY}")
+    if identity.get("mode") not in modes:
+        raise UserError(f"{directory} is a run of mode={identity.get('mode')}; runs= takes those of {', '.join(modes)}")
+    stored = facts.get("config_sha256")
+    if stored is not None and stored != hashlib.sha256((directory / "config.yaml").read_bytes()).hexdigest():
+        raise UserError(f"{directory / 'config.yaml'} is not the one this run was made with; {REMEDY}")
+    lines = read_lines(directory / "metrics.jsonl")
+    if lines.damaged:
+        raise UserError(f"{lines.damaged[0]}; a table is made of whole records only: {REMEDY}")
+    for record in lines.records:
+        if wrong := next((key for key in IDENTITY if key in record and record[key] != identity.get(key)), None):
+            raise UserError(
+                f"{directory / 'metrics.jsonl'} holds a record of {wrong} {record[wrong]} and run.json says "
+                f"{identity.get(wrong)}; {REMEDY}"
+            )
+    return Files(directory, cfg, facts, lines.records)
+
+
+def check_scores(directory: Path, facts: Mapping[str, Any], name: str) -> None:
+    """Refuse scores of the images that are not those run.json names by their checksum."""
+    path = directory / name
+    if not path.is_file():
+        raise UserError(f"{path} is not there; {REMEDY}")
+    if (facts.get("sha256") or {}).get(name) != hashlib.sha256(path.read_bytes()).hexdigest():
+        raise UserError(f"{path} is not the file that run.json names by its checksum; {REMEDY}")
+
+
 def read_run(directory: Path) -> list[RunRow]:
     """The rows of a run directory.
 
     Raises:
         UserError: a file is missing, damaged, or of another run than the others; the file and what to do are named.
     """
-    cfg, facts = read_config(directory), read_facts(directory)
-    identity = facts.get("identity")
-    remedy = "leave this run out, or repeat its command"
-    if not isinstance(identity, dict) or not isinstance(facts.get("command"), list):
-        raise UserError(f"{directory / 'run.json'} is missing or lacks identity or command; {remedy}")
-    if identity.get("mode") not in MEASURES:
-        raise UserError(f"{directory} is a run of mode={identity.get('mode')}; runs= takes those of {', '.join(MEASURES)}")
-    _check_config(directory, facts, remedy)
-    lines = read_lines(directory / "metrics.jsonl")
-    if lines.damaged:
-        raise UserError(f"{lines.damaged[0]}; a table is made of whole records only: {remedy}")
-    for record in lines.records:
-        if wrong := next((key for key in IDENTITY if key in record and record[key] != identity.get(key)), None):
-            raise UserError(
-                f"{directory / 'metrics.jsonl'} holds a record of {wrong} {record[wrong]} and run.json says "
-                f"{identity.get(wrong)}; {remedy}"
-            )
+    _, cfg, facts, records = open_files(directory, MEASURES)
     if facts.get("status") != "finished":
-        return [_unfinished(directory, cfg, facts)]
+        return [unfinished(directory, cfg, facts)]
     state = read_scores(directory)
-    digest = hashlib.sha256((directory / "scores.safetensors").read_bytes()).hexdigest()
-    if (facts.get("sha256") or {}).get("scores.safetensors") != digest:
-        raise UserError(f"{directory / 'scores.safetensors'} is not the file that run.json names by its checksum; {remedy}")
-    scores = [r for r in lines.records if r.get("kind") == "score" and r.get("seed") == "mean"]
+    check_scores(directory, facts, "scores.safetensors")
+    scores = [r for r in records if r.get("kind") == "score" and r.get("seed") == "mean"]
     scores = [r for r in scores if not r["split"].startswith("fold-")]  # pooled: folds have records of their own
     rows = []
     for name in dict.fromkeys(entry["row"] for entry in state.recipe["results"] if not entry["control"]):
-        rows.append(_row(directory, cfg, facts, name, scores, lines.records, state))
+        rows.append(_row(directory, cfg, facts, name, scores, records, state))
     return rows
 
 
-def _check_config(directory: Path, facts: Mapping[str, Any], remedy: str) -> None:
-    """Refuse a configuration that is not the one the numbers were made with."""
-    stored = facts.get("config_sha256")
-    if stored is not None and stored != hashlib.sha256((directory / "config.yaml").read_bytes()).hexdigest():
-        raise UserError(f"{directory / 'config.yaml'} is not the one this run was made with; {remedy}")
-
-
-def _unfinished(directory: Path, cfg: Any, facts: Mapping[str, Any]) -> RunRow:
+def unfinished(directory: Path, cfg: Any, facts: Mapping[str, Any]) -> RunRow:
     """A run without results, so that a table shows that it is missing."""
     flag = FAILED if facts.get("status") == "failed" else UNFINISHED
     return RunRow(
-        directory, "", command_of(facts), facts["identity"], _ground(cfg, facts, "", ""), _settings(cfg), {}, {}, {}, (flag,),
+        directory, "", command_of(facts), facts["identity"], ground_of(cfg, facts, "", ""), _settings(cfg), {}, {}, {}, (flag,),
         (), {}, 0, 0, (0, 0),
     )  # fmt: skip
 
@@ -140,7 +164,7 @@ def _row(
     directory: Path, cfg: Any, facts: Mapping[str, Any], name: str, scores: Sequence[dict], records: Sequence[dict], state: Any
 ) -> RunRow:
     """The row of a finished run, its curves from the records, its influences from the scores of every image."""
-    recipe, remedy = state.recipe, "leave this run out, or repeat its command"
+    recipe, remedy = state.recipe, REMEDY
     entries = [entry for entry in recipe["results"] if entry["row"] == name and not entry["control"]]
     keys = [(e["question"], e["readout"], e["subset"], metric) for e in entries for metric in e["metrics"]]
     curves: dict[Key, list[Cell]] = {}
@@ -182,10 +206,10 @@ def _row(
             key = (entry["question"], entry["readout"], entry["subset"], metric)
             tensor = state.tensors["/".join((entry["name"], *key[:3], "influence", metric))]
             influence[key] = tensor.mean(0) if tensor.ndim == 3 else tensor  # [L, M]
-    ground = _ground(cfg, facts, recipe["split"], _digest(recipe["images"]))
+    ground = ground_of(cfg, facts, recipe["split"], digest_of(recipe["images"]))
     ground["resamples"] = f"{recipe['n_boot']} of seed {recipe['seed']}"
     return RunRow(
-        directory, name, command_of(facts), facts["identity"], {key: ground[key] for key in sorted(ground, key=_field)},
+        directory, name, command_of(facts), facts["identity"], in_order(ground),
         _settings(cfg), curves, controls, chosen, tuple(flags), tuple(recipe["images"]), influence, n_images,
         len(entries[0]["seeds"]), (recipe["n_boot"], recipe["seed"]),
     )  # fmt: skip
@@ -200,33 +224,34 @@ def _number(value: float | None) -> float:
     return float("nan") if value is None else float(value)
 
 
-def _digest(keys: Sequence[str]) -> str:
+def digest_of(keys: Sequence[str]) -> str:
+    """What tells these images in this order from all others."""
     return hashlib.sha256(json.dumps(list(keys)).encode()).hexdigest()[:12]
 
 
-def _field(key: str) -> tuple[int, str]:
-    """Order of the ground: fields as FIELDS has them."""
-    return FIELDS.index(key.partition(".")[0]), key
+def in_order(ground: Mapping[str, str]) -> dict[str, str]:
+    """The ground with its fields as FIELDS has them."""
+    return {key: ground[key] for key in sorted(ground, key=lambda key: (FIELDS.index(key.partition(".")[0]), key))}
 
 
-def _flat(section: Any, prefix: str) -> dict[str, str]:
+def flat(section: Any, prefix: str) -> dict[str, str]:
     """A section of a configuration as dotted names and values."""
     if not isinstance(section, Mapping):
         return {prefix: str(section)}
-    flat: dict[str, str] = {}
+    pairs: dict[str, str] = {}
     for key, value in section.items():
-        flat |= _flat(value, f"{prefix}.{key}")
-    return flat
+        pairs |= flat(value, f"{prefix}.{key}")
+    return pairs
 
 
-def _ground(cfg: Any, facts: Mapping[str, Any], split: str, images: str) -> dict[str, str]:
+def ground_of(cfg: Any, facts: Mapping[str, Any], split: str, images: str) -> dict[str, str]:
     """What must agree between the runs of one table."""
     plain: Any = OmegaConf.to_container(cfg)
     protocol = {key: value for key, value in plain["protocol"].items() if key not in ("geometry", "name")}
     dataset = {key: value for key, value in plain["dataset"].items() if key not in NOT_DATA}
     windows = {"geometry": plain["protocol"].get("geometry"), "image_size": plain["model"].get("image_size")}
     ground = {"task": str(facts["identity"].get("task") or cfg.mode), "split": split, "images": images}
-    return ground | _flat(protocol, "protocol") | _flat(dataset, "dataset") | _flat(windows, "windows") | {
+    return ground | flat(protocol, "protocol") | flat(dataset, "dataset") | flat(windows, "windows") | {
         "protocol.name": str(plain["protocol"].get("name")), "dataset.name": str(facts["identity"].get("dataset")),
     }  # fmt: skip
 
@@ -234,11 +259,11 @@ def _ground(cfg: Any, facts: Mapping[str, Any], split: str, images: str) -> dict
 def _settings(cfg: Any) -> dict[str, str]:
     """Settings that may vary from row to row."""
     plain: Any = OmegaConf.to_container(cfg)
-    flat: dict[str, str] = {}
+    settings: dict[str, str] = {}
     for section in ROW_SECTIONS:
         if section in plain:
-            flat |= _flat(plain[section], section)
-    return flat
+            settings |= flat(plain[section], section)
+    return settings
 
 
 def same_ground(rows: Sequence[RunRow], by: Iterable[str]) -> list[list[RunRow]]:
@@ -260,6 +285,9 @@ def same_ground(rows: Sequence[RunRow], by: Iterable[str]) -> list[list[RunRow]]
             first = finished[0]
             for key in dict.fromkeys([*first.ground, *row.ground]):
                 mine, other = first.ground.get(key, "not set"), row.ground.get(key, "not set")
+                lacking = key not in first.ground or key not in row.ground
+                if lacking and key.startswith("metric."):  # an evaluation that one of them has not: no column of it is shared
+                    continue
                 if mine != other:
                     fields = ",".join([*by, key.partition(".")[0]])
                     raise UserError(
@@ -274,8 +302,8 @@ def labels_of(rows: Sequence[RunRow]) -> list[str]:
     labels = []
     several = len({row.name for row in rows if row.name}) > 1
     for row in rows:
-        parts = [row.identity["model"], row.identity["probe"], *([row.name.replace("_", " ")] if several and row.name else [])]
-        labels.append(" · ".join(parts))
+        parts = [row.identity["model"], row.identity["probe"], row.name.replace("_", " ") if several else ""]
+        labels.append(" · ".join(filter(None, parts)))
     for _ in range(2):  # what the model's or the probe's name says already is not repeated
         for label in [label for label in dict.fromkeys(labels) if labels.count(label) > 1]:
             same = [i for i, other in enumerate(labels) if other == label]

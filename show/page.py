@@ -36,7 +36,7 @@ def _section(table: Table, picture: bytes) -> str:
     for key in table.columns:
         header, body = layer_cells(table, key)
         inner = _table(header, [[_cell(cell, table.rows[i], j) for j, cell in enumerate(row)] for i, row in enumerate(body)])
-        parts.append(f"<details><summary>{_text(title_of(key))} by layer († chosen on validation)</summary>{inner}</details>")
+        parts.append(f"<details><summary>{_text(title_of(key))} by layer († {table.layer_rule})</summary>{inner}</details>")
     commands = "".join(
         f"<dt>{_text(label)}</dt><dd><code>{_text(row.command)}</code><br><small>{_text(row.directory.as_posix())}</small></dd>"
         for label, row in zip(table.labels, table.rows, strict=True)

@@ -24,7 +24,7 @@ class SweepReport(Callback):
         directories = []
         for note in sorted(folder.glob("jobs/*.json")):
             directory = Path(json.loads(note.read_text())["directory"])
-            if directory.parent.name in across_runs.MEASURES and (directory / "run.json").is_file():
+            if directory.parent.name in across_runs.MODES and (directory / "run.json").is_file():
                 directories.append(directory)
         directories = list(dict.fromkeys(directories))
         if len(directories) < 2:

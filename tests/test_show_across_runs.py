@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from browser import CHROMIUM, open_browser
+from edited_runs import change_config, change_facts, change_records, edit_text, facts_of, flip
 from program import TINY, finish, run, start
 
 from errors import UserError
 from metrics.bootstrap import Estimate, interval, resample
-from runs.records import line_of, read_records
+from runs.records import read_records
 from runs.states import load_state, save_state
 from show import across_runs, board, comparison
 from show.across_runs import find_runs, open_tables, write_report
@@ -135,31 +135,6 @@ def test_rows_are_told_apart_by_what_varies(copies: tuple[Path, Path], tmp_path:
 # -------------------------------------------------------------------------------------------------------- what is refused
 
 
-def change_config(directory: Path, key: str, value: Any) -> None:
-    """A run that was really made with another setting."""
-    cfg = yaml.safe_load((directory / "config.yaml").read_text())
-    *sections, name = key.split(".")
-    inner = cfg
-    for section in sections:
-        inner = inner[section]
-    assert inner.get(name) != value
-    inner[name] = value
-    text = yaml.safe_dump(cfg)
-    (directory / "config.yaml").write_text(text)
-    change_facts(directory, config_sha256=hashlib.sha256(text.encode()).hexdigest())
-
-
-def change_facts(directory: Path, **facts: Any) -> None:
-    path = directory / "run.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
-
-
-def change_records(directory: Path, change: Callable[[list[dict]], list[dict]]) -> None:
-    """Records that are whole, each by itself."""
-    path = directory / "metrics.jsonl"
-    path.write_text("".join(line_of(record) + "\n" for record in change(read_records(path))))
-
-
 def change_scores(directory: Path, name_it: bool = True, **recipe: Any) -> None:
     """Another file of the scores of every image; `name_it`: run.json names it."""
     path = directory / "scores.safetensors"
@@ -167,12 +142,6 @@ def change_scores(directory: Path, name_it: bool = True, **recipe: Any) -> None:
     save_state(path, state.tensors, {**state.recipe, **recipe})
     if name_it:
         change_facts(directory, sha256={path.name: hashlib.sha256(path.read_bytes()).hexdigest()})
-
-
-def flip(path: Path, place: float = 0.5) -> None:
-    data = bytearray(path.read_bytes())
-    data[int(place * (len(data) - 1))] ^= 4
-    path.write_bytes(bytes(data))
 
 
 def first_score(records: list[dict], **change: Any) -> list[dict]:
@@ -241,16 +210,6 @@ EDITED: dict[str, tuple[Callable[[Path], None], str]] = {
         "images is",
     ),
 }  # fmt: skip
-
-
-def facts_of(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "run.json").read_text())
-
-
-def edit_text(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
 
 
 @pytest.mark.parametrize("key", MIXED)
