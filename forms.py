@@ -189,13 +189,13 @@ def form_cuts(x: Tensor) -> FormCuts:
     return FormCuts(blocks, min(n_images, max(1, 2**22 // (n_tokens * dim)), max(1, 2**18 // n_tokens**2)))
 
 
-def fold_form(weight: Tensor, cuts: FormCuts, dtype: torch.dtype) -> list[Tensor]:
+def fold_form(weight: Tensor, blocks: Sequence[tuple[int, int]], dtype: torch.dtype) -> list[Tensor]:
     """The columns of one W [D, D], block by block, the part below the block diagonal added to the part above it.
 
     Only W + W' matters in a symmetric form, so nothing is lost: every block reads the channels up to its own end.
     """
     folded = []
-    for start, stop in cuts.blocks:
+    for start, stop in blocks:
         columns = weight[:stop, start:stop].clone()
         columns[:start] += weight[start:stop, :start].mT.contiguous()
         folded.append(columns.to(dtype))
@@ -251,7 +251,7 @@ class SymmetricForm(torch.autograd.Function):
         half = weight.new_empty(len(weight), n_layers, n_images, n_tokens, n_tokens)
         z = x.new_empty(cuts.n_images, n_tokens, dim)
         for layer, s in itertools.product(range(n_layers), range(len(weight))):
-            folded = fold_form(weight[s, layer], cuts, x.dtype)
+            folded = fold_form(weight[s, layer], cuts.blocks, x.dtype)
             for part, scores in zip(x[layer].split(cuts.n_images), half[s, layer].split(cuts.n_images), strict=True):
                 scores.copy_(form_products(part, folded, cuts, z))
         ctx.save_for_backward(x)

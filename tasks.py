@@ -209,8 +209,11 @@ class Task:
         """What the probe answers to activations x [L, B, T, D] of a batch, [S, L, B, …]."""
         return probe(x)
 
-    def loss(self, probe: Probe, x: Tensor, batch: Batch) -> Tensor:
-        """Loss [S, L] of every fit on activations x [L, B, T, D], mean over the batch."""
+    def loss(self, probe: Probe, x: Tensor, batch: Batch, running: Tensor | None = None) -> Tensor:
+        """Loss [S, L] of every fit on activations x [L, B, T, D], mean over the batch.
+
+        Only that of the fits `running`, bool [S, L], is wanted; a task may save the work of the others and answer 0.
+        """
         raise NotImplementedError(f"{type(self).__name__}.loss")
 
     def constant(self, train: PatchSample) -> Tensor:

@@ -277,7 +277,9 @@ def fit(probe: Probe, task: Task, subject: Subject, options: FitOptions, run: Ru
                 break
             train_loss = torch.where(progress.stopped, torch.nan, progress.total / progress.n_images)
             with weights.averaged():
-                val_loss = mean_loss(probe, task, val, layer_rows, options.batch_images, options.device)  # [S, L]
+                val_loss = mean_loss(  # [S, L]
+                    probe, task, val, layer_rows, options.batch_images, options.device, running=~progress.stopped
+                )
             weights.keep_better(~progress.stopped & (val_loss < progress.best))
             progress = progress.after_epoch(val_loss, options.patience)
             weights.rest(progress.stopped)
@@ -350,14 +352,15 @@ def _fit_epoch(
     """The rest of a pass over the training images; the last learning rate, and whether the pass was not stopped."""
     # One generator per epoch: a restart needs no state of it.
     order = torch.Generator().manual_seed(options.seed * BATCH_ORDER + progress.epoch)
-    batches, probe, running = list(task.batches(train, options.batch_images, order)), weights.probe, ~progress.stopped
+    batches, probe = list(task.batches(train, options.batch_images, order)), weights.probe
+    running = (~progress.stopped).to(options.device)
     probe.train()
     for batch in batches[progress.step :]:
         rate = options.learning_rate(progress.epoch + progress.step / len(batches))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = _loss(probe, task, train, layer_rows, batch, options.device)  # [S, L]
-        loss = torch.where(running.to(loss.device), loss, 0.0)  # no gradient for the fits that were stopped
+        loss = _loss(probe, task, train, layer_rows, batch, options.device, running)  # [S, L]
+        loss = torch.where(running, loss, 0.0)  # no gradient for the fits that were stopped
         if not torch.isfinite(loss).all():
             s, layer = (int(i) for i in (~torch.isfinite(loss)).nonzero()[0])
             raise UserError(
@@ -375,22 +378,24 @@ def _fit_epoch(
 
 
 def _loss(
-    probe: Probe, task: Task, sample: PatchSample, layer_rows: Sequence[int], batch: Batch, device: torch.device
-) -> Tensor:
-    """Loss [S, L] of every fit on a batch."""
+    probe: Probe, task: Task, sample: PatchSample, layer_rows: Sequence[int], batch: Batch, device: torch.device,
+    running: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Loss [S, L] of every fit on a batch; only that of the fits `running` [S, L] is wanted."""
     x, batch = batch.tokens(sample, layer_rows, device), batch.to(device)  # [L, B, T, D]
-    return task.loss(probe, x, batch)
+    return task.loss(probe, x, batch, running)
 
 
 @torch.no_grad()
 def mean_loss(
-    probe: Probe, task: Task, sample: PatchSample, layer_rows: Sequence[int], batch_size: int, device: torch.device
-) -> Tensor:
-    """Mean loss over a sample, every image weighted equally, [S, L] on the CPU."""
+    probe: Probe, task: Task, sample: PatchSample, layer_rows: Sequence[int], batch_size: int, device: torch.device,
+    running: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Mean loss over a sample, every image weighted equally, [S, L] on the CPU; only that of the fits `running` is wanted."""
     probe.eval()
-    total, n_images = 0.0, 0
+    total, n_images, running = 0.0, 0, None if running is None else running.to(device)
     for batch in task.batches(sample, batch_size, None):
-        loss = _loss(probe, task, sample, layer_rows, batch, device)
+        loss = _loss(probe, task, sample, layer_rows, batch, device, running)
         total, n_images = total + loss.cpu() * len(batch.images), n_images + len(batch.images)
     return total / n_images
 

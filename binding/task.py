@@ -99,7 +99,7 @@ class Code(Task):
         code = self.code(batch)
         return probe(x, code)[..., code.shape[1] - batch.labels[self.labels[-1]].shape[1] :]
 
-    def loss(self, probe: Probe, x: Tensor, batch: Batch) -> Tensor:
+    def loss(self, probe: Probe, x: Tensor, batch: Batch, running: Tensor | None = None) -> Tensor:
         """Binary cross-entropy [S, L] in nats, mean over images and bits, as published."""
         logits = self.logits(probe, x, batch)  # [S, L, B, K]
         code = batch.labels[self.labels[-1]].to(logits.dtype)

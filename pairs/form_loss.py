@@ -12,7 +12,6 @@ P = T (T - 1) / 2 pairs i < j of an image, T more where a token is paired with i
 """
 
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +25,8 @@ from machine import share_threads
 from pairs.losses import PAIR_SETS
 
 WIDE = 512  # from this width on the products of one fit keep all threads busy
+SPARSE = 0.8  # a larger share of counted tokens is not worth the gathering of them (measured by scripts/bench_default.py)
+N_GROUPS = 2  # of the images of a batch whose tokens are gathered
 
 
 class Triangle(NamedTuple):
@@ -38,21 +39,43 @@ class Triangle(NamedTuple):
     pair: Tensor  # int64 [T * T], number of the pair at a place, P where none counts
 
 
-class PairTerms(NamedTuple):
-    """Weights of the pairs of a batch: the loss of a fit is sum_p w_p softplus(s_p) - (w y)_p s_p.
+class PairGroup(NamedTuple):
+    """Some images of a batch, for one variant, each with the tokens that count there and perhaps some more.
 
-    weight, weight_same: [V, B, P], w and w * y with y = 1 for pairs of one object; w sums to 1 over the batch.
-    where: the pairs.
+    tokens: int64 [b * T'], places of their tokens in the batch's flat [B * T]; None: all tokens of all images, in order.
+    weight, weight_same: [b, P'], w and w * y of the pairs, with y = 1 for pairs of one object; a pair that does not count
+        has w = 0.
+    where: the pairs of T' tokens.
     """
 
+    tokens: Tensor | None
     weight: Tensor
     weight_same: Tensor
     where: Triangle
 
-    @property
-    def diagonal(self) -> bool:
-        """Whether a token is paired with itself."""
-        return bool(self.where.upper[0] == 0)
+    def take(self, x: Tensor) -> Tensor:
+        """Of x [B, T, ...] what the group reads, [b, T', ...]."""
+        if self.tokens is None:
+            return x
+        return x.flatten(0, 1).index_select(0, self.tokens).view(len(self.weight), -1, *x.shape[2:])
+
+    def put(self, out: Tensor, x: Tensor) -> None:
+        """Write x [b, T'] to the group's places in `out` [B, T]."""
+        if self.tokens is None:
+            out.copy_(x)
+        else:
+            out.view(-1).index_copy_(0, self.tokens, x.flatten())
+
+
+class PairTerms(NamedTuple):
+    """What the loss of a batch counts: that of a fit is sum_p w_p softplus(s_p) - (w y)_p s_p, where w sums to 1.
+
+    groups: of every variant; a variant whose images hold tokens that do not count leaves them out.
+    diagonal: whether a token is paired with itself.
+    """
+
+    groups: list[list[PairGroup]]
+    diagonal: bool
 
 
 @functools.lru_cache(maxsize=8)
@@ -76,17 +99,43 @@ def pair_terms(identity: Tensor, used: Tensor, pairs: str) -> PairTerms:
     """
     if pairs not in PAIR_SETS:
         raise ValueError(f"unknown pair set '{pairs}'; valid: {', '.join(PAIR_SETS)}")
-    where = triangle(identity.shape[-1], pairs != "upper", identity.device)
-    used = used.to(torch.get_default_dtype())
-    weight = used.index_select(2, where.first) * used.index_select(2, where.second)  # [V, B, P]
+    return PairTerms([_variant_groups(identity, of_variant, pairs) for of_variant in used], pairs != "upper")
+
+
+def _variant_groups(identity: Tensor, used: Tensor, pairs: str) -> list[PairGroup]:
+    """Images with few counted tokens and images with many apart, each with as many tokens as the fullest of them counts."""
+    n_images, n_tokens = used.shape
+    counts = used.sum(1)
+    if identity.device.type != "cpu" or counts.double().mean() > SPARSE * n_tokens:
+        groups = [_group(identity, used, None, pairs)]
+    else:
+        order = torch.sort(counts, stable=True).indices
+        first = torch.sort(used.to(torch.uint8), dim=1, descending=True, stable=True).indices  # the counted tokens lead
+        groups = []
+        for images in order.split(-(-n_images // N_GROUPS)):
+            most = max(1, int(counts[images].max()))
+            groups.append(_group(identity, used, images[:, None] * n_tokens + first[images, :most], pairs))
+    total = sum(group.weight.sum() for group in groups).clamp_min(1)
+    for group in groups:
+        group.weight.div_(total)
+        group.weight_same.div_(total)
+    return groups
+
+
+def _group(identity: Tensor, used: Tensor, places: Tensor | None, pairs: str) -> PairGroup:
+    """The pairs of the tokens at some places [b, T'] of the batch (None: of all), weighted by how often each counts."""
+    if places is not None:
+        identity, used = (x.flatten()[places] for x in (identity, used))
+    where = triangle(used.shape[1], pairs != "upper", used.device)
+    counted = used.to(torch.get_default_dtype())
+    weight = counted.index_select(1, where.first) * counted.index_select(1, where.second)  # [b, P']
     if pairs == "all":
         weight *= torch.where(where.first == where.second, 1.0, 2.0)
-    weight /= weight.sum((1, 2), keepdim=True).clamp_min(1)
-    same = identity.index_select(1, where.first) == identity.index_select(1, where.second)  # [B, P]
-    return PairTerms(weight, weight * same, where)
+    same = identity.index_select(1, where.first) == identity.index_select(1, where.second)  # [b, P']
+    return PairGroup(None if places is None else places.flatten(), weight, weight * same, where)
 
 
-def form_bce(x: Tensor, weight: Tensor, rows: Tensor, terms: PairTerms) -> Tensor:
+def form_bce(x: Tensor, weight: Tensor, rows: Tensor, terms: PairTerms, running: Tensor | None = None) -> Tensor:
     """Loss of every fit over the pairs of a batch, differentiable by `weight` and `rows`.
 
     Args:
@@ -94,20 +143,24 @@ def form_bce(x: Tensor, weight: Tensor, rows: Tensor, terms: PairTerms) -> Tenso
         weight: W, float32 [S, L, D, D].
         rows: r, float32 [S, L, B, T]: what a token adds to each of its pairs.
         terms: of the batch; S is a multiple of its V variants, variant first.
+        running: bool [S, L], the fits whose loss is wanted; that of the others is 0, and so are its gradients.
 
     Returns:
         [S, L] in nats.
     """
-    return _FormBCE.apply(x, weight, rows, terms, torch.is_grad_enabled() and weight.requires_grad)
+    return _FormBCE.apply(x, weight, rows, terms, running, torch.is_grad_enabled() and weight.requires_grad)
 
 
 class _FormBCE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, rows: Tensor, terms: PairTerms, differentiate: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, rows: Tensor, terms: PairTerms, running: Tensor | None, differentiate: bool
+    ) -> Tensor:
         loss = weight.new_zeros(weight.shape[:2])
-        gradients = tuple(t.new_empty(t.shape) if differentiate else None for t in (weight, rows))
+        gradients = tuple(t.new_zeros(t.shape) if differentiate else None for t in (weight, rows))
         work = functools.partial(_fit_losses, x, weight.detach(), rows.detach(), terms, loss, *gradients)
-        fits = list(itertools.product(range(x.shape[0]), range(len(weight))))
+        fits = torch.ones_like(loss) if running is None else running
+        fits = [tuple(fit) for fit in fits.nonzero().tolist()]  # layer by layer of a fit, so that shares cost the same
         if x.device.type == "cpu" and x.shape[-1] < WIDE:
             share_threads(work, fits)
         else:  # products of wide tokens, and a GPU, spread one fit over all there is
@@ -117,13 +170,13 @@ class _FormBCE(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, None, None, None]:
         weight_grad, rows_grad = ctx.gradients
         ctx.gradients = None  # they are scaled in place, so they serve once
         if weight_grad is None:
             raise RuntimeError("the loss of a form was computed without gradients and cannot be differentiated")
         scaled = weight_grad.mul_(grad[..., None, None]), rows_grad.mul_(grad[..., None, None])
-        return None, *scaled, None, None
+        return None, *scaled, None, None, None
 
 
 @torch.no_grad()
@@ -131,28 +184,33 @@ def _fit_losses(
     x: Tensor, weight: Tensor, rows: Tensor, terms: PairTerms, loss: Tensor,
     weight_grad: Tensor | None, rows_grad: Tensor | None, fits: Sequence[tuple[int, int]],
 ) -> None:  # fmt: skip
-    """Write loss and gradients of some (layer, fit) of a stack into `loss` [S, L] and the like of `weight` and `rows`."""
-    _, n_images, n_tokens, dim = x.shape
-    n_seeds, scale, cuts, where = len(weight) // len(terms.weight), 0.5 * dim**-0.5, form_cuts(x), terms.where
-    n_pairs, diagonal = len(where.upper), terms.diagonal
-    z = x.new_empty(cuts.n_images, n_tokens, dim)
-    packed = weight.new_zeros(cuts.n_images, n_pairs + 1)  # the last column stays 0: places that do not count
-    for (layer, s), first in itertools.product(fits, range(0, n_images, cuts.n_images)):
-        part, variant = slice(first, first + cuts.n_images), s // n_seeds
-        if first == 0:
-            folded = fold_form(weight[s, layer], cuts, x.dtype)
-        tokens, w, w_same = x[layer, part], terms.weight[variant, part], terms.weight_same[variant, part]
-        half = form_products(tokens, folded, cuts, z).to(weight.dtype)  # [b, T, T]
-        half = torch.add(rows[s, layer, part, :, None], half, alpha=scale, out=half).view(len(tokens), -1)
-        scores = half.index_select(1, where.upper).add_(half.index_select(1, where.lower))  # [b, P]
-        loss[s, layer] += F.softplus(scores).view(-1) @ w.view(-1) - scores.view(-1) @ w_same.view(-1)
-        if weight_grad is None:
-            continue
-        torch.sub(scores.sigmoid_().mul_(w), w_same, out=packed[: len(tokens), :n_pairs])
-        grad = torch.index_select(packed[: len(tokens)], 1, where.pair, out=half).view(-1, n_tokens, n_tokens)
-        if diagonal:  # a token's score with itself holds both of its halves
-            grad.diagonal(dim1=1, dim2=2).mul_(2)
-        torch.sum(grad, -1, out=rows_grad[s, layer, part])
-        add_form_gradient(weight_grad[s, layer], tokens, grad.mul_(scale).to(x.dtype), cuts, z, first=first == 0)
-        if part.stop >= n_images:
+    """Write loss and gradients of some (fit, layer) of a stack into `loss` [S, L] and the like of `weight` and `rows`."""
+    n_seeds, scale = len(weight) // len(terms.groups), 0.5 * x.shape[-1] ** -0.5
+    for s, layer in fits:
+        folded = fold_form(weight[s, layer], form_cuts(x).blocks, x.dtype)
+        for number, group in enumerate(terms.groups[s // n_seeds]):
+            tokens, ends, where = group.take(x[layer]), group.take(rows[s, layer]), group.where  # [b, T', D], [b, T']
+            cuts = form_cuts(tokens[None])
+            z, ends_grad = x.new_empty(cuts.n_images, *tokens.shape[1:]), torch.empty_like(ends)
+            packed = weight.new_zeros(cuts.n_images, len(where.upper) + 1)  # the last column stays 0: places that do not count
+            for first in range(0, len(tokens), cuts.n_images):
+                part = slice(first, first + cuts.n_images)
+                half = form_products(tokens[part], folded, cuts, z).to(weight.dtype)  # [b, T', T']
+                n_images, n_tokens = half.shape[:2]
+                half = torch.add(ends[part, :, None], half, alpha=scale, out=half).view(n_images, -1)
+                scores = half.index_select(1, where.upper).add_(half.index_select(1, where.lower))  # [b, P']
+                w, w_same = group.weight[part], group.weight_same[part]
+                loss[s, layer] += F.softplus(scores).view(-1) @ w.view(-1) - scores.view(-1) @ w_same.view(-1)
+                if weight_grad is None:
+                    continue
+                torch.sub(scores.sigmoid_().mul_(w), w_same, out=packed[:n_images, :-1])
+                grad = torch.index_select(packed[:n_images], 1, where.pair, out=half).view(-1, n_tokens, n_tokens)
+                if terms.diagonal:  # a token's score with itself holds both of its halves
+                    grad.diagonal(dim1=1, dim2=2).mul_(2)
+                torch.sum(grad, -1, out=ends_grad[part])
+                grad = grad.mul_(scale).to(x.dtype)
+                add_form_gradient(weight_grad[s, layer], tokens[part], grad, cuts, z, first=number == first == 0)
+            if weight_grad is not None:
+                group.put(rows_grad[s, layer], ends_grad)
+        if weight_grad is not None:
             mirror_blocks(weight_grad[s, layer], cuts)

@@ -98,12 +98,12 @@ class Pairwise(PairTask):
         seeds, dim = [fit.seed for fit in self.fits()], sample.tokens.shape[-1]
         return build_probe(probe_cfg, seeds=seeds, layers=list(layers), dim=dim, projections=projections)
 
-    def loss(self, probe: Probe, x: Tensor, batch: Batch) -> Tensor:
+    def loss(self, probe: Probe, x: Tensor, batch: Batch, running: Tensor | None = None) -> Tensor:
         """Mean binary cross-entropy [S, L] over the protocol's pairs (`protocol.pairs.loss`)."""
         identity, used = batch.labels["identity"], self.used_tokens(batch)  # [B, T], [V, B, T]
         parts = probe.form_parts(x)
         if parts is not None:  # without ever storing the scores
-            return form_bce(*parts, pair_terms(identity, used, self.pairs))
+            return form_bce(*parts, pair_terms(identity, used, self.pairs), running)
         logits = self.logits(probe, x, batch)  # [S, L, B, T, T]
         same = identity[:, :, None] == identity[:, None, :]  # [B, T, T]
         of_variants = zip(logits.split(len(self.seeds)), used, strict=True)
@@ -159,7 +159,7 @@ class ClassReadout(PairTask):
 
     labels = ("class", "class_valid")
 
-    def loss(self, probe: Probe, x: Tensor, batch: Batch) -> Tensor:
+    def loss(self, probe: Probe, x: Tensor, batch: Batch, running: Tensor | None = None) -> Tensor:
         """Cross-entropy [S, L], mean over valid patches."""
         return class_loss(self.logits(probe, x, batch), batch.labels["class"], valid=batch.labels["class_valid"])
 
@@ -187,7 +187,7 @@ class IdentityReadout(PairTask):
         super().__init__(seeds, variants, per_visit)
         self.unmatched = unmatched
 
-    def loss(self, probe: Probe, x: Tensor, batch: Batch) -> Tensor:
+    def loss(self, probe: Probe, x: Tensor, batch: Batch, running: Tensor | None = None) -> Tensor:
         """Matched dice and binary cross-entropy [S, L]; 0 for a batch without an object."""
         identity, valid = batch.labels["identity"], batch.labels["identity_valid"]  # [B, T]
         return identity_loss(self.logits(probe, x, batch), identity, valid=valid, unmatched_weight=self.unmatched)

@@ -88,7 +88,7 @@ def pair_row(name: str, dim: int, n_layers: int, n_seeds: int) -> Row:
     def products(fits: range) -> None:
         z, out = torch.empty_like(x), torch.empty(dim, dim)
         for _ in fits:
-            form_products(x, fold_form(weight, cuts, x.dtype), cuts, z)
+            form_products(x, fold_form(weight, cuts.blocks, x.dtype), cuts, z)
             add_form_gradient(out, x, grad, cuts, z, first=True)
 
     n_fits = 2 * n_seeds * n_layers

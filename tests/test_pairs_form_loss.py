@@ -65,6 +65,30 @@ def test_one_pass_is_the_loss_of_the_scores_a_reader_sees(matmul_dtype: str) -> 
     torch.testing.assert_close(found, want, atol=tolerance, rtol=0)
 
 
+def test_only_running_fits_have_a_loss_and_a_gradient() -> None:
+    draw = torch.Generator().manual_seed(2)
+    x, identity = torch.randn(2, 4, 6, 5, generator=draw), torch.randint(0, 3, (4, 6), generator=draw)
+    leaves = [torch.randn(*shape, generator=draw, requires_grad=True) for shape in ((2, 2, 5, 5), (2, 2, 4, 6))]
+    terms = pair_terms(identity, torch.stack([identity >= 0, identity > 0]), "upper")
+    running = torch.tensor([[True, False], [False, True]])
+    every, some = form_bce(x, *leaves, terms), form_bce(x, *leaves, terms, running)
+    assert torch.equal(some, every.detach() * running)
+    for whole, part in zip(*(torch.autograd.grad(value.sum(), leaves) for value in (every, some)), strict=True):
+        assert torch.equal(part, whole * running[..., None, None]) and float(part.abs().sum()) > 0
+
+
+def test_images_without_a_counted_token_and_images_with_all_of_them_share_a_batch() -> None:
+    x, identity = torch.randn(1, 5, 7, 4), torch.randint(1, 3, (5, 7))
+    used = torch.zeros(1, 5, 7, dtype=torch.bool)
+    used[0, 1], used[0, 3, [0, 6]] = True, True
+    weight, rows = torch.randn(1, 1, 4, 4), torch.randn(1, 1, 5, 7)
+    terms = pair_terms(identity, used, "upper")
+    assert [len(group.weight) for group in terms.groups[0]] == [3, 2]
+    counted = pair_mask(7, "upper") & used[:, :, :, None] & used[:, :, None]
+    want = plain_loss(x, weight, rows, identity[:, :, None] == identity[:, None], counted)
+    torch.testing.assert_close(form_bce(x, weight, rows, terms), want)
+
+
 def test_a_batch_without_a_pair_costs_nothing() -> None:
     x, identity = torch.randn(1, 2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)
     weight, rows = torch.randn(1, 1, 4, 4, requires_grad=True), torch.randn(1, 1, 2, 3, requires_grad=True)

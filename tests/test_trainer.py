@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from samples import planted_sample
 
+import pairs.task
 import trainer
 from controls import Subject, constant_loss
 from errors import UserError
@@ -78,6 +79,20 @@ def test_a_fit_is_stopped_alone_where_it_is_stopped_in_a_stack(tmp_path: Path) -
     stopped_at = int(epochs[0, 1])
     curve = [record["val_loss"][0][1] for record in epoch_records(run)]
     assert all(value is not None for value in curve[:stopped_at]) and curve[stopped_at:] == [None] * (len(curve) - stopped_at)
+
+
+def test_leaving_stopped_fits_out_changes_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    knobs = [f"trainer.{knob}" for knob in ("epochs=12", "patience=1", "lr=0.1", "batch_images=24", "seeds=2")]
+    form_bce = pairs.task.form_bce
+    monkeypatch.setattr("pairs.task.form_bce", lambda *args: form_bce(*args[:4], args[4] if skip else None))
+    for skip in (True, False):
+        _, _, (probe,), run = fit_planted(configure(*knobs), tmp_path / str(skip))
+        assert len(set(torch.tensor(probe.facts["epochs"]).flatten().tolist())) > 1  # they stop one by one
+        if skip:
+            want, history = probe, epoch_records(run)
+    for name, value in probe.named_parameters():
+        assert torch.equal(value, dict(want.named_parameters())[name])
+    assert epoch_records(run) == history
 
 
 def epoch_records(run: Run) -> list[dict]:
