@@ -110,7 +110,7 @@ def share_threads(work: Callable[[Sequence], None], items: Sequence) -> None:
     import torch
 
     n_threads = torch.get_num_threads()
-    if n_threads == 1 or len(items) < 2 * n_threads:
+    if n_threads == 1 or len(items) < n_threads:
         work(items)
         return
     torch.set_num_threads(1)

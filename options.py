@@ -40,6 +40,7 @@ ALSO: dict[str, tuple] = {
     "protocol.selection.patches": ("all",),
     "protocol.selection.per_visit": (None,),
     "trainer.patience": (None,),
+    "trainer.lr_width": (None,),
     "trainer.averaging": (None,),
     "neco.teacher_steepness": (None,),
     "neco.evaluate.every": (0,),

@@ -141,6 +141,23 @@ def mean_scores(result: ProbeResult) -> dict[tuple[str, str, str, str], list[flo
     }
 
 
+def concatenate(chunks: Sequence[SubsetResult], n_seeds: int) -> SubsetResult:
+    """Join the layers of the chunks of one stack: fits [seeds × layers] of each to fits of all layers, seed first."""
+    if len(chunks) == 1:
+        return chunks[0]
+
+    def stack(fields: Sequence[Tensor]) -> Tensor:
+        return torch.cat([field.unflatten(0, (n_seeds, -1)) for field in fields], 1).flatten(0, 1)
+
+    def join(estimates: Sequence[Estimate]) -> Estimate:
+        return Estimate(*(stack(fields) for fields in zip(*estimates, strict=True)))
+
+    metrics = {key: join([c.metrics[key] for c in chunks]) for key in chunks[0].metrics}
+    distance = [{**row, "auroc": join([c.distance[i]["auroc"] for c in chunks])} for i, row in enumerate(chunks[0].distance)]
+    per_image = {key: stack([c.per_image[key] for c in chunks]) if x.ndim > 1 else x for key, x in chunks[0].per_image.items()}
+    return chunks[0]._replace(metrics=metrics, distance=distance, per_image=per_image)
+
+
 class Collector(Protocol):
     """Takes in the logits of batch after batch and turns them into results, in one place: no mean of batch means."""
 

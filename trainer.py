@@ -25,7 +25,6 @@ from activation import PatchSample, made_by, token_statistics
 from controls import Subject, constant_loss, control_names, fit_digest
 from errors import UserError
 from machine import choose_device, keep_freed_memory, set_threads
-from metrics.bootstrap import Estimate
 from metrics.convergence import judge, solved
 from options import named
 from probes import Probe, load_probe
@@ -38,7 +37,7 @@ from runs.provenance import made_with
 from runs.run import Run, checkpoint_files, checkpoint_path, identify, read_config, read_facts
 from runs.signals import stop_later
 from runs.validity import refuse_other_use
-from tasks import Batch, ProbeResult, SubsetResult, Task, ending, find_question, fit_reports, mean_scores, stack_bytes
+from tasks import Batch, ProbeResult, Task, concatenate, ending, find_question, fit_reports, mean_scores, stack_bytes
 
 OPTIMIZERS = ("adamw", "adam")
 CHECKPOINTS = ("best", "last")
@@ -57,6 +56,7 @@ class FitOptions:
     batch_images: int
     optimizer: str
     lr: float
+    lr_width: int | None  # channels of a token up to which `lr` holds
     beta2: float  # how much of the mean square gradient of the steps before is kept
     weight_decay: float
     schedule: str
@@ -81,6 +81,8 @@ class FitOptions:
                 raise UserError(f"unknown trainer.{key} '{trainer[key]}'; valid: {', '.join(valid)}")
         if trainer.patience is not None and not trainer.patience >= 1:
             raise UserError(f"trainer.patience is {trainer.patience}; expected a number of epochs of at least 1, or null")
+        if trainer.lr_width is not None and not trainer.lr_width >= 1:
+            raise UserError(f"trainer.lr_width is {trainer.lr_width}; expected a number of channels of at least 1, or null")
         if not 0 <= trainer.beta2 < 1:
             raise UserError(f"trainer.beta2 is {trainer.beta2}; expected a number from 0 to below 1")
         if trainer.averaging is not None and not trainer.averaging >= 0:
@@ -94,6 +96,7 @@ class FitOptions:
             batch_images=int(trainer.batch_images),
             optimizer=trainer.optimizer,
             lr=float(trainer.lr),
+            lr_width=None if trainer.lr_width is None else int(trainer.lr_width),
             beta2=float(trainer.beta2),
             weight_decay=float(trainer.weight_decay),
             schedule=trainer.schedule,
@@ -105,14 +108,15 @@ class FitOptions:
             device=choose_device(cfg.device),
         )
 
-    def learning_rate(self, epoch: float) -> float:
-        """Learning rate at a (fractional) epoch.
+    def learning_rate(self, epoch: float, dim: int) -> float:
+        """Learning rate at a (fractional) epoch for tokens of D channels; beyond `lr_width` it falls as 1 / sqrt(D).
 
         constant; inverse_sqrt: falling as 1 / sqrt(1 + epoch / 2), whatever the number of epochs (2: chosen on validation of
         the default run); linear or cosine: to zero at the last epoch; step: a drop every `step_size` epochs.
         """
         share = min(epoch / self.epochs, 1.0)
-        return self.lr * {
+        lr = self.lr if self.lr_width is None else self.lr * min(1.0, self.lr_width / dim) ** 0.5
+        return lr * {
             "constant": 1.0,
             "inverse_sqrt": (1.0 + epoch / 2) ** -0.5,
             "linear": 1.0 - share,
@@ -356,7 +360,7 @@ def _fit_epoch(
     running = (~progress.stopped).to(options.device)
     probe.train()
     for batch in batches[progress.step :]:
-        rate = options.learning_rate(progress.epoch + progress.step / len(batches))
+        rate = options.learning_rate(progress.epoch + progress.step / len(batches), probe.dim)
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = _loss(probe, task, train, layer_rows, batch, options.device, running)  # [S, L]
@@ -433,20 +437,3 @@ def evaluate(
     result = ProbeResult(subject.row, subject.control, subject.title, layers, seeds, subsets, None, n_train, sample.keys)
     origins = dict.fromkeys(origin for probe in probes if (origin := probe.facts.get("fitted_in")))
     return result._replace(fits=fits, fitted_in=", ".join(origins))
-
-
-def concatenate(chunks: Sequence[SubsetResult], n_seeds: int) -> SubsetResult:
-    """Join the layers of the chunks of one stack: fits [seeds × layers] of each to fits of all layers, seed first."""
-    if len(chunks) == 1:
-        return chunks[0]
-
-    def stack(fields: Sequence[Tensor]) -> Tensor:
-        return torch.cat([field.unflatten(0, (n_seeds, -1)) for field in fields], 1).flatten(0, 1)
-
-    def join(estimates: Sequence[Estimate]) -> Estimate:
-        return Estimate(*(stack(fields) for fields in zip(*estimates, strict=True)))
-
-    metrics = {key: join([c.metrics[key] for c in chunks]) for key in chunks[0].metrics}
-    distance = [{**row, "auroc": join([c.distance[i]["auroc"] for c in chunks])} for i, row in enumerate(chunks[0].distance)]
-    per_image = {key: stack([c.per_image[key] for c in chunks]) if x.ndim > 1 else x for key, x in chunks[0].per_image.items()}
-    return chunks[0]._replace(metrics=metrics, distance=distance, per_image=per_image)

@@ -86,6 +86,7 @@ class Monitor:
         fit = settings.trainer
         self.options = trainer.FitOptions(
             epochs=1, batch_images=min(8, len(images) // 2), optimizer=fit.optimizer, lr=float(fit.lr),
+            lr_width=int(fit.lr_width),
             weight_decay=float(fit.weight_decay), schedule=fit.schedule, step_size=1, gamma=1.0, stack_gb=float(fit.stack_gb),
             checkpoint_seconds=60.0, seed=0, device=torch.device("cpu"), patience=None, averaging=None, beta2=float(fit.beta2),
         )  # fmt: skip
@@ -159,7 +160,7 @@ class Monitor:
         batches = (b for _ in itertools.count() for b in self.task.batches(sample, self.options.batch_images, order))
         for number, batch in enumerate(itertools.islice(batches, self.steps)):
             for group in optimizer.param_groups:
-                group["lr"] = self.options.learning_rate(number / self.steps)
+                group["lr"] = self.options.learning_rate(number / self.steps, fitted.dim)
             optimizer.zero_grad(set_to_none=True)
             self.task.loss(fitted, batch.tokens(sample, rows, self.options.device), batch).sum().backward()
             optimizer.step()

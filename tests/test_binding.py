@@ -98,7 +98,7 @@ def test_published_evaluation_over_uneven_batches(case: dict) -> None:
 def test_published_schedule(case: dict) -> None:
     knobs = {"epochs": 40, "schedule": "step", **{key: case[key] for key in ("lr", "step_size", "gamma")}}
     options = trainer.FitOptions.read(configure(*(f"trainer.{key}={value}" for key, value in knobs.items())))
-    rates = [options.learning_rate(epoch + within) for epoch in range(40) for within in (0.0, 0.9)]
+    rates = [options.learning_rate(epoch + within, 128) for epoch in range(40) for within in (0.0, 0.9)]
     assert rates[::2] == pytest.approx(case["lr_used_in_epoch"]) and rates[1::2] == rates[::2]
 
 
@@ -111,7 +111,7 @@ def test_published_epoch_of_adam(case: dict) -> None:
         for ours, theirs in names.items():
             value = torch.tensor(case["init"][theirs], dtype=torch.float64)
             getattr(probe, ours).copy_(value if ours == "bias" else value.mT)
-    knobs = ["optimizer=adam", f"lr={case['lr']}", f"weight_decay={case['weight_decay']}", "beta2=0.999"]
+    knobs = ["optimizer=adam", f"lr={case['lr']}", f"weight_decay={case['weight_decay']}", "beta2=0.999", "lr_width=null"]
     options = trainer.FitOptions.read(configure(*(f"trainer.{knob}" for knob in knobs)))
     optimizer, part = trainer.build_optimizer(probe, options), Code([0], "Y")
     for number, batch in enumerate(case["batches"], start=1):

@@ -361,7 +361,14 @@ def test_a_probe_that_does_not_fit_the_task_is_refused(overrides: list[str], sai
 def test_schedules_at_half_time(schedule: str, expected: float) -> None:
     knobs = ["epochs=10", "lr=1.0", f"schedule={schedule}", "step_size=2", "gamma=0.2"]
     options = trainer.FitOptions.read(configure(*(f"trainer.{knob}" for knob in knobs)))
-    assert options.learning_rate(5.0) == pytest.approx(expected)
+    assert options.learning_rate(5.0, 128) == pytest.approx(expected)
+
+
+def test_the_rate_of_wider_tokens_is_lower_unless_a_protocol_publishes_it() -> None:
+    options = trainer.FitOptions.read(configure("trainer.lr=1.0", "trainer.schedule=constant"))
+    assert [options.learning_rate(0.0, dim) for dim in (96, 128, 512)] == pytest.approx([1.0, 1.0, 0.5])
+    published = trainer.FitOptions.read(configure("protocol=object_binding_2025"))
+    assert published.learning_rate(0.0, 1024) == 1e-3
 
 
 def test_statistics_are_those_of_the_valid_tokens() -> None:
