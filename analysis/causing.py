@@ -16,6 +16,7 @@ from pairs.encode import FittedRun, plan_scene, scene_windows
 from pairs.maps import auroc
 from pairs.pair_form import PairForm
 from patches.labels import label_patches
+from runs.progress import track
 from runs.records import write_table
 from runs.run import Run
 from show.style import png_bytes
@@ -115,15 +116,15 @@ def dose_rows(subjects: Subjects, train: PatchSample, doses: Sequence[float], se
         share = sum(float((centred @ basis).square().sum() / centred.square().sum()) for basis in alike) / len(alike)
         run.say(f"{name}: rank {rank}, {share:.1%} of the variance of the tokens")
     rows = []
-    for edit in ("remove", "shuffle", "inject", "swap"):
-        for subspace in [*bases, *CONTROLS.get(edit, [])]:
-            alike, named = bases.get(subspace, bases["binding"]), edit if subspace in bases else subspace
-            for dose in doses:
-                read = []
-                for basis in alike if dose else alike[:1]:  # no dose, no difference between subspaces
-                    change = act.edited_after(fitted.backbone, layer, _edit(named, basis, dose, data, seed))
-                    read.append(_read(subjects, data, change, {"edit": edit, "subspace": subspace, "dose": dose}))
-                rows += [_mean_row(of_layer) for of_layer in zip(*read, strict=True)]
+    edits = [(edit, name) for edit in ("remove", "shuffle", "inject", "swap") for name in [*bases, *CONTROLS.get(edit, [])]]
+    for edit, subspace in track(edits, "interventions", "edit"):
+        alike, named = bases.get(subspace, bases["binding"]), edit if subspace in bases else subspace
+        for dose in doses:
+            read = []
+            for basis in alike if dose else alike[:1]:  # no dose, no difference between subspaces
+                change = act.edited_after(fitted.backbone, layer, _edit(named, basis, dose, data, seed))
+                read.append(_read(subjects, data, change, {"edit": edit, "subspace": subspace, "dose": dose}))
+            rows += [_mean_row(of_layer) for of_layer in zip(*read, strict=True)]
     if len(data.later) > 1:
         block = int(fitted.layers[data.later[1]])
         for head in range(fitted.backbone.facts.heads):

@@ -22,6 +22,7 @@ from pairs.encode import EncodedScene
 from pairs.pair_form import PairForm
 from patches.anchor import patch_box
 from patches.selection import owned_patches
+from runs.progress import track
 from runs.run import Run
 
 Setting = tuple[str, float]  # what is set, and its value
@@ -130,7 +131,7 @@ def choose_settings(val: Sequence[Patches]) -> tuple[dict[str, Choice], list[dic
         )
     chosen: dict[str, Choice] = {}
     rows = []
-    for name, method in METHODS.items():
+    for name, method in track(METHODS.items(), "choosing settings", "method"):
         prepared = [method.prepare(patches) for patches in val]
         for setting in method.settings:
             masks = (method.group(x, setting)[p.place].numpy() for x, p in zip(prepared, val, strict=True))

@@ -33,6 +33,7 @@ from pairs.encode import EncodedScene, FittedRun, encode_scene, open_fitted_run,
 from pairs.map_figures import color_identities
 from pairs.pair_form import PairForm, pair_forms
 from pairs.task import Pairwise
+from runs.progress import stage, stages, track
 from runs.records import write_table
 from runs.run import Run
 from show.style import png_bytes
@@ -52,6 +53,9 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     options = cfg.analyze
     if options.do not in ("read", "intervene"):
         raise UserError(f"unknown analyze.do={options.do}; valid: read, intervene")
+    reading = [("factors", 2), ("attention", 2), ("figures", 1), ("objects", 4)]
+    stages(("run and activations", 2), *([("interventions", 6)] if options.do == "intervene" else reading))
+    stage("run and activations", parts=6)
     fitted = open_fitted_run(run.source, cfg)
     forms = fitted.forms()
     others = [open_fitted_run(Path(str(d)), cfg, [fitted.backbone], [fitted.cfg.model]) for d in options.compare]
@@ -68,6 +72,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     run.say(f"layer {fitted.layers[at]}, binding subspace of rank {rank} (both chosen on val)")
     subjects = Subjects(fitted, forms, at, rank, spread_scenes(fitted, str(options.split), int(options.images)))
     if options.do == "intervene":
+        stage("interventions")
         return intervene(subjects, samples["train"], options, run)
     return {**read(subjects, others, samples, options, run), "objective": kept[-1]["accuracy"]}  # of the whole probe on val
 
@@ -100,15 +105,17 @@ def read(
 ) -> dict[str, Any]:
     """Factors, what layers, seeds and runs share, attention, binding coordinates and objects."""
     fitted, forms, at, rank, scenes = subjects
+    stage("factors", parts=2)
     split, layers = str(options.split), fitted.layers
     ranks = [row for form, layer in zip(forms, layers, strict=True) for row in rank_rows(form, layer)]
     kept = []
-    for position, (form, layer) in enumerate(zip(forms, layers, strict=True)):
+    for position, (form, layer) in enumerate(track(list(zip(forms, layers, strict=True)), "ranks", "layer")):
         kept += kept_rank_rows(form, layer, *kept_pairs(samples[split], position, int(options.pair_images)), options.ranks)
     kept += refitted_rows(subjects, split, options, run)
     compared = compare_subspaces(fitted, forms, others, rank)
     random = random_angles(forms[at].form.shape[-1], rank, int(options.seed))
-    seen = [encode_scene(scene, layers, fitted.cfg, fitted.backbone) for scene in scenes]
+    stage("attention", parts=2)
+    seen = [encode_scene(scene, layers, fitted.cfg, fitted.backbone) for scene in track(scenes, "backbone", "image")]
     attention = head_correlations(subjects, seen)
     write_table(run.dir / "ranks.csv", ranks)
     write_table(run.dir / "kept_rank.csv", kept)
@@ -118,6 +125,7 @@ def read(
         for layer, row in zip(layers, attention, strict=True)
         for head, r in enumerate(row)
     ])  # fmt: skip
+    stage("figures")
     figure = draw_factors(ranks, kept, compared, random, attention, layers, layers[at])
     write_atomically(run.dir / "factors.png", png_bytes(figure))
     write_atomically(run.dir / "components.png", png_bytes(draw_components(subjects, seen[:4])))
@@ -138,13 +146,16 @@ def read_objects(subjects: Subjects, options: Any, run: Run) -> None:
 
     The masks are those of the method that reads the probe and is best on validation images.
     """
+    stage("objects", parts=4)
     fitted, form, layer = subjects.run, subjects.forms[subjects.at], subjects.run.layers[subjects.at]
     look = lambda scene: encode_scene(scene, [layer], fitted.cfg, fitted.backbone)
-    val = [patches_of(look(scene), form, 0) for scene in spread_scenes(fitted, "val", int(options.val_images))]
+    val_scenes = spread_scenes(fitted, "val", int(options.val_images))
+    val = [patches_of(look(scene), form, 0) for scene in track(val_scenes, "backbone", "validation image")]
     chosen, tried = choose_settings(val)
     del val
-    seen = [look(scene) for scene in spread_scenes(fitted, str(options.split), int(options.object_images))]
-    rows, masks = group_scenes((patches_of(encoded, form, 0) for encoded in seen), chosen)
+    scenes = spread_scenes(fitted, str(options.split), int(options.object_images))
+    seen = [look(scene) for scene in track(scenes, "backbone", "image")]
+    rows, masks = group_scenes((patches_of(encoded, form, 0) for encoded in track(seen, "grouping", "image")), chosen)
     records, gain = summary(rows, chosen, int(options.seed))
     write_table(run.dir / "objects_tried.csv", tried)
     write_table(run.dir / "objects.csv", rows)
@@ -183,7 +194,8 @@ def refitted_rows(subjects: Subjects, split: str, options: Any, run: Run) -> lis
     cfg = OmegaConf.merge(fitted.cfg, {"model": {"layers": [layer]}})
     samples = {name: open_sample(cfg, name, say=run.say) for name in ("train", "val", split)}
     rows = []
-    for rank in (r for r in options.ranks if r % 2 == 0 and r < samples["train"].tokens.shape[-1]):
+    ranks = [r for r in options.ranks if r % 2 == 0 and r < samples["train"].tokens.shape[-1]]
+    for rank in track(ranks, "refitting", "rank"):
         settings = {**cfg.probe, "mode": "quadratic_fixed_rank", "rank": rank // 2}
         subject = Subject(f"rank{rank}", "", settings, samples, [0])
         task = Pairwise([0], ["all"], cfg.protocol.selection.get("per_visit"), pairs=cfg.protocol.pairs.loss)
@@ -198,7 +210,7 @@ def head_correlations(subjects: Subjects, seen: Sequence[EncodedScene]) -> Tenso
     """Pearson r [L, heads] of the attention of the next block with P(same object), mean over windows; NaN: no next block."""
     fitted, prefix = subjects.run, subjects.run.backbone.facts.num_prefix_tokens
     found: list[list[Tensor]] = [[] for _ in fitted.layers]
-    for encoded in seen:
+    for encoded in track(seen, "attention", "image"):
         windows = scene_windows(encoded.scene, encoded.geometry, fitted.cfg, fitted.backbone)
         keep = lambda w: w[:, :, prefix:, prefix:].float().cpu()
         _, weights = act.run_blocks(fitted.backbone, windows, [fitted.backbone.facts.depth - 1], keep=keep)

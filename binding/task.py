@@ -331,10 +331,13 @@ def run_eval(fitted: DictConfig, cfg: DictConfig, run: Run) -> dict[str, Any]:
         UserError: no such checkpoint, or the activations at hand are not those the probes were fitted on.
     """
     split, rows = cfg.eval.split, check(fitted)
+    stages("activations", *[(name, 2) for name in rows], "table and figure")
+    stage("activations", parts=2 * len(rows))
     samples = {name: open_samples(of_row, run.say, [split]) for name, of_row in rows.items()}
     run.rest_on(trainer.rests_on_run(run, {name: {split: fingerprints(s[split])} for name, s in samples.items()}))
     results, resampling = [], Resampling.read(fitted)
     for name, of_row in rows.items():
+        stage(name, parts=len(parts_of(of_row)))
         options, sample, seeds = trainer.FitOptions.read(of_row), samples[name][split], read_seeds(of_row.trainer.seeds)
         subject, answers = Subject(name, "", of_row.probe, samples[name], seeds), {}
         check_samples(samples[name], of_row)
@@ -352,6 +355,7 @@ def run_eval(fitted: DictConfig, cfg: DictConfig, run: Run) -> dict[str, Any]:
         result = combine(answers, sample, notes_of(of_row, sample))
         results.append(result._replace(validation=read_validation(run.source, result.name)))
         write_records(run, results[-1], resampling, split=split, flags=flags)
+    stage("table and figure")
     return show(results, fitted, run, resampling, split)
 
 

@@ -36,7 +36,7 @@ from datasets.scene import Scene, UnreadableScene, build, check_choice
 from datasets.splits import split_name, split_report
 from errors import UserError
 from files import write_atomically
-from runs.progress import track
+from runs.progress import stage, stages, track
 
 FORMAT = 1
 REDO = "delete it and export again"
@@ -45,7 +45,9 @@ REDO = "delete it and export again"
 def run(cfg: Any, run: Any) -> dict[str, Any]:
     """Entry of `mode=export_data`: export the splits, print what a reader must know before comparing them."""
     labels = {}
+    stages(*cfg.export.splits)
     for split in cfg.export.splits:
+        stage(split)
         dataset = build(cfg.dataset, split)
         directory = export(dataset, cfg.export.dir, workers=cfg.export.workers)
         labels[split] = _labels(dataset)
@@ -92,7 +94,7 @@ def _export(dataset: CodeScenes, target: Path, fingerprint: dict, workers: int) 
     writer = _Writer(dataset, target / "images")
     loader = DataLoader(writer, batch_size=None, num_workers=int(workers))
     rows, unreadable = [], []
-    for index, key, reason in track(loader, f"{dataset.split}: writing", "image", len(dataset)):
+    for index, key, reason in track(loader, "writing", "image", len(dataset)):
         if reason is None:
             rows.append((index, key))
         elif dataset.on_error == "skip":

@@ -18,6 +18,7 @@ from pairs.explorer import explorer_page, plain_vit
 from pairs.map_figures import PALETTE, draw_score_maps, draw_sheet, gif_bytes
 from pairs.maps import VIEWS, ScoreMaps, auroc, choose_anchor, map_row, nearest_of_class
 from runs.finished import read_facts
+from runs.progress import stage, stages, track
 from runs.run import Run
 from runs.states import pack
 from show.style import png_bytes
@@ -42,17 +43,20 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     first, split = runs[0], str(vis.split)
     folder = _folder(vis.out, run.dir)
     dataset, several, scenes = None, [], []
+    stages(("run and images", 2), ("maps", 3), *(["explorer page"] if vis.page else []))
+    stage("run and images", parts=3)
     if any(not _is_file(name) for name in _names(vis.image)):
         dataset = build_dataset(first.cfg, split)
     for name in _names(vis.image):
         scenes.append(find_scene(name, first, dataset, split, run.say))
-    seen = [encode_all(scene, runs) for scene in scenes]
+    seen = [encode_all(scene, runs) for scene in track(scenes, "backbone", "image")]
     if "attention" in vis.rows and all(weights is None for weights in seen[0][0].attention):
         run.say(f"note: the attention of {first.backbone.facts.name} cannot be read, its row is left out")
     for of_scene in seen:
         for nth in range(int(vis.anchors)):
             several.append(maps_of(of_scene, runs, vis, nth))
-    for maps in several:
+    stage("maps")
+    for maps in track(several, "drawing", "anchor"):
         about = f"{describe(runs)} · image {maps.key}"
         facts = {"run": str(first.directory), "split": split}
         for path in write_score_maps(maps, folder, gif=bool(vis.gif), facts=facts, about=about):
@@ -61,6 +65,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         write_atomically(folder / "sheet.png", png_bytes(draw_sheet(several, describe(runs[:1]))))
         run.say(str(folder / "sheet.png"))
     if vis.page:
+        stage("explorer page")
         write_atomically(folder / "explorer.html", _page(seen, several, runs, dataset))
         run.say(f"{folder / 'explorer.html'} (open it in a browser)")
     probe = next((row for row in several[0].rows if row.view == "probe"), several[0].rows[0])

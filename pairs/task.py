@@ -386,6 +386,8 @@ def run_eval(fitted: DictConfig, cfg: DictConfig, run: Run) -> dict[str, Any]:
     """
     make, seeds, options = task_maker(fitted), read_seeds(fitted.trainer.seeds), trainer.FitOptions.read(fitted)
     split, task = cfg.eval.split, make(seeds)
+    stages("activations", ("scores", 3), "table and figure")
+    stage("activations", parts=2)
     samples = open_samples(fitted, run.say, [split])
     run.rest_on(trainer.rests_on_run(run, {PROBE_ROW: {split: fingerprints(samples[split])}}))
     stack = trainer.load_stack(run.source, PROBE_ROW, cfg.eval.checkpoint, task, samples[split])
@@ -394,11 +396,13 @@ def run_eval(fitted: DictConfig, cfg: DictConfig, run: Run) -> dict[str, Any]:
     run.say(f"scoring {run.source} ({PROBE_ROW}, {cfg.eval.checkpoint}) on {split}")
     stack = [probe.to(options.device) for probe in stack]
     subject, resampling = Subject(PROBE_ROW, "", fitted.probe, samples, seeds), Resampling.read(fitted)
+    stage("scores")
     predictions = Predictions(task, samples[split]) if cfg.eval.predictions else None
     result = trainer.evaluate(task, stack, subject, options, split=split, also=predictions and predictions.add)
     if predictions is not None:
         predictions.write(run.dir / "predictions.safetensors", {"task": fitted.task, "split": split})
     result = result._replace(validation=read_validation(run.source, result.name))
+    stage("table and figure")
     write_records(run, result, resampling, split=split)
     return show([result], fitted, run, resampling, split)
 

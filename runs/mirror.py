@@ -116,7 +116,9 @@ class Mirror:
     def _send_files(self, run: Any) -> None:
         import wandb
 
-        losses = [row for record in read_records(self.directory / "history.jsonl", self.say) for row in _losses(record)]
+        history = self.directory / "history.jsonl"  # of modes that fit something
+        records = read_records(history, self.say) if history.exists() else []
+        losses = [row for record in records for row in _losses(record)]
         if losses:
             run.log({"losses": wandb.Table(columns=["name", "variant", "seed", "layer", "epoch", *LOSSES], data=losses)})
         figures = sorted(self.directory.glob("*.png"))

@@ -103,8 +103,8 @@ class Display:
     def share(self) -> float:
         """Of the whole run that is done, 0 to 1."""
         total = sum(self.weights)
-        if self.at < 0 or not total:
-            return 0.0
+        if self.at < 0 or not total:  # of a mode without stages: of its first step
+            return self.steps[0].share if self.steps else 0.0
         inner = (self.done_parts + (self.steps[0].share if self.steps else 0.0)) / self.parts
         return (sum(self.weights[: self.at]) + self.weights[self.at] * min(inner, 1.0)) / total
 

@@ -314,10 +314,16 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
 
 
 def wrapped(text: str) -> str:
-    """Text with its warnings and notes in lines of `report.width` characters; tables and paths stay as they are."""
+    """Text with its sentences in lines of `report.width` characters; rows of tables and lines that name a path stay whole."""
     whole = {"break_long_words": False, "break_on_hyphens": False}
     fill = lambda line: textwrap.fill(line, table_width(), subsequent_indent="  ", **whole)
-    return "\n".join(fill(line) if line.startswith(("warning: ", "note: ")) else line for line in text.split("\n"))
+    return "\n".join(fill(line) if is_sentence(line) else line for line in text.split("\n"))
+
+
+def is_sentence(line: str) -> bool:
+    """Whether a line may be wrapped: a warning, a note, or one with neither the gaps of a table nor a path to be copied."""
+    fixed = "  " in line.strip() or any("/" in word[1:] for word in line.split())
+    return not fixed or line.startswith(("warning: ", "note: "))
 
 
 def _note_in_sweep(directory: Path) -> None:

@@ -21,6 +21,7 @@ from patches.anchor import patch_box
 from patches.geometry import Geometry, plan_geometry
 from patches.labels import PatchLabels, label_patches
 from patches.selection import owned_patches
+from runs.progress import stage, track
 from runs.run import Run
 from show.style import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE, YELLOW, png_bytes
 from store.labelled import LabelledItems
@@ -59,6 +60,7 @@ def run(cfg: Any, run: Run) -> dict[str, Any]:
     Raises:
         UserError: images that have no patches to show (codes), or that cannot be read.
     """
+    stage("contact sheet", parts=2)
     return contact_sheet(build_dataset(cfg, str(cfg.show.split)), cfg, run)
 
 
@@ -67,7 +69,8 @@ def contact_sheet(dataset: Any, cfg: Any, run: Run) -> dict[str, Any]:
     shown = min(int(cfg.show.images), len(dataset))
     items = LabelledItems(dataset, cfg.protocol, backbone_facts(cfg.model), whole_images=False)
     looked, left_out = [], []
-    for number in (i * len(dataset) // shown for i in range(shown)):
+    numbers = [i * len(dataset) // shown for i in range(shown)]
+    for number in track(numbers, "reading", "image"):
         found = look_at(items, number)
         looked.append(found) if isinstance(found, Looked) else left_out.append(found)
     for reason in left_out:

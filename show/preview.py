@@ -21,7 +21,7 @@ def run(cfg: Any, run: Run) -> dict[str, Any]:
     dataset = build_dataset(cfg, str(cfg.show.split))
     if isinstance(dataset, CodeScenes):
         return counted
-    stage("contact sheet")
+    stage("contact sheet", parts=2)
     try:
         look.contact_sheet(dataset, cfg, run)
     except UserError as error:

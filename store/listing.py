@@ -24,6 +24,7 @@ from typing import IO, Any, NamedTuple
 
 from errors import UserError
 from files import holder, safe_name
+from runs.progress import stage
 
 KINDS = ("tokens", "index")  # folders of the cache whose entries are listed and pruned
 HOURS = {"h": 1, "d": 24, "w": 7 * 24}
@@ -197,6 +198,7 @@ def run(cfg: Any, run: Any) -> dict[str, Any]:
     folder, now = Path(cfg.cache.dir), time.time()
     for left in [path for kind in KINDS for path in (folder / kind).glob(f"*{REMOVED}*")]:  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
+    stage("sizes")
     found = entries(folder)
     chosen = [] if limit is None else too_many(found, limit, now)
     run.say(table(found, chosen, limit, now) if found else f"{folder} holds no activations")

@@ -411,6 +411,10 @@ def test_the_mirror_gets_the_curve_and_is_closed(folder: Path, mirrors: list[Mir
     assert len(table.data) == sum(len(record["fits"]) * 2 for record in epochs)  # a row per fit and layer
     assert any("figures/layers" in row for row in mirror.logged) and any("layers" in row for row in mirror.logged)
     assert {"metrics.jsonl", "layers.csv", "table.txt", "config.yaml"} <= set(mirror.artifacts[0])
+    again = run(folder, "mode=eval", f"run={finished.dir}", "wandb.mode=offline")  # which fits nothing: no history.jsonl
+    assert len(mirrors[1].artifacts) == 1 and "not mirrored" not in (log := (again.dir / "log.txt").read_text())
+    stages = [line for line in log.splitlines() if line.startswith("[")]
+    assert stages == ["[1 of 3] activations", "[2 of 3] scores", "[3 of 3] table and figure"]
 
 
 def test_nothing_is_mirrored_where_there_is_nothing_new(folder: Path, mirrors: list[Mirror]) -> None:

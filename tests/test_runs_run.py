@@ -172,9 +172,17 @@ def test_the_mirror_never_costs_a_result(tmp_path: Path, monkeypatch: pytest.Mon
 def test_warnings_are_wrapped_and_tables_are_not(tmp_path: Path) -> None:
     with open_run(configure(tmp_path, "report.width=40")) as run:
         run.say("warning: " + "word " * 20 + "/a/path/that/is/longer/than/forty/characters/in/all")
+        run.say("of what was measured " * 4)
+        run.say("to send it: wandb sync /a/path to copy")
         run.say("x" * 90)
     lines = (run.dir / "log.txt").read_text().splitlines()
-    warning = lines[lines.index(next(line for line in lines if line.startswith("warning"))) : -1]
+    warning = lines[lines.index(next(line for line in lines if line.startswith("warning"))) : -5]
+    assert lines[-5:-1] == [
+        "of what was measured of what was",
+        "  measured of what was measured of what",
+        "  was measured",
+        "to send it: wandb sync /a/path to copy",
+    ]
     assert all(len(line) <= 40 for line in warning[:-1]) and warning[-1].strip().startswith("/a/path") and lines[-1] == "x" * 90
 
 
