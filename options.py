@@ -55,7 +55,7 @@ ALSO: dict[str, tuple] = {
 NAMES = (
     "controls", "model.layers", "vis.image", "dense_retrieval.fraction", "dense.reference_size", "overcluster.size",
     "dense_retrieval.size", "attention_maps.size", "overcluster.n_clusters", "patch_class.score_sizes",
-    "linear_seg.score_sizes", "logistic_seg.score_sizes",
+    "linear_seg.score_sizes", "logistic_seg.score_sizes", "runs",
 )  # fmt: skip
 # Texts whose default is null.
 TEXTS = (

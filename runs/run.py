@@ -282,7 +282,7 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
             run.identity |= {**read_facts(source).get("identity", {}), "mode": cfg.mode}
         run.before = read_facts(directory)
         run.facts.update(provenance(), identity=run.identity, inputs=run.before.get("inputs"))
-        run.facts.update(command=sys.argv, started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), status="running")
+        run.facts.update(command=command_line(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), status="running")
         run.facts["config_sha256"] = hashlib.sha256(configuration.encode()).hexdigest()
         _write_facts(run)
         _note_in_sweep(directory)
@@ -311,6 +311,17 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
                     run.close()
                     if status == "refused" and {path.name for path in directory.iterdir()} <= OPENING_FILES:
                         shutil.rmtree(directory)  # nothing was computed: it would only be in the way
+
+
+def command_line() -> list[str]:
+    """The command as it was typed; of a job of a sweep the one that repeats it alone."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return sys.argv
+    name = lambda override: override.partition("=")[0].lstrip("+~")
+    of_job = {name(override): override for override in HydraConfig.get().overrides.task}
+    typed = [argument for argument in sys.argv if argument not in ("-m", "--multirun")]
+    alone = [of_job.pop(name(argument), argument) if "=" in argument and argument[0] != "-" else argument for argument in typed]
+    return [*alone, *of_job.values()]
 
 
 def wrapped(text: str) -> str:

@@ -1,14 +1,13 @@
 """The main figure of a comparison: score by relative depth, a line and ribbon per run, the controls as a band."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from show.board import title_of
 from show.comparison import Cell, Key, RunRow
 from show.style import BLUE, GREEN, GREY, ORANGE, PINK, PURPLE, RED, SKY, STYLE, layer_places, note_below
 
@@ -18,19 +17,19 @@ DASHES = ("-", "--", "-.", ":")
 FLOOR = ("position", "pixels", "pixels_position", "random")
 
 
-def draw_depth_curves(rows: Sequence[RunRow], labels: Sequence[str], columns: Sequence[Key], about: str) -> Figure:
+def draw_depth_curves(rows: Sequence[RunRow], labels: Sequence[str], columns: Mapping[Key, str], about: str) -> Figure:
     """Score by relative depth, 0 the input of the first block and 1 the output of the last layer read.
 
     Args:
         rows, labels: what is compared; rows without scores are left out.
-        columns: one panel each.
+        columns: one panel each, with its title.
         about: one small line at the bottom.
     """
     across, down = min(len(columns), 2), math.ceil(len(columns) / 2)
     drawn = [(row, label) for row, label in zip(rows, labels, strict=True) if row.curves]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.8 * across, 3.2 * down + 0.2 * math.ceil((len(drawn) + 1) / 2)), layout="constrained")
-        for panel, key in enumerate(columns):
+        for panel, (key, title) in enumerate(columns.items()):
             axes = figure.add_subplot(down, across, panel + 1)
             _draw_band(axes, [row for row, _ in drawn], key)
             widest = 0.0
@@ -39,11 +38,12 @@ def draw_depth_curves(rows: Sequence[RunRow], labels: Sequence[str], columns: Se
             low, high = axes.get_ylim()
             missing = max(0.0, 2 * widest - (high - low)) / 2  # a narrower scale would make noise look like an effect
             axes.set_ylim(low - missing, high + missing)
-            axes.set_title(title_of(key), loc="left", fontweight="bold")
-            axes.set_xlabel("relative depth")
+            axes.set_title(title, loc="left", fontweight="bold")
+            if panel >= len(columns) - across:
+                axes.set_xlabel("relative depth")
             axes.grid(axis="y", color="0.9", lw=0.6)
         handles, names = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=min(2, len(names)), frameon=False, fontsize=8)
+        figure.legend(handles, names, loc="outside upper left", ncols=min(2, len(names)), frameon=False, fontsize=8)
         note_below(figure, about)
     return figure
 
@@ -58,7 +58,7 @@ def _draw_run(axes: Axes, row: RunRow, label: str, key: Key, number: int) -> flo
     """The line of a run, its chosen layer ringed; the widest of its intervals."""
     cells, at = row.curves[key], row.chosen.get(key)
     x, value, low, high = _depths(cells), *(np.array([getattr(c, name) for c in cells]) for name in ("value", "low", "high"))
-    color, dashes = COLORS[number % len(COLORS)], DASHES[number // len(COLORS) % len(DASHES)]
+    color, dashes = COLORS[number % len(COLORS)], DASHES[number % len(DASHES)]  # lines that lie on each other stay two
     axes.fill_between(x, low, high, color=color, alpha=0.18, lw=0)
     axes.plot(x, value, dashes, color=color, marker="o", ms=3, lw=1.8, label=label)
     if at is not None:
@@ -74,5 +74,5 @@ def _draw_band(axes: Axes, rows: Sequence[RunRow], key: Key) -> None:
     ]
     scores = [score for score in scores if math.isfinite(score)]
     if scores:
-        names = "position, pixels, random weights"
-        axes.axhspan(min(scores), max(scores), color=GREY, alpha=0.15, lw=0, label=f"controls ({names})")
+        names = "position, pixels, both, random weights"
+        axes.axhspan(min(scores), max(scores), color=GREY, alpha=0.15, lw=0, label=f"controls of all rows ({names})")

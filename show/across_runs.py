@@ -2,6 +2,7 @@
 
     python main.py mode=report runs=outputs
     python main.py mode=report runs=[outputs/train/a,outputs/train/b] report.by=[dataset]
+    python main.py mode=report runs=outputs/sweeps/2026-01-31_12-00-00
 
 A table holds runs that measure the same thing (`show.comparison.same_ground`). Its main columns are those that the mode
 prints; a score stands at the layer chosen on validation. Written again from the same records, every file has the same bytes.
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from files import write_if_changed
+from files import read_json, write_if_changed
 from runs.finished import read_facts
 from runs.progress import stage, stages, track
 from runs.run import Run
@@ -22,6 +23,7 @@ from show.comparison import MEASURES, RunRow, columns_of, labels_of, read_run, s
 from show.page import html_page
 from show.style import pdf_bytes, png_bytes
 
+PANELS = 4
 MODES = (*MEASURES, *dense_rows.MODES)
 EVERYTHING = ("task", "dataset", "protocol", "split", "windows", "metric", "resamples", "images")  # a sweep: a table for each
 
@@ -45,7 +47,9 @@ def run(cfg: Any, run: Run) -> dict[str, Any]:
 
 
 def find_runs(runs: Any) -> list[Path]:
-    """The run directories that are named, or lie below a folder that is named, of the modes that score a frozen model.
+    """The run directories that are named, or lie below a folder that is named (of all runs, of one mode, of a sweep).
+
+    They are of the modes that score a frozen model (`MODES`).
 
     Raises:
         UserError: there is none.
@@ -56,7 +60,12 @@ def find_runs(runs: Any) -> list[Path]:
         if (path / "run.json").is_file():
             found[path] = None
             continue
-        below = sorted(p.parent for mode in MODES for p in path.glob(f"{mode}/*/run.json"))
+        if (path / "jobs").is_dir():
+            below = jobs_of(path)
+        elif path.name in MODES:
+            below = sorted(p.parent for p in path.glob("*/run.json"))
+        else:
+            below = sorted(p.parent for mode in MODES for p in path.glob(f"{mode}/*/run.json"))
         if not below:
             raise UserError(
                 f"runs={path} is no run directory and has none of modes {', '.join(MODES)} below; name a folder of runs "
@@ -64,6 +73,13 @@ def find_runs(runs: Any) -> list[Path]:
             )
         found |= dict.fromkeys(below)
     return list(found)
+
+
+def jobs_of(folder: Path) -> list[Path]:
+    """The run directories of a sweep's jobs that are reported, in the order of the jobs."""
+    notes = [read_json(note, "delete it") for note in sorted((folder / "jobs").glob("*.json"))]
+    directories = dict.fromkeys(Path(str(note.get("directory"))) for note in notes)
+    return [path for path in directories if path.parent.name in MODES and (path / "run.json").is_file()]
 
 
 def open_tables(directories: Sequence[Path], by: Iterable[str], reference: str | None = None) -> list[Table]:
@@ -112,6 +128,15 @@ def read_rows(directory: Path) -> list[RunRow]:
     return dense_rows.read_dense_run(directory) if dense else read_run(directory)
 
 
+def about_figure(table: Table) -> str:
+    """What a figure shows, in one line."""
+    n_images = next(row.n_images for row in table.rows if row.curves)
+    return (
+        f"{table.title} · 95 % ribbons over {n_images} images · ring: {table.layer_rule} · depth 0: input of the first block, "
+        "1: last layer that was read"
+    )
+
+
 def write_report(tables: Sequence[Table], folder: Path) -> list[Path]:
     """Write page, tables and figures into a folder; only what changed is written."""
     from show.across_figures import draw_depth_curves  # here: nothing waits for matplotlib but the figures
@@ -122,7 +147,8 @@ def write_report(tables: Sequence[Table], folder: Path) -> list[Path]:
     stage("figures and page")
     for number, table in enumerate(tables, start=1):
         if any(len(row.curves[key]) > 1 for row in table.rows if row.curves for key in table.columns):
-            figure = draw_depth_curves(table.rows, table.labels, table.columns[:4], table.title)
+            columns = dict(list(table.titles.items())[:PANELS])
+            figure = draw_depth_curves(table.rows, table.labels, columns, about_figure(table))
             files |= {f"depth-{number}.png": png_bytes(figure), f"depth-{number}.pdf": pdf_bytes(figure)}
             pictures.append(files[f"depth-{number}.png"])
         else:

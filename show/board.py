@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from show.comparison import Cell, Difference, Key, RunRow, apart
 from show.text import format_table, interval_text, markdown_table, score_text
+from tasks import CONTROL_TASK
 
 HEADER = (
     "table", "run", "directory", "model", "dataset", "protocol", "probe", "row", "control", "split", "question", "readout",
@@ -21,6 +22,11 @@ TEX = {
 }  # fmt: skip
 
 
+QUESTIONS = {"is_same_object": "same object"}
+SUBSETS = {"all": "all pairs", "same_class_matched": "same class, matched", "images": ""}
+METRICS = {"auroc": "AUROC", "miou": "mIoU"}
+
+
 class Table(NamedTuple):
     """Rows that may share columns: what they have in common, their labels, and which of them is the reference."""
 
@@ -29,6 +35,11 @@ class Table(NamedTuple):
     labels: list[str]
     columns: list[Key]
     reference: int
+
+    @property
+    def titles(self) -> dict[Key, str]:
+        """What the columns are called."""
+        return titles_of(self.columns)
 
     @property
     def layer_rule(self) -> str:
@@ -40,12 +51,17 @@ class Table(NamedTuple):
         return None if index == self.reference else apart(self.rows[index], self.rows[self.reference], key)
 
 
-def title_of(key: Key) -> str:
-    """What a column is called."""
-    question, readout, subset, metric = key
-    metric = {"auroc": "AUROC", "miou": "mIoU"}.get(metric, metric.replace("_", " "))
-    parts = [subset.replace("_", " "), metric] if subset else [metric]
-    return " ".join(part for part in parts if part)
+def titles_of(columns: Sequence[Key]) -> dict[Key, str]:
+    """What columns are called: subset and metric, then whatever else tells them apart, the question or the read-out."""
+    several = len({question for question, *_ in columns}) > 1
+    titles = {}
+    for key in columns:
+        question, _, subset, metric = key
+        words = f"{SUBSETS.get(subset, subset.replace('_', ' '))} {METRICS.get(metric, metric.replace('_', ' '))}".strip()
+        asked = QUESTIONS.get(question, question.replace("_", " "))
+        titles[key] = f"{asked}: {words}" if several and not words.startswith(asked) else words
+    shown = list(titles.values())
+    return {key: f"{title} ({key[1]})".replace("_", " ") if shown.count(title) > 1 else title for key, title in titles.items()}
 
 
 def cell_text(row: RunRow, key: Key) -> str:
@@ -63,13 +79,32 @@ def difference_text(found: Difference | None) -> str:
     return interval_text(found.value, found.low, found.high, "+") + (" *" if found.p < 0.05 else "")
 
 
+def control_text(row: RunRow, key: Key) -> str:
+    """The highest score of a control at any of its layers, and its name; a control task is no rival."""
+    scores = [
+        (cell.value, name)
+        for name, curves in row.controls.items()
+        for cell in curves.get(key, ())
+        if name.rpartition("/")[2] != CONTROL_TASK and not math.isnan(cell.value)
+    ]
+    if not scores:
+        return ""
+    value, name = max(scores)
+    return f"{score_text(value)} {name.replace('_', ' ')}"
+
+
 def main_cells(table: Table) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the main table: scores at chosen layers, under each its difference from the reference."""
-    header = ["run", *(title_of(key) for key in table.columns)]
+    """Header and rows of the main table: scores at chosen layers, under each its highest control and what it has over the
+    reference.
+    """
+    header = ["run", *table.titles.values()]
     body = []
     for index, (row, label) in enumerate(zip(table.rows, table.labels, strict=True)):
         mark = " (reference)" if index == table.reference and len(table.rows) > 1 else ""
         body.append([label + mark, *(cell_text(row, key) for key in table.columns)])
+        beside = [control_text(row, key) for key in table.columns]
+        if any(beside):
+            body.append(["  highest control", *beside])
         moved = [difference_text(table.difference(index, key)) for key in table.columns]
         if any(moved):
             body.append(["  minus reference", *moved])
@@ -121,7 +156,7 @@ def markdown(tables: Sequence[Table]) -> str:
     for table in tables:
         parts += [f"## {table.title}", markdown_table(*main_cells(table)), "\n".join(f"- {line}" for line in footnotes(table))]
         for key in table.columns:
-            parts += [f"### {title_of(key)} by layer († {table.layer_rule})", markdown_table(*layer_cells(table, key))]
+            parts += [f"### {table.titles[key]} by layer († {table.layer_rule})", markdown_table(*layer_cells(table, key))]
         commands = [f"- {label}: `{row.command}`" for label, row in zip(table.labels, table.rows, strict=True)]
         parts += ["### Commands", "\n".join(commands)]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -321,9 +321,10 @@ def labels_of(rows: Sequence[RunRow]) -> list[str]:
 
 
 def columns_of(rows: Sequence[RunRow]) -> list[Key]:
-    """The columns that every finished row has, in the order of the first."""
+    """The columns that every finished row has, in the order of the first; those with a chosen layer, where there are any."""
     finished = [row for row in rows if row.curves]
-    return [key for key in finished[0].curves if all(key in row.curves for row in finished)] if finished else []
+    shared = [key for key in finished[0].curves if all(key in row.curves for row in finished)] if finished else []
+    return [key for key in shared if any(key in row.chosen for row in finished)] or shared
 
 
 def apart(row: RunRow, reference: RunRow, key: Key) -> Difference | None:

@@ -9,10 +9,11 @@ from string import Template
 
 from PIL import Image
 
-from show.board import Table, cell_text, difference_text, footnotes, layer_cells, main_cells, title_of
+from show.board import Table, cell_text, control_text, difference_text, footnotes, layer_cells, main_cells
 from show.comparison import RunRow
 
 TEMPLATE = Path(__file__).with_name("page.html")
+MAPPED = ("train", "train_class", "train_identity", "train_binding")  # modes whose runs have score maps
 MAP_WIDTH = 900  # pixels of a score map on the page
 
 
@@ -32,11 +33,11 @@ def _section(table: Table, picture: bytes) -> str:
     parts = [f"<h2>{_text(table.title)}</h2>", _main(table)]
     parts.append("<ul>" + "".join(f"<li>{_text(line)}</li>" for line in footnotes(table)) + "</ul>")
     if picture:
-        parts.append(f'<img alt="score by relative depth" src="{_data("png", picture)}">')
+        parts.append(f'<div class="scroll"><img class="curves" alt="score by depth" src="{_data("png", picture)}"></div>')
     for key in table.columns:
         header, body = layer_cells(table, key)
         inner = _table(header, [[_cell(cell, table.rows[i], j) for j, cell in enumerate(row)] for i, row in enumerate(body)])
-        parts.append(f"<details><summary>{_text(title_of(key))} by layer († {table.layer_rule})</summary>{inner}</details>")
+        parts.append(f"<details><summary>{_text(table.titles[key])} by layer († {table.layer_rule})</summary>{inner}</details>")
     commands = "".join(
         f"<dt>{_text(label)}</dt><dd><code>{_text(row.command)}</code><br><small>{_text(row.directory.as_posix())}</small></dd>"
         for label, row in zip(table.labels, table.rows, strict=True)
@@ -49,18 +50,22 @@ def _section(table: Table, picture: bytes) -> str:
             for name, data in maps
         )
         parts.append(f"<details><summary>Score maps</summary>{shown}</details>")
+    elif any(row.curves and row.identity["mode"] in MAPPED for row in table.rows):
+        command = f"python main.py mode=vis run={next(row.directory for row in table.rows if row.curves).as_posix()}"
+        parts.append(f"<p><small>No score maps were drawn of these runs: <code>{_text(command)}</code> draws them.</small></p>")
     return "\n".join(parts)
 
 
 def _main(table: Table) -> str:
-    """Scores at chosen layers; the difference from the reference stands under each."""
+    """Scores at chosen layers; the highest control and the difference from the reference stand under each."""
     rows = []
     for index, (row, label) in enumerate(zip(table.rows, table.labels, strict=True)):
         name = _text(label) + (" <em>reference</em>" if index == table.reference and len(table.rows) > 1 else "")
         cells = [f"<td>{name}</td>"]
         for key in table.columns:
             moved = difference_text(table.difference(index, key))
-            under = f"<br><small>{_text(moved)}</small>" if moved else ""
+            lines = [f"control {beside}" if (beside := control_text(row, key)) else "", moved]
+            under = "".join(f"<br><small>{_text(line)}</small>" for line in lines if line)
             cells.append(_cell(cell_text(row, key), row, 1, under, row.cell(key).value if row.cell(key) else None))
         rows.append(cells)
     return _table(main_cells(table)[0], rows)

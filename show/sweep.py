@@ -3,7 +3,6 @@
 Nothing heavy is imported before that: Hydra builds the callback at the start of every command.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,10 @@ class SweepReport(Callback):
         from show import across_runs  # here: it imports torch
 
         folder = Path(config.hydra.sweep.dir)
-        directories = []
-        for note in sorted(folder.glob("jobs/*.json")):
-            directory = Path(json.loads(note.read_text())["directory"])
-            if directory.parent.name in across_runs.MODES and (directory / "run.json").is_file():
-                directories.append(directory)
-        directories = list(dict.fromkeys(directories))
-        if len(directories) < 2:
-            return
         try:
+            directories = across_runs.jobs_of(folder)
+            if len(directories) < 2:
+                return
             tables = across_runs.open_tables(directories, across_runs.EVERYTHING)
             across_runs.write_report(tables, folder)
         except UserError as error:

@@ -19,7 +19,7 @@ from errors import UserError
 from metrics.bootstrap import Estimate, interval, resample
 from runs.records import read_records
 from runs.states import load_state, save_state
-from show import across_runs, board, comparison
+from show import board, comparison
 from show.across_runs import find_runs, open_tables, write_report
 
 QUICK = [*TINY, "model.layers=[embed,0,1]"]
@@ -106,6 +106,10 @@ def test_files_agree_and_are_equal_when_written_again(outputs: Path, tmp_path: P
 def test_the_command_writes_the_report(outputs: Path, tmp_path: Path) -> None:
     done = run(tmp_path, "mode=report", f"runs={outputs}")
     assert (done.dir / "report.html").is_file() and done.dir.name.count("quadratic") == 0
+    one, other = find_runs(outputs)
+    listed = run(tmp_path, "mode=report", f"runs=[{one},{other}]", f"report.reference={other}")
+    table = (listed.dir / "report.md").read_text()
+    assert table != (done.dir / "report.md").read_text() and table.count("(reference)") == 1
 
 
 def test_unfinished_runs_are_marked(copies: tuple[Path, Path]) -> None:
@@ -253,7 +257,11 @@ def test_a_sweep_ends_with_its_report(tmp_path: Path) -> None:
     (folder,) = (tmp_path / "outputs/sweeps").iterdir()
     assert (folder / "report.html").is_file() and (folder / "depth-1.png").is_file()
     assert "minus reference" in done.out and "report of the sweep" in done.out
-    assert len(across_runs.find_runs(tmp_path / "outputs")) == 2
+    commands = [row.command for directory in find_runs(folder) for row in comparison.read_run(directory)]
+    assert [command.rpartition(" ")[2] for command in commands] == ["probe.mode=linear", "probe.mode=cosine"]
+    assert not any(" -m " in command for command in commands)
+    assert len(find_runs(tmp_path / "outputs")) == 2
+    assert set(find_runs(folder)) == set(find_runs(tmp_path / "outputs/train")) == set(find_runs(tmp_path / "outputs"))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
