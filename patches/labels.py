@@ -9,6 +9,9 @@ The rules come from the section `labels` of a protocol (`cfgs/protocol/*.yaml`),
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +24,7 @@ from errors import UserError
 from patches.geometry import Geometry
 from patches.windows import cut
 
+COUNTED = 2**16  # pixels, and counts, at a time: they stay in a processor's cache (measured)
 DENSE_IDS = 4096  # label maps whose ids span at most this many values are counted without renaming the ids
 
 
@@ -101,22 +105,21 @@ def _vote_area(label_map: Tensor, geometry: Geometry, ignore: Sequence[int]) -> 
     winner = np.zeros((len(tops), len(lefts)), np.int64)
     votes, area = np.zeros(winner.shape), np.zeros(winner.shape)
     is_ignored = np.isin(names, ignore)  # [K]
-    rows = [_cut_axis(np.array([top * height]), side * height, height, scaled_height) for top in tops]
-    for phase in np.unique(lefts % side):  # patches of equal phase do not overlap; a cover has only one phase
-        columns = np.flatnonzero(lefts % side == phase)
-        across = _cut_axis(lefts[columns] * width, side * width, width, scaled_width)
-        of_patch = across.patch * len(names)  # one range of ids per patch: all patches of a row are counted at once
-        for row, down in enumerate(rows):
-            pixels = ids[down.pixel[0] : down.pixel[-1] + 1][:, across.pixel]
-            count = np.bincount(
-                (pixels + of_patch).ravel(),
-                weights=np.outer(down.length, across.length).ravel(),  # integers below 2^53
-                minlength=len(columns) * len(names),
-            ).reshape(len(columns), len(names))
-            area[row, columns] = count.sum(1)
-            count[:, is_ignored] = 0
-            winner[row, columns] = count.argmax(1)  # the first of equals: names ascend
-            votes[row, columns] = count.max(1)
+    row_size = max(width * -(-side * height // scaled_height), len(lefts) * len(names))  # of pixels, of counts
+    bands = _bands(tops, side, max(1, COUNTED // row_size))
+    for rows, columns in itertools.product(bands, _bands(lefts, side)):  # patches of a band do not overlap
+        down = _cut_axis(tuple(tops[rows] * height), side * height, height, scaled_height)
+        across = _cut_axis(tuple(lefts[columns] * width), side * width, width, scaled_width)
+        pixels = ids[down.pixel[:, None], across.pixel].astype(np.int64)
+        pixels += (down.patch[:, None] * len(columns) + across.patch) * len(names)  # one range of ids per patch
+        shape = len(rows), len(columns), len(names)
+        lengths = np.outer(down.length, across.length).ravel()  # integers below 2^53
+        count = np.bincount(pixels.ravel(), weights=lengths, minlength=math.prod(shape)).reshape(shape)
+        at = np.ix_(rows, columns)
+        area[at] = count.sum(2)
+        count[:, :, is_ignored] = 0
+        winner[at] = count.argmax(2)  # the first of equals: names ascend
+        votes[at] = count.max(2)
     label = np.where(votes > 0, names[winner], 0)
     at = _lattice_index(tops, lefts, geometry)  # [n_windows, h, 1], [n_windows, 1, w]
     label, purity, valid = (torch.from_numpy(x[at]) for x in (label, votes / area, votes > 0))  # [n_windows, h, w]
@@ -147,6 +150,12 @@ def _edges(geometry: Geometry) -> list[np.ndarray]:
     return [np.unique(np.add.outer(of_axis, offsets)) for of_axis, offsets in zip(starts, _offsets(geometry), strict=True)]
 
 
+def _bands(starts: np.ndarray, side: int, most: int | None = None) -> list[np.ndarray]:
+    """Which of the ascending starts of patches of a side are counted together: those of equal phase, at most so many."""
+    bands = [np.flatnonzero(starts % side == phase) for phase in np.unique(starts % side)]
+    return bands if most is None else [part for band in bands for part in np.split(band, range(most, len(band), most))]
+
+
 def _lattice_index(tops: np.ndarray, lefts: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, np.ndarray]:
     """Indices that read an array [tops, lefts] as [n_windows, h, w]: those of its rows [n_windows, h, 1], its columns."""
     ys, xs = np.array(geometry.starts).T
@@ -163,18 +172,20 @@ class _Pieces(NamedTuple):
     length: np.ndarray
 
 
-def _cut_axis(starts: np.ndarray, size: int, n_pixels: int, unit: int) -> _Pieces:
-    """Cut an axis of `n_pixels` pixels of length `unit`; pieces in no patch are left out.
+@functools.lru_cache(maxsize=256)
+def _cut_axis(starts: tuple[int, ...], size: int, n_pixels: int, unit: int) -> _Pieces:
+    """Cut an axis of `n_pixels` pixels of length `unit`; pieces in no patch are left out. Images of one size share it.
 
     Args:
         starts: ascending starts of patches of length `size` that do not overlap.
     """
-    edges = np.clip(np.concatenate([starts, starts + size]), 0, n_pixels * unit)
+    begins = np.array(starts)
+    edges = np.clip(np.concatenate([begins, begins + size]), 0, n_pixels * unit)
     first, last = edges[0] // unit, -(-edges[-1] // unit)  # pixels that any patch can touch
     cuts = np.unique(np.concatenate([np.arange(first, last + 1) * unit, edges]))
     left, length = cuts[:-1], np.diff(cuts)
-    patch = np.searchsorted(starts, left, side="right") - 1
-    inside = (patch >= 0) & (left < starts[patch] + size)
+    patch = np.searchsorted(begins, left, side="right") - 1
+    inside = (patch >= 0) & (left < begins[patch] + size)
     return _Pieces(left[inside] // unit, patch[inside], length[inside])
 
 
