@@ -14,8 +14,10 @@ import vit_probing as vp
 from controls import PROBE_ROW, Subject
 from errors import UserError
 from metrics.bootstrap import interval, resample
-from pairs.plan import NORMAL, Costs, Pilot, _deviation, _trend, cheapest, report, visits
+from pairs.pilot import NORMAL, Costs, Pilot, _deviation, growth, visits
+from pairs.plan import NIGHT, cheapest, overnight, report
 from pairs.task import Pairwise, columns
+from runs.run import wrapped
 
 OPTIONS = functools.cache(lambda: trainer.FitOptions.read(vp.compose(*TINY)))
 SMALL = ["dataset.n_train=24", "dataset.n_val=9", "dataset.n_test=17", "model.layers=[embed,7]",
@@ -66,17 +68,17 @@ def test_seconds_grow_with_what_costs_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("half", "whole", "share", "factor"),
-    [(0.12, 0.1, 0.5, 1 - 0.2 * 0.5**0.5), (0.12, 0.1, 1.0, 1.0), (0.11, 0.1, 0.0, 1 - 0.1 / (2**0.5 - 1)),
-     (0.09, 0.1, 0.2, 1.0), (0.5, 0.1, 0.0, 0.5), (math.nan, 0.1, 0.5, 1.0)],
+    ("ratios", "n_train", "factor"),
+    [([2**0.25], 400, 0.25**0.25), ([2**0.2, 2**0.3], 400, 0.25**0.25), ([2**0.25, math.nan], 400, 0.25**0.25),
+     ([3.0], 400, 0.5), ([0.9], 400, 1.0), ([1.2], 100, 1.0), ([1.2], 50, 1.0), ([], 400, 1.0)],
 )  # fmt: skip
-def test_the_trend_of_a_probe_that_sees_more(half: float, whole: float, share: float, factor: float) -> None:
-    assert _trend(half, whole, share) == pytest.approx(factor)
+def test_the_growth_of_a_probe_that_sees_more(ratios: list[float], n_train: int, factor: float) -> None:
+    assert growth(ratios, 100, n_train) == pytest.approx(factor)  # from 100 images on, 1 / sqrt(n) at most
 
 
 def pilot(deviation: dict[int, float]) -> Pilot:
     title = "all pairs AUROC"
-    return Pilot(Costs(5.0, 0.0, 0.0, 0.1, 0.001, 0.05), {title: deviation}, {title: 0.8}, {title: 7})
+    return Pilot(Costs(5.0, 0.0, 0.0, 0.1, 0.001, 0.05), {title: deviation}, {title: 0.8}, {title: 7}, 100)
 
 
 def test_the_cheapest_way_is_first_and_wide_enough() -> None:
@@ -95,10 +97,27 @@ def test_the_cheapest_way_is_first_and_wide_enough() -> None:
     assert not any(way["enough"] for way in cheapest(cfg, told, images, 0.001))
 
 
+def test_a_night_is_filled_with_the_narrowest_interval_first() -> None:
+    cfg, images = vp.compose(*TINY), {"train": 20000, "val": 1000, "test": 4000}
+    told = pilot({16: 0.2, 32: 0.12, 64: 0.1})
+    told = told._replace(costs=told.costs._replace(tokens=4.0))
+    ways = overnight(cfg, told, images)
+    assert [way["patches"] for way in ways[:2]] == [64, 64] and ways[0]["layers"] == 1  # of one layer more images fit
+    widths = [way["half_width"] for way in ways]
+    assert widths == sorted(widths) and len(ways) == 6
+    for way in ways:
+        assert 0.98 * NIGHT < way["seconds"] <= NIGHT and way["images"]["train"] == int(20000 * way["share"])
+        assert way["half_width"] == told.half_width("all pairs AUROC", way["patches"], way["images"]["test"])
+    cfg.cache.disk_gb = 2 * ways[-1]["bytes"] / 1e9
+    assert 0 < len(overnight(cfg, told, images)) < 6 and overnight(cfg, told, images, limit=6.0) == []
+
+
 def test_the_report_fits_a_terminal(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "plan.images=8", "plan.width=0.02", *SMALL, "controls=none")
-    text = report(plan)
-    assert max(map(len, text.splitlines())) <= 120 and "the cheapest first" in text and "a night" in text
+    plan["overnight"] = [{**way, "images": plan["images"], "half_width": 0.01} for way in plan["ways"]]
+    plan["warnings"] = ["model, train takes 90.4 GB"]
+    text = wrapped(report(plan))
+    assert max(map(len, text.splitlines())) <= 100 and "the cheapest first" in text and "a night" in text
     assert [way["layers"] for way in plan["ways"]].count(2) == 3
 
 
