@@ -9,7 +9,9 @@ resumes at the next missing shard and ends with the same bytes; the ranks of a `
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +35,7 @@ from store.plan import check_extraction, check_index
 from store.shards import DTYPES, StackedTokens
 
 __all__ = ["PatchSample", "StackedTokens", "Tokens", "build_dataset", "open_sample", "run"]
+CORRELATION_TOKENS = 500  # tokens per channel that its correlations are estimated from (our choice)
 SPLITS = ("train", "val", "test")
 # Of a backbone: what decides the meaning of its tokens.
 MADE_BY = ("weights", "depth", "dim", "patch_size", "image_size", "num_prefix_tokens", "has_class_token", "mean", "std",
@@ -280,3 +283,26 @@ def token_statistics(sample: PatchSample, layers: Sequence, batch_size: int) -> 
     std = (square / count - mean.square()).clamp_min(0).sqrt()
     std = torch.where(std > 1e-6 * (1 + mean.abs()), std, torch.ones_like(std))
     return mean.float(), std.float()
+
+
+def token_correlation(sample: PatchSample, layers: Sequence, batch_size: int) -> Tensor:
+    """Correlation of the channels over all tokens of some images of a (training) sample of codes, float32 [L, D, D].
+
+    Of evenly spread images, so many that there are about `CORRELATION_TOKENS` tokens per channel; a constant channel is
+    correlated with none, not with itself either.
+    """
+    index = [list(sample.tokens.layers).index(layer) for layer in layers]
+    _, n_images, n_tokens, dim = sample.tokens.shape
+    n_used = min(n_images, math.ceil(CORRELATION_TOKENS * dim / n_tokens))
+    chosen = torch.arange(n_used) * n_images // n_used
+    total, product = torch.zeros(len(index), dim, dtype=torch.float64), torch.zeros(len(index), dim, dim, dtype=torch.float64)
+    for images, (row, layer) in itertools.product(chosen.split(batch_size), enumerate(index)):
+        x = sample.tokens.gather(images, [layer])[0].flatten(0, 1).double()  # [B T, D]
+        total[row] += x.sum(0)
+        product[row] += x.mT @ x
+    mean = total / (n_used * n_tokens)
+    covariance = product / (n_used * n_tokens) - mean[:, :, None] * mean[:, None]
+    deviation = covariance.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()  # [L, D]
+    constant = deviation <= 1e-6 * (1 + mean.abs())  # as in `token_statistics`
+    scale = torch.where(constant, 0.0, 1 / deviation)
+    return (covariance * scale[:, :, None] * scale[:, None]).float()

@@ -90,6 +90,11 @@ class Probe(nn.Module):
         return "descent"
 
     @property
+    def needs_correlation(self) -> bool:
+        """Whether it also takes the correlation of the channels of its training tokens (`set_correlation`)."""
+        return False
+
+    @property
     def n_parameters(self) -> int:
         """Number of trained parameters of the whole stack."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)

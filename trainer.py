@@ -21,7 +21,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from activation import PatchSample, made_by, token_statistics
+from activation import PatchSample, made_by, token_correlation, token_statistics
 from controls import Subject, constant_loss, control_names, fit_digest
 from errors import UserError
 from machine import choose_device, keep_freed_memory, set_threads
@@ -157,6 +157,8 @@ def fit_stack(run: Run, task: Task, subject: Subject, options: FitOptions) -> li
             probe = task.build_probe(subject.probe, train, chunk).to(options.device)
             if probe.needs_statistics:
                 probe.set_statistics(*token_statistics(train, chunk, options.batch_images))
+            if probe.needs_correlation:
+                probe.set_correlation(token_correlation(train, chunk, options.batch_images))
             equal = fit_digest(subject, task, probe, vars(options), made_with(run.facts))
             probe.facts = {} if equal is None else {"equal": equal}
             if equal is None or not take_over(run, subject.name, number, equal, _fitted_on(train, identity)):

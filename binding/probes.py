@@ -27,99 +27,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from binding.base import BindingProbe, seen_bits, widen
 from errors import UserError
-from probes import FitAxes, Probe
+from probes import FitAxes
 
 POOL_ELEMENTS = 2**21  # of pools taken at once by the attention probe (measured: they fit a processor's cache)
 KEPT_ELEMENTS = 2**24  # of all pools and scores of a step that are kept for the gradient; beyond, they are computed again
-
-
-def seen_bits(n_bits: int, device: torch.device) -> Tensor:
-    """mask[i, k] = 1.0 where bit k may see bit i, that is i < k; float32 [K, K]."""
-    return torch.ones(n_bits, n_bits, device=device).triu(1)
-
-
-def widen(x: Tensor) -> Tensor:
-    """Products of reduced precision as float32."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-class BindingProbe(Probe):
-    """Base of the probes of a code.
-
-    Args:
-        fits, dim: axes of the stack and width of one token.
-        n_bits: K, length of the code.
-        n_tokens: T, tokens per image.
-        condition_readout: let each bit see the bits before it (False: marginals given z). The published program has one
-            switch, `use_conditioned_query`, that means this one except for the attention probe.
-        init_std: deviation of the normal initial weights, published 0.02; None = 1/sqrt of the number of inputs.
-    """
-
-    arity = "codes"
-    units_per_bit = 2  # numbers held per bit while answering: hidden units, or two factors of rank r
-
-    def __init__(
-        self,
-        fits: FitAxes,
-        dim: int,
-        *,
-        n_bits: int,
-        n_tokens: int = 1,
-        condition_readout: bool = True,
-        init_std: float | None = 0.02,
-        **options: Any,
-    ) -> None:
-        super().__init__(fits, dim, **options)
-        self.n_bits, self.n_tokens, self.condition_readout, self.init_std = n_bits, n_tokens, condition_readout, init_std
-        self.n_inputs = dim * n_tokens + (n_bits if condition_readout else 0)
-
-    def outputs_per_token(self, n_tokens: int) -> int:
-        """Hidden units or factors of all bits, spread over the tokens."""
-        return math.ceil(self.units_per_bit * self.n_bits / n_tokens)
-
-    def prepare(self, x: Tensor, layers: slice = slice(None)) -> Tensor:
-        """As for every probe; one in float64 (`double()`) computes in float64 throughout."""
-        if next(self.parameters()).dtype != torch.float64:
-            return super().prepare(x, layers)
-        x = x.double()
-        return x * self.token_scale[layers, None, None] + self.token_shift[layers, None, None] if self.needs_statistics else x
-
-    def matrix(self, *shape: int, n_inputs: int | None = None) -> nn.Parameter:
-        """A normal parameter [S, L, *shape]."""
-        return self.draw(*shape, std=(n_inputs or self.n_inputs) ** -0.5 if self.init_std is None else self.init_std)
-
-    def constant(self, *shape: int) -> nn.Parameter:
-        """What a constant input 1 adds to the factors of a form: with it the form contains the linear probe (ours)."""
-        return self.draw(*shape, std=1.0 if self.init_std is None else self.init_std)
-
-    def from_image(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Prepared tokens [L, B, T, D] through weight [S, L, Z, ...] -> float32 [S, L, B, ...]."""
-        z = x.flatten(2)  # [L, B, Z]
-        return widen(torch.matmul(z, weight.flatten(3).to(x.dtype))).unflatten(-1, weight.shape[3:])
-
-    def from_factors(self, factors: Tensor, code: Tensor) -> Tensor:
-        """Logits [S, L, B, K] of a quadratic form: what the image adds to its factors [S, L, B, 2, r, K], and the bits seen."""
-        if self.weight_bits is not None:
-            factors = factors + self.from_bits(code, self.weight_bits)
-        if self.factor_bias is not None:
-            factors = factors + self.factor_bias[:, :, None]
-        first, second = factors.unbind(3)
-        return (first * second).sum(3) * self.n_inputs**-0.5 + self.bias[:, :, None]
-
-    def from_bits(self, code: Tensor, weight: Tensor, head_axis: int = -1) -> Tensor:
-        """Bits [B, K] through weight [S, L, K, ...], of which head k reads the rows i < k -> float32 [S, L, B, ...].
-
-        Args:
-            code: zeros and ones of any type.
-            weight: rows are bits seen.
-            head_axis: the (negative) axis of the weight that counts heads.
-        """
-        mask = seen_bits(self.n_bits, weight.device)
-        shape = [self.n_bits] + [1] * (weight.ndim - 3)
-        shape[head_axis] = self.n_bits
-        bits = code.to(weight.dtype) - 0.5
-        return torch.matmul(bits, (weight * mask.view(shape)).flatten(3)).unflatten(-1, weight.shape[3:])
 
 
 class BindingLinear(BindingProbe):
@@ -364,7 +277,7 @@ class AttentionQuadratic(BindingProbe):
         A query is the sum of a base and of what each known bit adds: one product of all images with the K additions.
 
         Args:
-            tokens: prepared [b, T, D] of one layer, CLS first, which is no patch.
+            tokens: standardised [b, T, D] of one layer, CLS first, which is no patch.
             code: [b, K].
             base: [K, D] queries before any bit is known.
             offsets: [K, D] what a known bit adds to the queries of the bits after it.
@@ -388,14 +301,20 @@ class AttentionQuadratic(BindingProbe):
         return checkpoint(self.pooled_factors, *inputs, use_reentrant=False, preserve_rng_state=False)
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
-        """See the module. Large pools are taken over some images at a time, and taken again for the gradient."""
+        """See the module. Large pools are taken over some images at a time, and taken again for the gradient.
+
+        The whitening map acts on the few weights that meet the patches, not on the many patches.
+        """
         n_layers, n_images, n_tokens, dim = x.shape
-        base, offsets = self.query_base, self.query_bits
+        base, offsets, pool = self.query_base, self.query_bits, self.weight_pool.flatten(-2)  # pool: [S, L, K, D, 2 r]
         if self.query_map is not None:
             base = base @ self.query_map.mT
             offsets = None if offsets is None else offsets @ self.query_map.mT
+        if self.whiten is not None:
+            base, offsets = (q if q is None else q @ self.token_map for q in (base, offsets))
+            pool = torch.einsum("lde,slker->slkdr", self.token_map, pool)
         # unbind, not indexing: its gradient stacks the parts instead of adding S L zero-padded ones.
-        bases, weights = base.flatten(0, 1).unbind(), self.weight_pool.flatten(0, 1).flatten(-2).unbind()
+        bases, weights = base.flatten(0, 1).unbind(), pool.flatten(0, 1).unbind()
         all_offsets = [None] * len(bases) if offsets is None else offsets.flatten(0, 1).unbind()
         size = max(1, POOL_ELEMENTS // (self.n_bits * dim))
         small = len(bases) * n_images * self.n_bits * (dim + 4 * n_tokens) <= KEPT_ELEMENTS
@@ -403,7 +322,7 @@ class AttentionQuadratic(BindingProbe):
         parts: list[list[Tensor]] = [[] for _ in bases]  # of every fit, seed first
         for layer in range(n_layers):
             for some, known in zip(x[layer : layer + 1].split(size, dim=1), code.split(size), strict=True):
-                tokens = self.prepare(some, slice(layer, layer + 1))[0]  # [b, T, D], once for all seeds
+                tokens = self.cast(self.standardised(some, slice(layer, layer + 1)))[0]  # [b, T, D], once for all seeds
                 for fit in range(layer, len(bases), n_layers):
                     parts[fit].append(pooled(tokens, known, bases[fit], all_offsets[fit], weights[fit]))
         fits = [torch.cat(of_fit) for of_fit in parts]  # [B, K, 2 r] each

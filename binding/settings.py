@@ -10,6 +10,7 @@ from errors import UserError
 OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "rank": ("a whole number of at least 1", lambda x: type(x) is int and x >= 1),
     "init_std": ("a number above 0, or null", lambda x: type(x) in (int, float) and 0 < x < math.inf),
+    "whiten": ("a number above 0, or null", lambda x: type(x) in (int, float) and 0 < x < math.inf),
     "dnn_hidden_dim": ("a whole number of at least 1, or null", lambda x: type(x) is int and x >= 1),
     "dnn_num_layers": ("a whole number of at least 1 (it counts the output layer)", lambda x: type(x) is int and x >= 1),
     "dnn_dropout": ("a number from 0 to below 1", lambda x: type(x) in (int, float) and 0 <= x < 1),
@@ -31,7 +32,7 @@ def check_settings(sections: Mapping[str, Mapping[str, Any]]) -> None:
     for prefix, settings in sections.items():
         for option, (wanted, fits) in OPTIONS.items():
             value = settings[option]
-            may_be_null = prefix or option in ("init_std", "dnn_hidden_dim")
+            may_be_null = prefix or option in ("init_std", "whiten", "dnn_hidden_dim")
             if not (fits(value) or (value is None and may_be_null)):
                 raise UserError(f"probe.{prefix}{option}: got {value!r}, expected {wanted}")
 

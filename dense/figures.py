@@ -19,7 +19,7 @@ from dense.examples import Example, cluster_gallery, retrieval_examples
 from dense.features import Split
 from dense.report import BACKBONE, MAIN, Results, class_rows, label
 from files import write_atomically
-from show.style import BLUE, GREEN, PINK, RED, STYLE, png_bytes
+from show.style import BLUE, FALLING, GREEN, PINK, RED, STYLE, png_bytes
 
 COLOURS = {BACKBONE: BLUE, "random": RED, "pixels": PINK, "position": GREEN}
 NAMES = {BACKBONE: "backbone", "random": "random weights", "pixels": "raw pixels", "position": "position only"}
@@ -47,7 +47,7 @@ def draw_evaluations(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """One bar per subject and evaluation with its interval.
 
     Args:
-        rows: "evaluation", "setting", "subject", "value", "low", "high".
+        rows: "evaluation", "setting", "subject", "value", "low", "high"; "still_falling" is marked by a triangle.
     """
     keys = list(dict.fromkeys((row["evaluation"], row["setting"]) for row in rows))
     subjects = [name for name in COLOURS if any(row["subject"] == name for row in rows)]
@@ -62,6 +62,8 @@ def draw_evaluations(rows: Sequence[Mapping[str, Any]]) -> Figure:
             value = [row["value"] for row in here]
             errors = [[row["value"] - row["low"] for row in here], [row["high"] - row["value"] for row in here]]
             axes.barh(at, value, height * 0.92, color=COLOURS[subject], label=NAMES[subject])
+            falling = [(row["value"], y) for row, y in zip(here, at, strict=True) if row.get("still_falling")]
+            axes.plot([v for v, _ in falling], [y for _, y in falling], FALLING, color="black", mfc="white", ms=5, zorder=4)
             axes.errorbar(value, at, xerr=np.clip(errors, 0, None), fmt="none", ecolor="black", elinewidth=0.8)
         axes.set_yticks(range(len(keys)), [f"{a} {b}".replace("_", " ").strip() for a, b in keys])
         axes.invert_yaxis()
@@ -96,6 +98,8 @@ def draw_layers(rows: Sequence[Mapping[str, Any]], layers: Sequence[int | str]) 
                 x, found = zip(*chosen, strict=True)
                 marks = "-" if len(here) == 1 else "o-"
                 axes.plot(x, [row["value"] for row in found], marks, ms=3, lw=1.4, color=colour, label=NAMES[subject])
+                falling = [(i, row["value"]) for i, row in chosen if row.get("still_falling")]
+                axes.plot([i for i, _ in falling], [v for _, v in falling], FALLING, color=colour, mfc="white", ms=6, zorder=4)
                 axes.fill_between(
                     x, [row["low"] for row in found], [row["high"] for row in found], color=colour, alpha=0.2, lw=0
                 )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,10 +33,22 @@ from dense.contract import (
     soft_labels,
 )
 from dense.heads import CHOICES as TRAINING
-from dense.heads import Batch, Heads, Normalization, Recipe, Target, pixel_target, share_target, train_epoch
+from dense.heads import (
+    Batch,
+    Heads,
+    Normalization,
+    Recipe,
+    Target,
+    patch_loss,
+    pixel_loss,
+    pixel_target,
+    share_target,
+    train_epoch,
+)
 from dense.projection import fit_projection
 from dense.sliding import Windows, score_windows
 from errors import UserError
+from metrics.convergence import judge
 from metrics.segmentation import ImageConfusions, class_metrics
 
 CHOICES = TRAINING | {
@@ -92,7 +105,7 @@ def linear_seg(
             choice on the reported split (selection=reported) is made on stored tokens all the same.
 
     Returns:
-        a result per layer, seed and score size; the notes say what was chosen and on what.
+        a result per layer, seed and score size; the notes say what was chosen and on what, and how its fit ended.
 
     Raises:
         UserError: an unknown option value, a loss that is not finite, no image left to choose on.
@@ -122,6 +135,7 @@ def linear_seg(
          "selection_score": float(scores[i, r].mean())}
         for i, r in enumerate(chosen.tolist())
     ]  # fmt: skip
+    notes = [note | ending for note, ending in zip(notes, fit.endings(chosen, target), strict=True)]
     heads = fit.heads.choose(chosen)
     if windows is None:
         found = score_pixels(heads, fit.norm, test, maps, score_sizes)
@@ -159,6 +173,7 @@ class HeadFit:
         if normalize == "standardize":
             set_statistics(self.norm, grids.subset(self.fitted_on))
         self.optimizer = recipe.optimizer_for(self.heads)
+        self.losses: list[Tensor] = []  # on the images kept apart, [L, R, S] of every epoch; none where none are
 
     def epoch(self, epoch: int, target: Target, augmented: Callable[[Tensor, int], Iterable[Batch]] | None = None) -> None:
         """One pass over the images, in an order that depends on (order_seed, epoch) alone."""
@@ -170,6 +185,60 @@ class HeadFit:
             batches = stored_batches(self.grids, self.maps, self.recipe.batch_size, order)
             n_batches = sum(1 for _ in self.grids.batch_images(self.recipe.batch_size, order))
         train_epoch(self.heads, self.norm, self.optimizer, batches, n_batches, epoch, self.recipe, target)
+        if len(self.kept_apart):
+            self.losses.append(self.held_out_loss(target))
+
+    @torch.no_grad()
+    def held_out_loss(self, target: Target, constant: bool = False) -> Tensor:
+        """Mean loss of every head on the images kept apart, [L, R, S].
+
+        Args:
+            constant: of the best answer that looks at nothing instead, the shares of the classes in the fitted images.
+        """
+        self.heads.eval()
+        self.norm.eval()
+        shape = (len(self.grids.layers), self.heads.n_recipes, self.heads.n_seeds)
+        answer = self._class_shares(target).log() if constant else None  # [C]
+        total, count = torch.zeros(shape[0], shape[1] * shape[2], dtype=torch.float64), 0.0
+        for x, maps in stored_batches(self.grids, self.maps, 1, self.kept_apart):  # logits of pixels are large
+            wanted = target(maps, x.shape[2:4])
+            logits = self.heads(self.norm(x))  # [L, B, h, w, G, C]
+            if answer is not None:
+                logits = answer.expand_as(logits)
+            of_patches = wanted.ndim == 4
+            total += (patch_loss if of_patches else pixel_loss)(logits, wanted)
+            count += float(wanted.sum() if of_patches else (wanted >= 0).sum())
+        return (total / max(count, 1e-9)).view(shape)
+
+    def _class_shares(self, target: Target) -> Tensor:
+        """Shares of the classes in the images that are fitted on, half a patch added to each, [C]."""
+        shares = torch.full((self.heads.n_classes,), 0.5, dtype=torch.float64)
+        for image in self.fitted_on.split(1):
+            grid = self.grids.shapes[int(image)].tolist()
+            wanted = target(self.maps.at(image, [side * self.grids.patch for side in grid]), grid)
+            if wanted.ndim == 4:
+                shares += wanted.flatten(0, 2).sum(0)
+            else:
+                shares += torch.bincount(wanted[wanted >= 0], minlength=len(shares))
+        return (shares / shares.sum()).float()
+
+    def endings(self, chosen: Tensor, target: Target) -> list[dict[str, Any]]:
+        """How the fits of the chosen recipe [L] ended, a note per layer; {} where no image is kept apart to tell by.
+
+        Returns:
+            still_falling, epochs_needed, worse_than_constant: of any seed (`metrics.convergence.judge`).
+        """
+        if not self.losses:
+            return [{} for _ in self.grids.layers]
+        curve = torch.stack(self.losses)[:, torch.arange(len(chosen)), chosen].transpose(1, 2)  # [E, S, L]
+        constant = self.held_out_loss(target, constant=True)[0, 0]  # [S]
+        verdict = judge(curve, constant)
+        return [
+            {"still_falling": bool(verdict.still_falling[:, i].any()), "epochs": len(curve),
+             "epochs_needed": int(verdict.epochs[:, i].max()),
+             "worse_than_constant": bool(verdict.worse_than_constant[:, i].any())}
+            for i in range(len(chosen))
+        ]  # fmt: skip
 
     def held_out_scores(self, absent: str) -> Tensor:
         """Patch mIoU of every head on the images kept apart, [L, R, S]."""

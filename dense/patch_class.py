@@ -95,6 +95,7 @@ def patch_class(
             scores = torch.stack([held_out_miou(fit, r, rule, *kept, absent) for r in range(len(recipe.grid))])  # [R, L]
             reported = [scores.nan_to_num(-1).argmax(0)]
         for recipes in reported:
+            endings = fit.endings(recipes, rule.target)
             heads = fit.heads.choose(recipes)
             found = score_patches(heads, fit.norm, features["test"], maps["test"], rule)
             pixels = score_pixels(heads, fit.norm, features["test"], left, score_sizes)
@@ -102,7 +103,7 @@ def patch_class(
                 lr, decay = recipe.grid[int(recipes[i])]
                 setting = {"layer": features["test"].layers[i], "seed": listed[s], "normalize": kind}
                 setting |= {"lr": lr, "weight_decay": decay} if selection == "none" else {}
-                notes = {"lr": lr, "weight_decay": decay, "selected_on": selection}
+                notes = {"lr": lr, "weight_decay": decay, "selected_on": selection, **endings[i]}
                 confusions, right, asked = found[i, s]
                 result = segmentation_result({**setting, "size": "patches"}, confusions, absent=absent, notes=notes)
                 for b, low in enumerate(PURITY):

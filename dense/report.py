@@ -23,6 +23,7 @@ WORDS = {
     "n_clusters": "K", "step": "", "rule": "", "heads": "heads", "mass": "mass", "normalize": "", "lr": "lr",
     "weight_decay": "weight decay", "fraction": "fraction", "size": "at", "matching": "",
 }  # fmt: skip
+ENDINGS = {"still_falling": "↓", "worse_than_constant": "!"}  # notes on how fits ended, and their marks behind a score
 MAIN = ("miou", "jaccard")  # the metric a table shows of a result: the first it has
 
 
@@ -95,6 +96,7 @@ def _common(evaluation: str, subject: str, result: Result, split: str) -> dict[s
     return {
         "kind": "dense", "name": subject, "split": split, "question": evaluation, "layer": setting.get("layer"),
         "seed": setting.get("seed"), "subset": label(setting), "setting": setting, "notes": dict(result.notes),
+        **{key: result.notes[key] for key in ENDINGS if key in result.notes},
     }  # fmt: skip
 
 
@@ -121,7 +123,7 @@ def curve_rows(results: Results, counts: Tensor) -> list[dict[str, Any]]:
                     rows.append({
                         "evaluation": evaluation, "subject": subject, "layer": result.setting.get("layer", ""),
                         "setting": label(result.setting), "metric": metric, "value": float(estimate.value),
-                        "low": float(low), "high": float(high),
+                        "low": float(low), "high": float(high), **{key: bool(result.notes.get(key)) for key in ENDINGS},
                     })  # fmt: skip
     return rows
 
@@ -183,17 +185,47 @@ def table(results: Results, counts: Tensor, references: Sequence[Result]) -> str
                 continue
             metric, layer = main_metric(result), result.setting.get("layer", "")
             ours = result.metrics[metric]
-            theirs = {name: _counterpart(result, beside[name], metric) for name in controls}
-            known = [e for e in theirs.values() if e is not None and not bool(e.value.isnan())]
+            others = {name: _counterpart(result, beside[name]) for name in controls}
+            theirs = {name: (other, None if other is None else other.metrics[metric]) for name, other in others.items()}
+            known = [e for _, e in theirs.values() if e is not None and not bool(e.value.isnan())]
             gain = gain_over_best(ours, known, counts) if known else "–"
-            cells = ["–" if e is None else number(e, counts) for e in theirs.values()]
+            cells = ["–" if e is None else number(e, counts) + marks(other) for other, e in theirs.values()]
             name = f"{evaluation} {label(result.setting)}".replace("_", " ").strip()
             name += "" if metric == "miou" else f" ({metric})"
-            body.append([name, str(layer), number(ours, counts), *cells, gain])
+            body.append([name, str(layer), number(ours, counts) + marks(result), *cells, gain])
     lines = [format_table(header, body)]
     for result in references:
         lines.append(f"{label(result.setting)}: mIoU {number(result.metrics['miou'], counts)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *sentences(results)])
+
+
+def marks(result: Result) -> str:
+    """What stands behind a score whose fits did not end well."""
+    found = "".join(mark for key, mark in ENDINGS.items() if result.notes.get(key))
+    return f" {found}" if found else ""
+
+
+def sentences(results: Results) -> list[str]:
+    """One sentence per kind of bad ending, with the fits it concerns and what to do; none where every fit ended well."""
+    places: dict[str, list[str]] = {key: [] for key in ENDINGS}
+    needed: dict[str, int] = {}  # by evaluation
+    for evaluation, subjects in results.items():
+        for subject, result in ((subject, result) for subject, found in subjects.items() for result in found):
+            for key in ENDINGS:
+                where = f"{evaluation} of {subject} (layer {result.setting.get('layer')})"
+                if result.notes.get(key) and where not in places[key]:
+                    places[key].append(where)
+            if result.notes.get("still_falling"):
+                most = result.notes["epochs_needed"] or 4 * result.notes["epochs"]
+                needed[evaluation] = max(most, needed.get(evaluation, 0))
+    lines, options = [], ", ".join(f"{evaluation}.epochs={most}" for evaluation, most in needed.items())
+    if places["still_falling"]:
+        where = ", ".join(places["still_falling"])
+        lines.append(f"↓ the loss on the images kept apart was still falling when the fit ended: {where}; try {options}")
+    if places["worse_than_constant"]:
+        where = ", ".join(places["worse_than_constant"])
+        lines.append(f"! worse than a constant answer on the images kept apart: {where}; lower the learning rates (lrs)")
+    return lines
 
 
 def gain_over_best(ours: Estimate, theirs: Sequence[Estimate], counts: Tensor) -> str:
@@ -206,12 +238,12 @@ def gain_over_best(ours: Estimate, theirs: Sequence[Estimate], counts: Tensor) -
     return interval_text(value, float(low), float(high), "+")
 
 
-def _counterpart(result: Result, others: Sequence[Result], metric: str) -> Estimate | None:
+def _counterpart(result: Result, others: Sequence[Result]) -> Result | None:
     """The result of a control at the same setting, at the same layer where the control has it."""
     rest = lambda setting: {k: v for k, v in setting.items() if k != "layer"}
     same = [other for other in others if rest(other.setting) == rest(result.setting)]
     here = [other for other in same if other.setting.get("layer") == result.setting.get("layer")] or same
-    return here[0].metrics[metric] if here else None
+    return here[0] if here else None
 
 
 def number(estimate: Estimate, counts: Tensor) -> str:

@@ -29,7 +29,8 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from binding.probes import BINDING_PROBES, seen_bits
+from binding.base import seen_bits
+from binding.probes import BINDING_PROBES
 from forms import resolve_matmul_dtype
 from pairs.losses import pair_bce
 from probes import Probe, build_probe

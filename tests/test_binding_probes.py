@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from binding.base import seen_bits
 from binding.information import bits_per_image
-from binding.probes import BINDING_PROBES, seen_bits
+from binding.probes import BINDING_PROBES
 from errors import UserError
 from probes import Probe, build_probe, load_probe
 
@@ -224,8 +225,9 @@ def test_zeros_are_finite_and_images_are_independent(mode: str) -> None:
 
 @every
 def test_checkpoint_holds_everything(mode: str, tmp_path: Path) -> None:
-    probe = scramble(build(mode, standardize=True, dnn_num_layers=4))
+    probe = scramble(build(mode, standardize=True, whiten=0.3, dnn_num_layers=4))
     probe.set_statistics(torch.randn(2, DIM), torch.rand(2, DIM) + 0.5)
+    probe.set_correlation(torch.full((2, DIM, DIM), 0.5) + 0.5 * torch.eye(DIM))
     probe.save(tmp_path / "p.safetensors")
     again = load_probe(tmp_path / "p.safetensors", BINDING_PROBES)
     assert torch.equal(again(*batch(probe)), probe(*batch(probe)))
@@ -239,6 +241,21 @@ def test_statistics_are_those_of_each_layer(mode: str) -> None:
     standardised.set_statistics(mean, std)
     expected = plain((x - mean[:, None, None]) / std[:, None, None], code)
     torch.testing.assert_close(standardised(x, code), expected, atol=1e-5, rtol=1e-4)
+
+
+@every
+def test_whitening_is_a_map_of_standardised_tokens(mode: str) -> None:
+    plain, white = scramble(build(mode)).double(), scramble(build(mode, standardize=True, whiten=0.1)).double()
+    x, code = batch(plain)
+    x = x.double() @ torch.randn(len(LAYERS), 1, DIM, DIM, generator=torch.Generator().manual_seed(2)).double()
+    flat = x.flatten(1, 2)  # [L, B T, D]
+    white.set_statistics(flat.mean(1), flat.std(1, correction=0))
+    correlation = torch.stack([tokens.mT.corrcoef() for tokens in flat])  # [L, D, D]
+    white.set_correlation(correlation)
+    regular = correlation + 0.1 * torch.eye(DIM, dtype=torch.float64)
+    torch.testing.assert_close(white.token_map @ regular @ white.token_map, torch.eye(DIM).double().expand(2, -1, -1))
+    standardised = (x - flat.mean(1)[:, None, None]) / flat.std(1, correction=0)[:, None, None]
+    torch.testing.assert_close(white(x, code), plain(standardised @ white.token_map[:, None], code))
 
 
 @pytest.mark.parametrize("mode", ["linear", "dnn", "quadratic_concat", "quadratic_concat_reuse", "attention_quadratic"])
@@ -297,6 +314,7 @@ def test_refusals() -> None:
         (lambda: build_probe({"mode": "attention_quadratic"}, n_tokens=1, **axes), "set model.output_mode=all"),
         (lambda: build_probe({"mode": "attention_quadratic", "readout": "both"}, n_tokens=9, **axes), "program, paper"),
         (lambda: build_probe({"mode": "dnn", "dnn_num_layers": 0}, **axes), "at least 1"),
+        (lambda: build_probe({"mode": "linear", "whiten": 0.3}, **axes), "set probe.standardize=true or whiten=null"),
         (lambda: build_probe({"mode": "quadratic"}, **axes), "valid here: linear, dnn"),
     ]
     for call, words in refused:

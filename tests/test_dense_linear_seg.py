@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from dense.contract import Grids, LabelMaps, soft_labels
-from dense.heads import Heads, Normalization, add_patch_gradients, patch_loss, pixel_loss
-from dense.linear_seg import linear_seg, split_images
+from dense.heads import Heads, Normalization, Recipe, add_patch_gradients, patch_loss, pixel_loss, share_target
+from dense.linear_seg import HeadFit, linear_seg, split_images
 from dense.logistic import Patches, fit_logistic, logistic_seg
 from errors import UserError
 
@@ -69,6 +69,33 @@ def test_selection_on_the_reported_split_is_said():
     assert {r.notes["selected_on"] for r in results} == {"reported"}
     mean = [float(r.metrics["miou"].value) for r in results if r.setting["layer"] == 3]
     assert sum(mean) / 2 == pytest.approx(results[-1].notes["selection_score"])
+
+
+@pytest.mark.parametrize("loss", ["patches", "pixels"])
+def test_how_a_fit_ended_is_told_by_the_images_kept_apart(loss):
+    features, labels = both()
+    known = {"batch_size": 8, "weight_decays": [0.0], "seeds": 2, "schedule": "constant", "loss": loss, "loss_size": 15}
+    last = lambda **options: [r.notes for r in linear_seg(features, labels, **known, **options) if r.setting["layer"] == 3][0]
+    slow, quick, wild = last(lrs=[1e-3], epochs=8), last(lrs=[0.1], epochs=24), last(lrs=[1e4], epochs=4)
+    assert slow["still_falling"] and slow["epochs_needed"] > slow["epochs"] == 8
+    assert not quick["still_falling"] and not quick["worse_than_constant"]
+    assert wild["worse_than_constant"]
+    published = linear_seg(features, labels, **known, lrs=[0.1], epochs=2, selection="reported")
+    assert all("still_falling" not in r.notes for r in published)  # no image is kept apart
+
+
+def test_the_held_out_loss_is_that_of_the_heads_and_of_the_class_shares():
+    grids, maps = planted()
+    recipe = Recipe([0.1], [0.0], 1, 8, "adam", 0.0, "constant", 1, 1.0, 0.0, 1.0)
+    fit = HeadFit(grids, maps, recipe, [0, 1], "standardize", 0.25, order_seed=0)
+    target = share_target(3)
+    tokens = grids.subset(fit.kept_apart).read(torch.arange(5))  # [L, B, h, w, D]
+    shares = soft_labels(maps.subset(fit.kept_apart).at(torch.arange(5), (15, 15)), (5, 5), 3)
+    expected = patch_loss(fit.heads(fit.norm(tokens)), shares) / shares.sum()
+    torch.testing.assert_close(fit.held_out_loss(target)[:, 0].float(), expected.detach())
+    fitted = soft_labels(maps.subset(fit.fitted_on).at(torch.arange(15), (15, 15)), (5, 5), 3).sum((0, 1, 2)) + 0.5
+    constant = -(shares.sum((0, 1, 2)) * (fitted / fitted.sum()).log()).sum() / shares.sum()
+    torch.testing.assert_close(fit.held_out_loss(target, constant=True).float(), constant.expand(2, 1, 2))
 
 
 def test_losses_equal_their_definitions():

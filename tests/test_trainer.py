@@ -11,6 +11,7 @@ from samples import planted_sample
 
 import pairs.task
 import trainer
+from activation import StackedTokens
 from controls import Subject, constant_loss
 from errors import UserError
 from pairs.task import check_samples, task_maker
@@ -378,6 +379,17 @@ def test_statistics_are_those_of_the_valid_tokens() -> None:
     x = sample.tokens.gather(torch.arange(5), None)[:, :, :4].flatten(1, 2)
     torch.testing.assert_close(mean, x.mean(1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(std, x.std(1, correction=0), atol=1e-5, rtol=1e-5)
+
+
+def test_correlation_is_that_of_the_channels() -> None:
+    sample = planted_sample(n_images=5, n_tokens=9)
+    x = sample.tokens.gather(torch.arange(5), None)  # [L, M, T, D]
+    x[..., 0] = 3.0
+    sample = sample._replace(tokens=StackedTokens.from_tensor(x, sample.tokens.layers))
+    found = trainer.token_correlation(sample, sample.tokens.layers[::-1], batch_size=2).flip(0)
+    expected = torch.stack([tokens.mT.corrcoef() for tokens in x[..., 1:].flatten(1, 2)])
+    torch.testing.assert_close(found[:, 1:, 1:], expected, atol=1e-5, rtol=1e-5)
+    assert not found[:, 0].any() and not found[:, :, 0].any()  # a constant channel
 
 
 def test_tokens_of_a_visit_are_redrawn_in_training_and_fixed_in_evaluation() -> None:
