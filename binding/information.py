@@ -72,12 +72,19 @@ def _ratio(part: Estimate, whole: Estimate) -> Estimate:
     return Estimate(value, (part.influence - value[:, None] * whole.influence) / whole.value)
 
 
+def found_nothing(values: Mapping[str, float]) -> bool:
+    """Whether the bound I(Y;Z) >= H(Y) - L_Y is not above 0, which holds without any probe; its ratio then says nothing."""
+    return values.get("information_Y", math.inf) <= 0
+
+
 def suspicions(values: Mapping[str, float], feature_entropy: float | None) -> list[str]:
     """What makes a binding ratio doubtful, a sentence each; nothing is clipped."""
     sentences = []
     if values["ratio"] > 1:
         sentences.append("ratio above 1, the F probe reads less of the features than the Y probe does")
-    if values["ratio"] < 0:
+    if found_nothing(values):
+        sentences.append("no information about the objects found, the prior of Y alone needs no more bits than the Y probe")
+    elif values["ratio"] < 0:
         sentences.append("ratio below 0, the Y probe knows less of the objects than the F probe and the prior of Y imply")
     if feature_entropy and values["information_F"] < WEAK * feature_entropy:
         sentences.append(f"weak F probe, it reads less than {WEAK:.0%} of H(F), so binding information may be inflated")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from binding.information import suspicions
+from binding.information import found_nothing, suspicions
 from controls import PROBE_ROW
 from metrics.bootstrap import mean_over_seeds
 from show.choice import best_layer
@@ -18,6 +18,7 @@ SHOWN = {
     "binding_information": "binding inf.", "ratio": "ratio",
 }  # fmt: skip
 RATIO = Column("binding", "", "images", "ratio", "binding ratio")  # the headline, by which layers are chosen
+NOTHING = "∅"  # behind a layer whose probe reads less than the prior alone says
 CONDITIONAL = {"lower_bound": "lower bound", "ratio_lower": "ratio ≥"}
 
 
@@ -40,7 +41,8 @@ def split_table(rows: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]]
 
 
 def information_table(results: Sequence[ProbeResult], resampling: Resampling, *, conditional: bool) -> str:
-    """Every row and layer; ± is half of the 95 % interval, * the layer of the best ratio on validation, of each row.
+    """Every row and layer; ± is half of the 95 % interval, * the layer of the best ratio on validation, of each row,
+    ∅ that nothing was found there.
 
     Below: what the numbers rest on, and what is doubtful.
     """
@@ -61,12 +63,14 @@ def information_table(results: Sequence[ProbeResult], resampling: Resampling, *,
                     cells.append(f"{float(means[key][index]):.{digits}f} ±{half:.{digits}f}")
                 else:
                     cells.append("–")
-            mark = "*" * (len(result.layers) > 1 and index == chosen) + marks(result, layer)
+            here = {key: float(values[index]) for key, values in means.items()}
+            mark = "*" * (len(result.layers) > 1 and index == chosen) + marks(result, layer) + NOTHING * found_nothing(here)
             body.append([row_label(result), f"{layer} {mark}".strip(), *cells])
-            for sentence in suspicions({key: float(v[index]) for key, v in means.items()}, subset.notes["H_F"]):
+            for sentence in suspicions(here, subset.notes["H_F"]):
                 doubts.setdefault(sentence, {}).setdefault(row_label(result), []).append(str(layer))
     table = format_table(["tokens and probe", "layer", *shown.values()], body)
-    return "\n".join([table, _basis(results), *_warnings(doubts, len(body)), *sentences(results)])
+    none = [f"{NOTHING} no information found: a constant answer is no worse"] if any(NOTHING in row[1] for row in body) else []
+    return "\n".join([table, _basis(results), *none, *_warnings(doubts, len(body)), *sentences(results)])
 
 
 def _basis(results: Sequence[ProbeResult]) -> str:

@@ -22,15 +22,17 @@ from torch import Tensor
 TOLERANCE = 0.01  # of the loss of the constant answer
 SHARE = 0.25  # of the epochs that count as the last ones, at least 4 of them
 NOISE = 2.5  # standard errors of a fall that noise rarely makes
+FARTHEST = 4  # times the epochs seen: no curve says how it goes on beyond, least of all one whose rate fell to zero
 SHORTEST = 4  # epochs; fewer show nothing
 
 
 class Convergence(NamedTuple):
     """How fits ended.
 
-    still_falling: bool [S, L]. epochs: int64 [S, L], after which as many again would bring less than the tolerance; 0 where
-    that cannot be known (fewer than `SHORTEST` epochs). gain: float64 [S, L], by how much as many epochs again would lower the
-    loss. worse_than_constant: bool [S, L], the best loss is above the constant answer's.
+    still_falling: bool [S, L]. epochs: int64 [S, L], after which as many again would bring less than the tolerance, at most
+    `FARTHEST` times those seen; 0 where that cannot be known (fewer than `SHORTEST` epochs). gain: float64 [S, L], by how much
+    as many epochs again would lower the loss. worse_than_constant: bool [S, L], the best loss is above the constant answer's by
+    more than the tolerance (a control that knows nothing may end a little above it by chance).
     """
 
     still_falling: Tensor
@@ -54,7 +56,7 @@ def judge(val_loss: Tensor, constant: Tensor) -> Convergence:
             curve = val_loss[:, s, layer].double()
             curve = curve[curve == curve]
             tolerance = TOLERANCE * float(constant[s])
-            worse[s, layer] = float(curve.min()) > float(constant[s])
+            worse[s, layer] = float(curve.min()) > float(constant[s]) + tolerance
             falling[s, layer], epochs[s, layer], gain[s, layer] = judge_curve(curve, tolerance)
     return Convergence(falling, epochs, gain, worse)
 
@@ -82,7 +84,7 @@ def judge_curve(curve: Tensor, tolerance: float) -> tuple[bool, int, float]:
     matters = gain > tolerance and float(newer) - gain < float(curve.min())
     if not (real and matters):
         return False, n, gain
-    return True, math.ceil(n * gain / tolerance), gain
+    return True, min(math.ceil(n * gain / tolerance), FARTHEST * n), gain
 
 
 def solved(converged: Tensor, val_loss: Tensor, constant: Tensor) -> Convergence:
@@ -92,4 +94,4 @@ def solved(converged: Tensor, val_loss: Tensor, constant: Tensor) -> Convergence
         converged: bool [S, L]. val_loss: [S, L]. constant: [S].
     """
     zeros = torch.zeros(converged.shape, dtype=torch.int64)
-    return Convergence(~converged, zeros, zeros.double(), val_loss > constant[:, None])
+    return Convergence(~converged, zeros, zeros.double(), val_loss > (1 + TOLERANCE) * constant[:, None])

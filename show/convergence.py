@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from metrics.convergence import FARTHEST
 from tasks import FitReport, ProbeResult
 
 MARKS = {"still_falling": "↓", "worse_than_constant": "!"}  # behind a layer in a table
@@ -38,7 +39,8 @@ def _remedy(falling: Iterable[FitReport], key: str) -> str:
     needed = max(fit.epochs_needed for fit in falling)
     if needed == 0:
         return f"too few epochs to tell how many would do; try {key}={4 * max(fit.epochs for fit in falling)}"
-    return f"about {needed} epochs would do ({key}={needed})"
+    far = any(fit.epochs_needed == needed == FARTHEST * fit.epochs for fit in falling)
+    return f"{'at least' if far else 'about'} {needed} epochs {'are needed' if far else 'would do'} ({key}={needed})"
 
 
 def _places(results: Sequence[ProbeResult], ending: str) -> str:

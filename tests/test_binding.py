@@ -282,6 +282,9 @@ def test_what_is_doubtful_is_flagged_and_not_clipped() -> None:
     above = suspicions({"ratio": 1.06, "information_F": 6.0}, 7.0)
     weak = suspicions({"ratio": 0.5, "information_F": 1.0}, 7.0)
     assert len(above) == len(weak) == 1 and "above 1" in above[0] and "weak F probe" in weak[0]
+    below = {"ratio": -0.1, "information_F": 6.5}
+    nothing, (implied,) = (suspicions(below | {"information_Y": bits}, None) for bits in (-0.4, 0.2))
+    assert len(nothing) == 1 and "no information about the objects found" in nothing[0] and "ratio below 0" in implied
     assert suspicions({"ratio": -0.1, "information_F": 6.5}, None) and not suspicions({"ratio": 0.9, "information_F": 6.5}, 7.0)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metrics.convergence import NOISE, SHORTEST, TOLERANCE, judge, judge_curve, solved
+from metrics.convergence import FARTHEST, NOISE, SHORTEST, TOLERANCE, judge, judge_curve, solved
 
 
 def verdict(curve: Tensor, constant: float = 2.0) -> tuple[bool, int]:
@@ -50,6 +50,10 @@ def test_a_curve_that_rises_again_has_converged() -> None:
     assert not verdict(falling_far_above_its_best)[0]
 
 
+def test_no_more_epochs_are_named_than_a_curve_can_tell_of() -> None:
+    assert verdict(10 - epochs(12) / 2) == (True, FARTHEST * 12)
+
+
 @pytest.mark.parametrize("start", [10, 30])
 def test_the_epochs_that_would_do_are_those_of_a_curve_that_falls_like_one_over_the_epochs(start: int) -> None:
     curve = lambda n: 1 + 3 / epochs(n)
@@ -71,8 +75,8 @@ def test_too_few_epochs_show_nothing() -> None:
 
 
 def test_a_probe_that_loses_to_a_constant_answer_is_named() -> None:
-    curves = torch.tensor([[0.9, 3.0], [0.8, 2.5], [0.8, 2.4], [0.8, 2.4]])[:, None]  # [E, 1, L]
-    assert judge(curves, torch.tensor([1.0])).worse_than_constant.tolist() == [[False, True]]
+    curves = torch.tensor([[0.9, 3.0, 2.0], [0.8, 2.5, 1.005], [0.8, 2.4, 1.005], [0.8, 2.4, 1.005]])[:, None]  # [E, 1, L]
+    assert judge(curves, torch.tensor([1.0])).worse_than_constant.tolist() == [[False, True, False]]  # a hair is none
 
 
 def test_epochs_after_the_stop_do_not_count() -> None:
