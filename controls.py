@@ -8,6 +8,7 @@
     cosine           cosine similarity of the tokens, only a threshold is fitted
     dot_product      dot product of the tokens, only a threshold is fitted
     shuffled         a control task, no rival: the probe on identities shuffled between objects; its gain is the selectivity
+    blind            codes: the probe on tokens that are all zero: what it reads of a code from the bits before alone
 
 The majority rate is part of every subset's numbers. A control is fitted, selected and scored by the code that handles
 the probe, on the same images and patches. Adding one: a function and one line in CONTROLS.
@@ -36,6 +37,8 @@ PROBE_ROW = "probe"  # the row of a run that has one
 NO_NUMBER = ("stack_gb", "checkpoint_seconds")
 # The seed of a fit that starts from nothing random (a threshold, a table of labels): another one would give the same fit.
 NOTHING_RANDOM = [0]
+BLIND_LAYER = "none"  # what the one layer of `blind` is called
+FEWEST_TOKENS = 3  # that every probe of a code takes: a class token and two patches
 
 
 class Subject(NamedTuple):
@@ -258,6 +261,23 @@ def dot_product(opened: Opened) -> Subject | None:
     return _similarity("dot_product", opened)
 
 
+def blind(opened: Opened) -> Subject | None:
+    """The probe of a code on tokens of zeros: how well this kind of probe knows the prior, from each bit after those before.
+
+    What a probe needs fewer bits for than this one is what it can use of the tokens (predictive V-information, Xu et al., ICLR
+    2020), also where it knows the prior too little for the bound H(Y) - L_Y to be above 0. None where no codes are read.
+    """
+    if any("object_code" not in sample.labels for sample in opened.samples.values()):
+        return None
+    coded = {}
+    for split, sample in opened.samples.items():
+        _, _, n_tokens, dim = sample.tokens.shape
+        n_tokens = min(n_tokens, FEWEST_TOKENS)
+        read = lambda images, n_tokens=n_tokens, dim=dim: torch.zeros(1, len(images), n_tokens, dim)
+        coded[split] = sample._replace(tokens=MadeTokens(read, BLIND_LAYER, len(sample.keys), f"{n_tokens} x {dim} zeros"))
+    return opened.subject("blind", coded)
+
+
 def shuffled(opened: Opened) -> Subject | None:
     """A control task (Hewitt and Liang, EMNLP 2019): the probe fitted and scored on identities that mean nothing.
 
@@ -300,6 +320,7 @@ CONTROLS: dict[str, Callable[[Opened], Subject | None]] = {
     "pixels_position": pixels_position,
     "random": random,
     "class_oracle": class_oracle,
+    "blind": blind,
     "cosine": cosine,
     "dot_product": dot_product,
     CONTROL_TASK: shuffled,

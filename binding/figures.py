@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from binding.tables import CONTROL_LABELS
+from controls import BLIND_LAYER
 from files import write_atomically
 from show.style import BLUE, FALLING, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE, layer_places, note_below, png_bytes
 
@@ -37,7 +38,8 @@ def draw_layer_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[Sequen
     """
     columns = [c for c in columns if any(row["metric"] == c[3] for row in rows)][:N_PANELS]
     names = list(dict.fromkeys((row["row"], row["control"]) for row in rows))
-    layers = layer_places(sorted({row["layer"] for row in rows}, key=lambda layer: -1 if layer == "embed" else int(layer)))
+    by_depth = lambda layer: -1 if layer == "embed" else int(layer)
+    layers = layer_places(sorted({row["layer"] for row in rows} - {BLIND_LAYER}, key=by_depth))
     across, down = min(len(columns), 2), math.ceil(len(columns) / 2)
     below = math.ceil(len(names) / 2)  # lines of the legend
     with matplotlib.rc_context(STYLE):
@@ -71,18 +73,22 @@ def _draw_line(
     rows = sorted(rows, key=lambda row: row["layer_index"])
     spread = min(0.24, 0.08 * max(1, len(layers) - 1))  # about as wide on paper for few layers as for many
     apart = spread / max(1, len(names) - 1) * (number - (len(names) - 1) / 2)  # so that no interval hides another
-    x = [layers[row["layer"]] + apart for row in rows]
+    if [row["layer"] for row in rows] == [BLIND_LAYER]:  # the same at every depth
+        rows, x = [rows[0], rows[0]], [min(layers.values()), max(layers.values())]
+    else:
+        x = [layers[row["layer"]] + apart for row in rows]
     value = [row["value"] for row in rows]
     error = [[row["value"] - row["low"] for row in rows], [row["high"] - row["value"] for row in rows]]
     row, control = names[number]
     of_rows = list(dict.fromkeys(name for name, _ in names))
     color = COLORS[of_rows.index(row) % len(COLORS)]
-    style = {"": "-", "random": "--"}.get(control, ":")
+    style = {"": "-", "random": "--", "blind": "-."}.get(control, ":")
     parts = (row if not control or len(of_rows) > 1 else "", CONTROL_LABELS.get(control, control))
     falling = [i for i, row in enumerate(rows) if row.get("still_falling")]
     label = ", ".join(part for part in parts if part).replace("_", " ") + " ↓" * bool(falling)
     axes.plot([x[i] for i in falling], [value[i] for i in falling], FALLING, color=color, mfc="white", ms=7, zorder=4)
-    axes.errorbar(x, value, error, color=color, ls=style, marker="o", ms=4, capsize=2, lw=1.4, elinewidth=0.9, label=label)
+    dot = "" if control == "blind" else "o"
+    axes.errorbar(x, value, error, color=color, ls=style, marker=dot, ms=4, capsize=2, lw=1.4, elinewidth=0.9, label=label)
     ringed = [i for i, row in enumerate(rows) if row.get("chosen")]  # the layer chosen on validation
     axes.plot([x[i] for i in ringed], [value[i] for i in ringed], "o", ms=8, mfc="none", mec=color, mew=1.0)
 

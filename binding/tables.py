@@ -12,7 +12,7 @@ from show.records import Column, Resampling, mean_interval
 from show.text import format_table
 from tasks import ProbeResult
 
-CONTROL_LABELS = {"random": "random weights", "pixels": "raw pixels"}
+CONTROL_LABELS = {"random": "random weights", "pixels": "raw pixels", "blind": "nothing to read"}
 SHOWN = {
     "loss_Y": "L_Y", "loss_F": "L_F", "information_Y": "I(Y;Z)", "information_F": "I(F;Z)",
     "binding_information": "binding inf.", "ratio": "ratio",
@@ -64,12 +64,14 @@ def information_table(results: Sequence[ProbeResult], resampling: Resampling, *,
                 else:
                     cells.append("–")
             here = {key: float(values[index]) for key, values in means.items()}
-            mark = "*" * (len(result.layers) > 1 and index == chosen) + marks(result, layer) + NOTHING * found_nothing(here)
+            mark = "*" * (len(result.layers) > 1 and index == chosen) + marks(result, layer)
+            mark += NOTHING * (found_nothing(here) and result.control != "blind")  # that one reads nothing on purpose
             body.append([row_label(result), f"{layer} {mark}".strip(), *cells])
-            for sentence in suspicions(here, subset.notes["H_F"]):
+            for sentence in suspicions(here, subset.notes["H_F"]) if result.control != "blind" else ():
                 doubts.setdefault(sentence, {}).setdefault(row_label(result), []).append(str(layer))
     table = format_table(["tokens and probe", "layer", *shown.values()], body)
-    none = [f"{NOTHING} no information found: a constant answer is no worse"] if any(NOTHING in row[1] for row in body) else []
+    marked = any(NOTHING in row[1] for row in body)
+    none = [f"{NOTHING} no information found: the prior of Y, without any image, does as well"] * marked
     return "\n".join([table, _basis(results), *none, *_warnings(doubts, len(body)), *sentences(results)])
 
 

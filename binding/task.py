@@ -48,7 +48,7 @@ from tasks import Batch, Collector, ProbeResult, SubsetResult, Task, check_rank,
 LADDER = "ladder"
 LABELS = {"Y": ("object_code",), "F": ("feature_code",), "Y_given_F": ("feature_code", "object_code")}
 NAME = re.compile(r"[\w=+-][\w .=+-]*")  # of a row of the ladder
-CONTROLS = ("pixels", "random")  # those that mean something for whole images
+CONTROLS = ("pixels", "random", "blind")  # those that mean something for whole images
 COLUMNS = [RATIO] + [
     Column("binding", "", "images", metric, title)
     for metric, title in (

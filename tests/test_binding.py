@@ -31,7 +31,7 @@ from binding.task import (
     parts_of,
     report_splits,
 )
-from controls import Opened, Subject, pixels
+from controls import Opened, Subject, blind, pixels
 from datasets.clevr import VALUES
 from datasets.codes import Groups
 from datasets.priors import uniform_up_to
@@ -294,7 +294,7 @@ TINY = [
     "model.kwargs={img_size: 48, patch_size: 16, embed_dim: 16, depth: 2, num_heads: 2}", "model.pretrained=false",
     "model.layers=[embed,-1]",
     "dataset.image_size=48", "dataset.obj_size=8", "dataset.n_train=48", "dataset.n_val=16", "dataset.n_test=24",
-    "trainer.epochs=2", "trainer.batch_images=16", "trainer.checkpoint_seconds=0", "threads=1", "controls=none",
+    "trainer.epochs=2", "trainer.batch_images=16", "trainer.checkpoint_seconds=0", "threads=1", "controls=[blind]",
 ]  # fmt: skip
 
 
@@ -369,9 +369,29 @@ def test_eval_scores_the_run_again(default_run: Run, tmp_path: Path) -> None:
         {key(r): r["metrics"] for r in read_records(folder / "metrics.jsonl") if r["kind"] == "score"}
         for folder in (default_run.dir, run.dir)
     )
+    before = {name: metrics for name, metrics in before.items() if not name[0].endswith("/blind")}
     assert before.keys() == after.keys()
     for name in before:
         assert after[name] == pytest.approx(before[name], abs=1e-6)
+
+
+def test_a_probe_that_reads_nothing_stands_beside_every_row(default_run: Run) -> None:
+    scores = [r for r in read_records(default_run.dir / "metrics.jsonl") if r["kind"] == "score" and r["control"] == "blind"]
+    found = {(r["name"], r["layer"]): r["metrics"] for r in scores if r["seed"] == "mean"}
+    names = [f"{row}/blind" for row in ("cls-quadratic_concat", "mean_spatial-quadratic_concat", "all-attention_quadratic")]
+    assert list(found) == [(name, "none") for name in names]
+    assert found[names[0], "none"] == found[names[1], "none"]  # zeros are zeros, of whatever tokens
+    table = (default_run.dir / "log.txt").read_text()
+    assert "cls quadratic_concat, nothing to read" in table and "∅ no information found" in table
+
+
+def test_tokens_of_the_blind_control_say_nothing() -> None:
+    samples = grid_samples("Y", 2)
+    subject = blind(Opened(configure("probe.mode=quadratic_concat"), samples))
+    tokens = subject.samples["train"].tokens
+    assert tokens.layers == ["none"] and not tokens.gather(torch.arange(3)).any() and len(subject.seeds) == 1
+    plain = {split: sample._replace(labels={}) for split, sample in samples.items()}
+    assert blind(Opened(configure("probe.mode=quadratic_concat"), plain)) is None  # objects are not read bit by bit
 
 
 def test_rows_of_a_ladder_have_labels_of_their_own() -> None:
