@@ -19,10 +19,10 @@ from runs.conclusion import TABLE
 from runs.finished import check_fit, read_config
 from runs.run import checkpoint_files
 from runs.validity import refuse_other_layer, refuse_other_use, refuse_standardised
-from show.records import Column
+from show.records import ENDINGS, Column
 
 NO_PROBES = "it is no run of probes, is unfinished or of an earlier version; look at its log.txt, or repeat its command"
-NUMBERS = {"value", "low", "high", "p", "p_holm", "auroc", "influence", "n_pairs", "n_positive"}
+NUMBERS = {"value", "low", "high", "p", "p_holm", "auroc", "influence", "n_pairs", "n_positive", "n"}
 
 
 def rows_of(directory: Path) -> list[dict[str, Any]]:
@@ -35,6 +35,7 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
     for row in rows:
         row["layer_index"] = int(row["layer_index"])
         row |= {"kind": row.get("kind", "score"), "chosen": row.get("chosen") == "1"}  # runs of before have neither
+        row |= {ending: row.get(ending) == "True" for ending in ENDINGS}
     return rows
 
 

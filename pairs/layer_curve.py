@@ -10,7 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from errors import UserError
 from files import write_atomically
+from pairs.finished import rows_of
 from show.style import (
     BLUE,
     BROWN,
@@ -30,6 +32,7 @@ from show.style import (
 
 LINES = {
     "probe": ("probe", BLUE, "-"),
+    "source": ("the run, on test", "#222222", "--"),  # mode=eval
     "random": ("random weights", RED, "-"),
     "position": ("position only", GREEN, "--"),
     "pixels": ("raw pixels", PINK, "--"),
@@ -89,7 +92,7 @@ def _draw_panel(axes: Axes, rows: Sequence[Mapping], majority: Sequence[Mapping]
         return
     in_order = sorted(series.get("probe", rows), key=lambda row: row["layer_index"])
     layers = layer_places(row["layer"] for row in in_order)
-    names = sorted(series, key=lambda name: (name == "probe", name))  # the probe lies on top
+    names = sorted(series, key=lambda name: (name == "probe", name == "source", name))  # the probe lies on top
     ends = [_draw_series(axes, name, series[name], layers) for name in names]
     base = majority[0]["value"] if metric.startswith("accuracy") and majority else 0.5 if metric == "auroc" else None
     if base is not None:
@@ -175,6 +178,20 @@ def _apart(values: Sequence[float], gap: float) -> list[float]:
             at += 1
     places = {i: span(group)[0] + n * gap for group in groups for n, i in enumerate(group)}
     return [places[i] for i in range(len(values))]
+
+
+def source_rows(source: Path | None) -> list[dict[str, Any]]:
+    """The scores of a finished run that is scored again, to be drawn beside the new ones; its probe is called "source".
+
+    None where no run is looked at, or where it holds none.
+    """
+    if source is None:
+        return []
+    try:
+        rows = [row for row in rows_of(source) if row["kind"] == "score"]
+    except UserError:  # of an earlier version: the new scores stand alone
+        return []
+    return [{**row, "name": "source" if row["name"] == "probe" else row["name"]} for row in rows]
 
 
 def write_layer_curve(

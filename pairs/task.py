@@ -9,6 +9,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -425,10 +426,12 @@ def check_loaded(probe: Probe, fitted: DictConfig, sample: PatchSample) -> None:
 def show(results: Sequence[ProbeResult], cfg: DictConfig, run: Run, resampling: Resampling, split: str) -> dict[str, Any]:
     """Write the layer curve as table and figure, print the table."""
 
-    def draw(*figure: Any) -> None:
-        from pairs.layer_curve import write_layer_curve  # here: nothing waits for matplotlib but the figure
+    def draw(rows: list[dict], columns: Sequence[Column], path: Path, about: str) -> None:
+        from pairs.layer_curve import source_rows, write_layer_curve  # here: nothing waits for matplotlib but the figure
 
-        write_layer_curve(*figure)
+        beside = source_rows(run.source)
+        more = f"\nprobe: on {split}; beside it, as they were: the run and its controls on test" if beside else ""
+        write_layer_curve([*rows, *beside], columns, path, about + more)
 
     questions = {subset.question for subset in results[0].subsets}
     shown = columns(cfg.task, cfg.protocol.pairs.accuracy, questions)

@@ -80,13 +80,13 @@ def difference_text(found: Difference | None) -> str:
 
 
 def control_text(row: RunRow, key: Key) -> str:
-    """The highest score of a control at any of its layers, and its name; a control task is no rival."""
-    scores = [
-        (cell.value, name)
-        for name, curves in row.controls.items()
-        for cell in curves.get(key, ())
-        if name.rpartition("/")[2] != CONTROL_TASK and not math.isnan(cell.value)
-    ]
+    """The highest score of a control at any of its layers, and its name.
+
+    A control task is no rival, and the oracle of classes is none where classes are asked about.
+    """
+    no_rivals = [CONTROL_TASK, *(["class_oracle"] if "class" in key[0] else [])]
+    of_rivals = {name: curves.get(key, ()) for name, curves in row.controls.items() if name not in no_rivals}
+    scores = [(cell.value, name) for name, cells in of_rivals.items() for cell in cells if not math.isnan(cell.value)]
     if not scores:
         return ""
     value, name = max(scores)

@@ -60,7 +60,7 @@ def _main(table: Table) -> str:
     """Scores at chosen layers; the highest control and the difference from the reference stand under each."""
     rows = []
     for index, (row, label) in enumerate(zip(table.rows, table.labels, strict=True)):
-        name = _text(label) + (" <em>reference</em>" if index == table.reference and len(table.rows) > 1 else "")
+        name = _name(label) + (" <em>reference</em>" if index == table.reference and len(table.rows) > 1 else "")
         cells = [f"<td>{name}</td>"]
         for key in table.columns:
             moved = difference_text(table.difference(index, key))
@@ -74,7 +74,7 @@ def _main(table: Table) -> str:
 def _cell(text: str, row: RunRow, column: int, under: str = "", value: float | None = None) -> str:
     """A cell; a score carries its command, and the number it is sorted by."""
     if column == 0:
-        return f"<td>{_text(text)}</td>"
+        return f"<td>{_name(text)}</td>"
     sort = "" if value is None else f' data-value="{value!r}"'
     return f'<td title="{_text(row.command)}"{sort}>{_text(text)}{under}</td>'
 
@@ -101,6 +101,11 @@ def score_map(directory: Path) -> bytes | None:
 
 def _data(kind: str, content: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _name(text: str) -> str:
+    """A name that may be broken after an underscore."""
+    return _text(text).replace("_", "_<wbr>")
 
 
 def _text(text: str) -> str:

@@ -136,10 +136,12 @@ def curve_rows(run: Run, results: Sequence[ProbeResult], split: str) -> list[dic
     Those of the split that is scored; folds have records of their own.
 
     kind "score": a row per result, layer, subset and metric, mean over seeds with interval; `chosen` is 1 at the layer
-    chosen on validation. kind "gain": a row per control (`name`) and layer of its probe, the probe's score minus that of the
-    control at `over_layer`, paired over images, with its p-value and the one corrected over layers.
+    chosen on validation, `n` how many images it is a score of. kind "gain": a row per control (`name`) and layer of its probe,
+    the probe's score minus that of the control at `over_layer`, paired over images, with its p-value and the one corrected
+    over layers.
     """
     rows, number = [], lambda value: math.nan if value is None else value
+    about = {"model": run.identity["model"], "data": run.identity["dataset"], "probe": run.identity["probe"]}
     names = {result.name for result in results}
     found = [r for r in read_records(run.dir / "metrics.jsonl", run.say) if r.get("name") in names and r.get("split") == split]
     chosen = {
@@ -147,10 +149,13 @@ def curve_rows(run: Run, results: Sequence[ProbeResult], split: str) -> list[dic
         for r in found
         if r["kind"] == "choice"
     }  # fmt: skip
+    scores = [record for record in found if record["kind"] == "score"]
+    n_images = {(record["row"], *(record[key] for key in SUBSET)): record["n_images"] for record in scores}
     for record in found:
         if record["kind"] not in ("score", "gain") or record.get("seed", "mean") != "mean":
             continue
-        common = {key: record[key] for key in ("kind", "name", "row", "control", "layer", "layer_index", *SUBSET)}
+        common = about | {key: record[key] for key in ("kind", "name", "row", "control", "layer", "layer_index", *SUBSET)}
+        common["n"] = n_images.get((record["row"], *(record[key] for key in SUBSET)), "")
         if record["kind"] == "gain":
             low, high = map(number, record["interval"])
             ends = {"metric": record["metric"], "value": number(record["value"]), "low": low, "high": high}

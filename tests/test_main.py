@@ -1,9 +1,11 @@
 """Every mode from its command to its files, on a two-block backbone; what one mode leaves is what the next one reads."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ import options
 from backbones.timm_vit import TimmViT
 from datasets.scene import build
 from errors import UserError
+from pairs.layer_curve import write_layer_curve
 from runs.adopt import adopt
 from runs.run import Run, read_config
 
@@ -130,8 +133,16 @@ def test_extract_fills_the_cache_once(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_eval_reproduces_the_recorded_numbers(folder: Path, trained: Finished) -> None:
-    again = run(folder, "mode=eval", f"run={trained.dir}", "wandb.mode=disabled")
+    with mock.patch("pairs.layer_curve.write_layer_curve", wraps=write_layer_curve) as drawn:
+        again = run(folder, "mode=eval", f"run={trained.dir}", "wandb.mode=disabled")
     assert again.dir != trained.dir and again.objective == trained.objective
+    rows = [row for row in drawn.call_args.args[0] if row["metric"] == "auroc"]  # the figure shows the run and its controls too
+    assert {row["name"] for row in rows} == {"probe", "source"} | {r["name"] for r in trained.records() if r.get("control")}
+    values = {name: [row["value"] or float("nan") for row in rows if row["name"] == name] for name in ("probe", "source")}
+    assert values["probe"] == pytest.approx(values["source"], nan_ok=True)
+    with open(again.dir / "layers.csv", newline="") as file:
+        first = next(csv.DictReader(file))
+    assert (first["model"], first["data"], first["probe"], first["n"]) == ("demo_vit", "scenes", "quadratic", "8")
     assert scores(again) == scores(trained)  # names, values, intervals, distance bins: equal to the last digit
     assert {r["mode"] for r in again.records()} == {"eval"}
 
