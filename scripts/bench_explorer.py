@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from browser import CHROMIUM, Page, open_browser
 from hydra import compose, initialize_config_dir
 
+from errors import UserError
 from pairs.encode import EncodedScene, FittedRun, encode_scene, open_fitted_run
 from pairs.explorer import explorer_page
 from pairs.maps import choose_anchor
@@ -138,4 +139,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:  # there is no run, or none that can be shown
+        sys.exit(f"error: {error}")

@@ -41,6 +41,8 @@ def main() -> None:
     options = options.parse_args()
     if CHROMIUM is None:
         sys.exit("no chromium here; install it (Debian: apt-get install chromium)")
+    if not options.page.is_file():
+        sys.exit(f"error: {options.page} is no file; make one with python main.py mode=vis")
     with tempfile.TemporaryDirectory() as folder, open_browser(Path(folder)) as tab:
         files = take(tab, options.page.resolve(), options.out)
         wrong = tab.complaints() + tab.fetched()
