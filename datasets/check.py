@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,8 +224,11 @@ def _same(item: Any) -> Any:
     return item
 
 
-def run(cfg: Any, run: Any) -> dict[str, Any]:
-    """Entry of mode=check_data: table on the terminal, `check_data.json` in the run directory, a record per split.
+def run(cfg: Any, run: Any, table: Callable[[Sequence[str], Sequence[Sequence[str]]], str]) -> dict[str, Any]:
+    """Count all splits: table on the terminal, `check_data.json` in the run directory, a record per split.
+
+    Args:
+        table: makes a text of a header and rows.
 
     Raises:
         UserError: at the end, when something is wrong and `dataset.on_error` is raise; at once, when no split can be
@@ -246,7 +249,8 @@ def run(cfg: Any, run: Any) -> dict[str, Any]:
     write_atomically(path, json.dumps({"splits": facts, "keys_in_two_splits": shared}, indent=1) + "\n")
     for split in SPLITS:
         run.write(_record(split, facts[split]))
-    for line in [*format_splits(facts), *format_remarks(facts, shared, path)]:
+    run.say(table(list(COLUMNS), [[split, *(_cell(name, facts[split]) for name in COLUMNS[1:])] for split in facts]))
+    for line in format_remarks(facts, shared, path):
         run.say(line)
     unreadable = [entry for split in SPLITS for entry in facts[split].get("unreadable", ())]
     if cfg.dataset.get("on_error", "raise") == "raise":
@@ -278,14 +282,6 @@ def _record(split: str, facts: dict[str, Any]) -> dict[str, Any]:
     brief = {name: value for name, value in facts.items() if name not in ("unreadable", "remarks", "fingerprint")}
     faults = {name: len(facts.get(name, ())) for name in ("unreadable", "remarks")}
     return {"kind": "check_data", "split": split, "block": block, **brief, **faults}
-
-
-def format_splits(facts: dict[str, dict[str, Any]]) -> list[str]:
-    """The table of the splits, a line each."""
-    rows = [list(COLUMNS), *([split, *(_cell(name, facts[split]) for name in COLUMNS[1:])] for split in facts)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ([cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
-    return ["  ".join([cells[0].strip().ljust(widths[0]), *cells[1:]]).rstrip() for cells in lines]
 
 
 def _cell(column: str, facts: dict[str, Any]) -> str:

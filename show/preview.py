@@ -8,6 +8,7 @@ from errors import UserError
 from runs.progress import stage
 from runs.run import Run
 from show import look
+from show.text import format_table
 from store.index import build_dataset
 
 
@@ -17,7 +18,7 @@ def run(cfg: Any, run: Run) -> dict[str, Any]:
     Raises:
         UserError: as `datasets.check.run`; the sheet alone costs no check, what it cannot show is said.
     """
-    counted = check.run(cfg, run)
+    counted = check.run(cfg, run, format_table)
     dataset = build_dataset(cfg, str(cfg.show.split))
     if isinstance(dataset, CodeScenes):
         return counted

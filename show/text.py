@@ -1,20 +1,27 @@
 """Plain text for a terminal and for Markdown."""
 
+import textwrap
 from collections.abc import Sequence
 
 from machine import table_width
+
+FOLDED = 24  # characters; shorter names are not folded
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> str:
     """A plain text table: first column flush left, the others flush right.
 
-    Columns that do not fit beside each other stand in blocks under each other, each with the first column.
+    Columns that do not fit beside each other stand in blocks under each other, each with the first column; where even one
+    does not fit beside the first, the names in it are folded.
 
     Args:
         width: characters of a line; None: `report.width`.
     """
+    limit = table_width() if width is None else width
+    widest = max((len(str(row[i])) for row in (header, *rows) for i in range(1, len(header))), default=0)
+    rows = [line for row in rows for line in _folded(row, max(limit - 2 - widest, FOLDED))]
     widths = [max(len(str(row[i])) for row in (header, *rows)) for i in range(len(header))]
-    blocks = _blocks(widths, table_width() if width is None else width)
+    blocks = _blocks(widths, limit)
 
     def line(row: Sequence[str], columns: Sequence[int]) -> str:
         cells = [str(row[i]).ljust(widths[i]) if i == 0 else str(row[i]).rjust(widths[i]) for i in columns]
@@ -22,6 +29,15 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: in
 
     rule = ["-" * w for w in widths]
     return "\n\n".join("\n".join(line(row, columns) for row in (header, rule, *rows)) for columns in blocks)
+
+
+def _folded(row: Sequence[str], room: int) -> list[Sequence[str]]:
+    """A row whose first cell has more than `room` characters, in several; the values stand in the last."""
+    if len(str(row[0])) <= room:
+        return [row]
+    start = str(row[0])[: len(str(row[0])) - len(str(row[0]).lstrip())]
+    parts = textwrap.wrap(str(row[0]).strip(), room - len(start), subsequent_indent="  ", break_on_hyphens=False)
+    return [[start + part, *[""] * (len(row) - 1)] for part in parts[:-1]] + [[start + parts[-1], *row[1:]]]
 
 
 def _blocks(widths: Sequence[int], limit: int) -> list[list[int]]:

@@ -170,7 +170,7 @@ def _fill(
     say(
         f"{wanted.split}: {'extracting' if all_tokens is None else 'pooling'} {n_images} of {store.n_images} images × "
         f"{len(wanted.layers)} layers × {store.n_tokens} tokens × {store.dim} {wanted.cfg.cache.dtype}: "
-        f"{n_bytes / 1e9:.3f} GB to {store.directory}"
+        f"{n_bytes / 1e9:.3f} GB"
     )
     if all_tokens is None:
         chunks = _forward_chunks(wanted, store, todo, say)

@@ -12,6 +12,7 @@ from PIL import Image
 from datasets import check
 from datasets.scene import Scene, UnreadableScene, allow
 from errors import UserError
+from show.text import format_table
 
 CFGS = Path(__file__).parent.parent / "cfgs" / "dataset"
 
@@ -34,7 +35,7 @@ def check_data(tmp_path: Path, dataset: dict[str, Any], workers: int = 0) -> tup
     run, error = Recorder(tmp_path), None
     cfg = OmegaConf.create({"dataset": dataset, "cache": {"workers": workers}})
     try:
-        check.run(cfg, run)
+        check.run(cfg, run, format_table)
     except UserError as caught:
         error = caught
     path = tmp_path / "check_data.json"

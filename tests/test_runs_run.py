@@ -192,6 +192,10 @@ def test_wide_tables_stand_in_blocks() -> None:
     assert max(map(len, text.splitlines())) <= 30 and text.count("name") == 2 and text.count("1" * 10) == 1
     assert format_table(["name", *"xyz"], rows, width=60).count("name") == 1
     assert format_table(["name", "x"], [["a", "1" * 50]], width=20).splitlines()[-1].endswith("1" * 50)  # nothing is cut
+    name = "a name of many words that is too long"
+    folded = format_table(["run", "x"], [[name, "1" * 9], [f"  {name}", "2"]], width=40).splitlines()
+    assert folded[2:] == ["a name of many words that is", "  too long                    111111111",
+                          "  a name of many words that", "    is too long                       2"]  # fmt: skip
 
 
 def test_tables_are_flush() -> None:
