@@ -267,20 +267,22 @@ def token_statistics(sample: PatchSample, layers: Sequence, batch_size: int) -> 
     """
     index = [list(sample.tokens.layers).index(layer) for layer in layers]
     n_images = sample.tokens.shape[1]
-    valid = sample.valid
+    valid, count = sample.valid, 0.0
     total, square = torch.zeros(2, len(index), sample.tokens.shape[-1], dtype=torch.float64)
-    count = 0.0
+    # Near enough to the mean, so that sums of a batch in float32 lose nothing of the deviation.
+    shift = sample.tokens.gather(torch.arange(min(batch_size, n_images)), index).float().mean((1, 2))  # [L, D]
     for first in range(0, n_images, batch_size):
         images = torch.arange(first, min(first + batch_size, n_images))
-        weight = torch.ones(len(images), sample.tokens.shape[2]) if valid is None else valid[images]
-        weight = weight.flatten().to(torch.float64)  # [B T]
-        for row, layer in enumerate(index):  # one at a time: float64 copies of all layers at once are large
-            x = sample.tokens.gather(images, [layer])[0].flatten(0, 1).to(weight)  # [B T, D]
+        weight = torch.ones(len(images), sample.tokens.shape[2]) if valid is None else valid[images].float()
+        weight = weight.flatten()  # [B T]
+        for row, layer in enumerate(index):  # one at a time: copies of all layers at once are large
+            x = sample.tokens.gather(images, [layer])[0].flatten(0, 1).float() - shift[row]  # [B T, D]
             total[row] += weight @ x
             square[row] += weight @ x.square_()
         count += float(weight.sum())
     mean = total / count
     std = (square / count - mean.square()).clamp_min(0).sqrt()
+    mean += shift
     std = torch.where(std > 1e-6 * (1 + mean.abs()), std, torch.ones_like(std))
     return mean.float(), std.float()
 

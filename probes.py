@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
-from forms import FitAxes, Layer, Probe, SymmetricForm, pair_scores, project, sum_scores, token_scores
+from forms import FitAxes, Layer, Probe, SymmetricForm, pair_scores, project, sum_scores
 from runs.states import load_state
 
 
@@ -56,11 +56,12 @@ class Pairwise(Probe):
         """Prepared tokens x [L, B, T, D] against y [L, B, U, D] (None: x itself) -> float32 [S, L, B, T, U]."""
         raise NotImplementedError
 
-    def form_parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """What `pairs.form_loss` needs of a probe that scores x_i' (W + W') x_j / (2 sqrt D) + r_i + r_j.
+    def form_parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor] | None:
+        """What `pairs.form_loss` needs of a probe that scores x_i' (W + W') x_j / (2 sqrt D) + w.(x_i + x_j) + b.
 
         Returns:
-            prepared tokens [L, B, T, D], W [S, L, D, D] and r [S, L, B, T]; None for a probe of another form.
+            prepared tokens [L, B, T, D], W [S, L, D, D], w [S, L, D] (None: zero) and b [S, L]; None for a probe of another
+            form.
         """
         return None
 
@@ -121,11 +122,9 @@ class Quadratic(Pairwise):
         scores = SymmetricForm.apply(x, self.weight) if y is None else pair_scores(project(x, self.form()), y)
         return scores if self.linear is None else scores + sum_scores(x, y, self.linear)
 
-    def form_parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Pairwise`; each token carries half of the bias."""
-        x = self.prepare(x)
-        rows = (0.5 * self.bias)[:, :, None, None].expand(*self.bias.shape, *x.shape[1:3])
-        return x, self.weight, rows if self.linear is None else rows + token_scores(x, self.linear)
+    def form_parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """See `Pairwise`."""
+        return self.prepare(x), self.weight, self.linear, self.bias
 
 
 class QuadraticFixedRank(Pairwise):

@@ -1,7 +1,7 @@
 """The IsSameObject loss of symmetric forms: scores, loss and gradient in one pass that keeps to a processor's cache.
 
     pair_terms   how much every unordered pair of a batch weighs in the loss of each variant
-    form_bce     sum of the weighted binary cross-entropies of s_ij = x_i' (W + W') x_j / (2 sqrt D) + r_i + r_j
+    form_bce     sum of the weighted binary cross-entropies of s_ij = x_i' (W + W') x_j / (2 sqrt D) + w.(x_i + x_j) + b
 
 The scores of a stack, [S, L, B, T, T], are never stored. A fit scores some images, each unordered pair once; the gradient is
 written where the scores stood and goes through the second pair of products while all of it is still in the cache.
@@ -58,13 +58,6 @@ class PairGroup(NamedTuple):
         if self.tokens is None:
             return x
         return x.flatten(0, 1).index_select(0, self.tokens).view(len(self.weight), -1, *x.shape[2:])
-
-    def put(self, out: Tensor, x: Tensor) -> None:
-        """Write x [b, T'] to the group's places in `out` [B, T]."""
-        if self.tokens is None:
-            out.copy_(x)
-        else:
-            out.view(-1).index_copy_(0, self.tokens, x.flatten())
 
 
 class PairTerms(NamedTuple):
@@ -135,32 +128,37 @@ def _group(identity: Tensor, used: Tensor, places: Tensor | None, pairs: str) ->
     return PairGroup(None if places is None else places.flatten(), weight, weight * same, where)
 
 
-def form_bce(x: Tensor, weight: Tensor, rows: Tensor, terms: PairTerms, running: Tensor | None = None) -> Tensor:
-    """Loss of every fit over the pairs of a batch, differentiable by `weight` and `rows`.
+def form_bce(
+    x: Tensor, weight: Tensor, linear: Tensor | None, bias: Tensor, terms: PairTerms, running: Tensor | None = None
+) -> Tensor:
+    """Loss of every fit over the pairs of a batch, differentiable by the parameters of the form.
 
     Args:
         x: tokens [L, B, T, D], float32 or bfloat16; data, not differentiated.
         weight: W, float32 [S, L, D, D].
-        rows: r, float32 [S, L, B, T]: what a token adds to each of its pairs.
+        linear, bias: w, float32 [S, L, D] (None: zero), and b, float32 [S, L]; a token adds r_i = w.x_i + b / 2 to each of its
+            pairs.
         terms: of the batch; S is a multiple of its V variants, variant first.
         running: bool [S, L], the fits whose loss is wanted; that of the others is 0, and so are its gradients.
 
     Returns:
         [S, L] in nats.
     """
-    return _FormBCE.apply(x, weight, rows, terms, running, torch.is_grad_enabled() and weight.requires_grad)
+    return _FormBCE.apply(x, weight, linear, bias, terms, running, torch.is_grad_enabled() and weight.requires_grad)
 
 
 class _FormBCE(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, rows: Tensor, terms: PairTerms, running: Tensor | None, differentiate: bool
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, linear: Tensor | None, bias: Tensor, terms: PairTerms, running: Tensor | None,
+        differentiate: bool,
+    ) -> Tensor:  # fmt: skip
         loss = weight.new_zeros(weight.shape[:2])
-        gradients = tuple(t.new_zeros(t.shape) if differentiate else None for t in (weight, rows))
-        work = functools.partial(_fit_losses, x, weight.detach(), rows.detach(), terms, loss, *gradients)
-        fits = torch.ones_like(loss) if running is None else running
-        fits = [tuple(fit) for fit in fits.nonzero().tolist()]  # layer by layer of a fit, so that shares cost the same
+        parameters = tuple(None if p is None else p.detach() for p in (weight, linear, bias))
+        gradients = tuple(None if p is None else torch.zeros_like(p) for p in parameters) if differentiate else None
+        ctx.running = torch.ones_like(loss, dtype=torch.bool) if running is None else running
+        work = functools.partial(_fit_losses, x, parameters, terms, loss, gradients)
+        fits = ctx.running.nonzero().tolist()  # layer by layer of one fit, so that shares cost about the same
         if x.device.type == "cpu" and x.shape[-1] < WIDE:
             share_threads(work, fits)
         else:  # products of wide tokens, and a GPU, spread one fit over all there is
@@ -170,28 +168,33 @@ class _FormBCE(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, None, None, None]:
-        weight_grad, rows_grad = ctx.gradients
-        ctx.gradients = None  # they are scaled in place, so they serve once
-        if weight_grad is None:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None  # they are scaled in place, so they serve once
+        if gradients is None:
             raise RuntimeError("the loss of a form was computed without gradients and cannot be differentiated")
-        scaled = weight_grad.mul_(grad[..., None, None]), rows_grad.mul_(grad[..., None, None])
-        return None, *scaled, None, None, None
+        if not bool(((grad == 1) | ~ctx.running).all()):
+            for of_parameter in (g for g in gradients if g is not None):
+                of_parameter.mul_(grad.view(*grad.shape, *[1] * (of_parameter.ndim - 2)))
+        return None, *gradients, None, None, None
 
 
 @torch.no_grad()
 def _fit_losses(
-    x: Tensor, weight: Tensor, rows: Tensor, terms: PairTerms, loss: Tensor,
-    weight_grad: Tensor | None, rows_grad: Tensor | None, fits: Sequence[tuple[int, int]],
+    x: Tensor, parameters: Sequence[Tensor | None], terms: PairTerms, loss: Tensor, gradients: Sequence[Tensor | None] | None,
+    fits: Sequence[tuple[int, int]],
 ) -> None:  # fmt: skip
-    """Write loss and gradients of some (fit, layer) of a stack into `loss` [S, L] and the like of `weight` and `rows`."""
-    n_seeds, scale = len(weight) // len(terms.groups), 0.5 * x.shape[-1] ** -0.5
+    """Write the loss of some (fit, layer) of a stack into `loss` [S, L], and those of W, w and b into `gradients`."""
+    weight, linear, bias = parameters
+    n_seeds, dim, scale = len(weight) // len(terms.groups), x.shape[-1], 0.5 * x.shape[-1] ** -0.5
     for s, layer in fits:
         folded = fold_form(weight[s, layer], form_cuts(x).blocks, x.dtype)
         for number, group in enumerate(terms.groups[s // n_seeds]):
-            tokens, ends, where = group.take(x[layer]), group.take(rows[s, layer]), group.where  # [b, T', D], [b, T']
+            tokens, where = group.take(x[layer]), group.where  # [b, T', D]
+            ends = (0.5 * bias[s, layer]).expand(tokens.shape[:2])  # [b, T']
+            if linear is not None:
+                ends = ends + (tokens @ linear[s, layer].to(x.dtype)).to(weight.dtype)
             cuts = form_cuts(tokens[None])
-            z, ends_grad = x.new_empty(cuts.n_images, *tokens.shape[1:]), torch.empty_like(ends)
+            z, ends_grad = x.new_empty(cuts.n_images, *tokens.shape[1:]), weight.new_empty(ends.shape)
             packed = weight.new_zeros(cuts.n_images, len(where.upper) + 1)  # the last column stays 0: places that do not count
             for first in range(0, len(tokens), cuts.n_images):
                 part = slice(first, first + cuts.n_images)
@@ -201,7 +204,7 @@ def _fit_losses(
                 scores = half.index_select(1, where.upper).add_(half.index_select(1, where.lower))  # [b, P']
                 w, w_same = group.weight[part], group.weight_same[part]
                 loss[s, layer] += F.softplus(scores).view(-1) @ w.view(-1) - scores.view(-1) @ w_same.view(-1)
-                if weight_grad is None:
+                if gradients is None:
                     continue
                 torch.sub(scores.sigmoid_().mul_(w), w_same, out=packed[:n_images, :-1])
                 grad = torch.index_select(packed[:n_images], 1, where.pair, out=half).view(-1, n_tokens, n_tokens)
@@ -209,8 +212,10 @@ def _fit_losses(
                     grad.diagonal(dim1=1, dim2=2).mul_(2)
                 torch.sum(grad, -1, out=ends_grad[part])
                 grad = grad.mul_(scale).to(x.dtype)
-                add_form_gradient(weight_grad[s, layer], tokens[part], grad, cuts, z, first=number == first == 0)
-            if weight_grad is not None:
-                group.put(rows_grad[s, layer], ends_grad)
-        if weight_grad is not None:
-            mirror_blocks(weight_grad[s, layer], cuts)
+                add_form_gradient(gradients[0][s, layer], tokens[part], grad, cuts, z, first=number == first == 0)
+            if gradients is not None:
+                gradients[2][s, layer] += 0.5 * ends_grad.sum()
+            if gradients is not None and linear is not None:
+                gradients[1][s, layer] += ends_grad.view(-1).to(x.dtype) @ tokens.view(-1, dim)
+        if gradients is not None:
+            mirror_blocks(gradients[0][s, layer], cuts)

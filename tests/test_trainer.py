@@ -85,7 +85,7 @@ def test_a_fit_is_stopped_alone_where_it_is_stopped_in_a_stack(tmp_path: Path) -
 def test_leaving_stopped_fits_out_changes_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     knobs = [f"trainer.{knob}" for knob in ("epochs=12", "patience=1", "lr=0.1", "batch_images=24", "seeds=2")]
     form_bce = pairs.task.form_bce
-    monkeypatch.setattr("pairs.task.form_bce", lambda *args: form_bce(*args[:4], args[4] if skip else None))
+    monkeypatch.setattr("pairs.task.form_bce", lambda *args: form_bce(*args[:5], args[5] if skip else None))
     for skip in (True, False):
         _, _, (probe,), run = fit_planted(configure(*knobs), tmp_path / str(skip))
         assert len(set(torch.tensor(probe.facts["epochs"]).flatten().tolist())) > 1  # they stop one by one
@@ -379,6 +379,16 @@ def test_statistics_are_those_of_the_valid_tokens() -> None:
     x = sample.tokens.gather(torch.arange(5), None)[:, :, :4].flatten(1, 2)
     torch.testing.assert_close(mean, x.mean(1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(std, x.std(1, correction=0), atol=1e-5, rtol=1e-5)
+
+
+def test_statistics_of_channels_far_from_zero_keep_their_deviation() -> None:
+    sample = planted_sample(n_images=9, n_tokens=64)
+    x = sample.tokens.gather(torch.arange(9), None).float() * 0.05 + 2000
+    moved = sample._replace(tokens=type(sample.tokens).from_tensor(x, sample.tokens.layers))
+    mean, std = trainer.token_statistics(moved, moved.tokens.layers, batch_size=4)
+    flat = x.double().flatten(1, 2)
+    torch.testing.assert_close(mean.double(), flat.mean(1), rtol=1e-7, atol=0)
+    torch.testing.assert_close(std.double(), flat.std(1, correction=0), rtol=1e-5, atol=0)
 
 
 def test_correlation_is_that_of_the_channels() -> None:
