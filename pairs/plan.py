@@ -89,12 +89,9 @@ def planned_bytes(cfg: DictConfig, images: Mapping[str, int]) -> dict[str, int]:
 def disk_warnings(cfg: DictConfig, stored: Mapping[str, int]) -> list[str]:
     """What mode=train would refuse: splits whose tokens take more than `cache.disk_gb`."""
     limit = cfg.cache.disk_gb
-    return [
-        f"{name} takes {n_bytes / 1e9:.1f} GB and mode=train refuses more than cache.disk_gb={limit} a split; raise it, "
-        "or take fewer layers or patches"
-        for name, n_bytes in stored.items()
-        if n_bytes > limit * 1e9
-    ]
+    large = [f"{name} {n_bytes / 1e9:.3g} GB" for name, n_bytes in stored.items() if n_bytes > limit * 1e9]
+    way_out = "raise it, or take fewer layers or patches"
+    return [f"mode=train refuses a split of more than cache.disk_gb={limit} ({'; '.join(large)}); {way_out}"] if large else []
 
 
 def control_choice(cfg: DictConfig) -> list[str]:
