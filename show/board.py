@@ -80,7 +80,7 @@ def difference_text(found: Difference | None) -> str:
 
 
 def control_text(row: RunRow, key: Key) -> str:
-    """The highest score of a control at any of its layers, and its name.
+    """The best score of a control at any of its layers, and its name.
 
     A control task is no rival, and the oracle of classes is none where classes are asked about.
     """
@@ -89,12 +89,12 @@ def control_text(row: RunRow, key: Key) -> str:
     scores = [(cell.value, name) for name, cells in of_rivals.items() for cell in cells if not math.isnan(cell.value)]
     if not scores:
         return ""
-    value, name = max(scores)
+    value, name = min(scores) if key[3].startswith("loss") else max(scores)
     return f"{score_text(value)} {name.replace('_', ' ')}"
 
 
 def main_cells(table: Table) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the main table: scores at chosen layers, under each its highest control and what it has over the
+    """Header and rows of the main table: scores at chosen layers, under each its best control and what it has over the
     reference.
     """
     header = ["run", *table.titles.values()]
@@ -104,7 +104,7 @@ def main_cells(table: Table) -> tuple[list[str], list[list[str]]]:
         body.append([label + mark, *(cell_text(row, key) for key in table.columns)])
         beside = [control_text(row, key) for key in table.columns]
         if any(beside):
-            body.append(["  highest control", *beside])
+            body.append(["  best control", *beside])
         moved = [difference_text(table.difference(index, key)) for key in table.columns]
         if any(moved):
             body.append(["  minus reference", *moved])
@@ -140,9 +140,11 @@ def footnotes(table: Table) -> list[str]:
             f"{finished[0].n_images} images, {several if seeds[-1] > 1 else 'one seed'}; 95 % intervals over images; "
             f"@ {table.layer_rule}; * p < .05 of the paired bootstrap, two-sided, not corrected over cells"
         )
+    flagged: dict[str, list[str]] = {}
     for row, label in zip(table.rows, table.labels, strict=True):
-        lines += [f"{label}: {flag}" for flag in row.flags]
-    return lines
+        for flag in row.flags:
+            flagged.setdefault(flag, []).append(label)
+    return lines + [f"{', '.join(labels)}: {flag}" for flag, labels in flagged.items()]
 
 
 def text_table(table: Table) -> str:

@@ -114,8 +114,9 @@ def open_files(directory: Path, modes: Sequence[str]) -> Files:
     lines = read_lines(directory / "metrics.jsonl")
     if lines.damaged:
         raise UserError(f"{lines.damaged[0]}; a table is made of whole records only: {REMEDY}")
+    same = [key for key in IDENTITY if key != "probe" or identity.get("task") != "binding"]  # a ladder names a probe per row
     for record in lines.records:
-        if wrong := next((key for key in IDENTITY if key in record and record[key] != identity.get(key)), None):
+        if wrong := next((key for key in same if key in record and record[key] != identity.get(key)), None):
             raise UserError(
                 f"{directory / 'metrics.jsonl'} holds a record of {wrong} {record[wrong]} and run.json says "
                 f"{identity.get(wrong)}; {REMEDY}"
@@ -170,7 +171,7 @@ def _row(
     curves: dict[Key, list[Cell]] = {}
     controls: dict[str, dict[Key, list[Cell]]] = {}
     flags: dict[str, None] = {}
-    n_images = 0
+    n_images, identity = 0, facts["identity"]
     for record in scores:
         if record["row"] != name:
             continue
@@ -182,7 +183,7 @@ def _row(
                 cells.setdefault(key, []).append(Cell(record["layer"], *map(_number, (value, low, high))))
         if not record["control"]:
             flags |= dict.fromkeys(record.get("flags", ()))
-            n_images = max(n_images, record["n_images"])
+            n_images, identity = max(n_images, record["n_images"]), {**identity, "probe": record["probe"]}
     layers = entries[0]["layers"]
     for key in keys:
         if [cell.layer for cell in curves.get(key, ())] != layers:
@@ -209,7 +210,7 @@ def _row(
     ground = ground_of(cfg, facts, recipe["split"], digest_of(recipe["images"]))
     ground["resamples"] = f"{recipe['n_boot']} of seed {recipe['seed']}"
     return RunRow(
-        directory, name, command_of(facts), facts["identity"], in_order(ground),
+        directory, name, command_of(facts), identity, in_order(ground),
         _settings(cfg), curves, controls, chosen, tuple(flags), tuple(recipe["images"]), influence, n_images,
         len(entries[0]["seeds"]), (recipe["n_boot"], recipe["seed"]),
     )  # fmt: skip
@@ -302,7 +303,9 @@ def labels_of(rows: Sequence[RunRow]) -> list[str]:
     labels = []
     several = len({row.name for row in rows if row.name}) > 1
     for row in rows:
-        parts = [row.identity["model"], row.identity["probe"], row.name.replace("_", " ") if several else ""]
+        name = row.name.replace("_", " ") if several else ""
+        probe = "" if several and row.identity["probe"] in row.name else row.identity["probe"]
+        parts = [row.identity["model"], probe, name]
         labels.append(" · ".join(filter(None, parts)))
     for _ in range(2):  # what the model's or the probe's name says already is not repeated
         for label in [label for label in dict.fromkeys(labels) if labels.count(label) > 1]:

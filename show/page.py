@@ -57,14 +57,14 @@ def _section(table: Table, picture: bytes) -> str:
 
 
 def _main(table: Table) -> str:
-    """Scores at chosen layers; the highest control and the difference from the reference stand under each."""
+    """Scores at chosen layers; the best control and the difference from the reference stand under each."""
     rows = []
     for index, (row, label) in enumerate(zip(table.rows, table.labels, strict=True)):
         name = _name(label) + (" <em>reference</em>" if index == table.reference and len(table.rows) > 1 else "")
         cells = [f"<td>{name}</td>"]
         for key in table.columns:
             moved = difference_text(table.difference(index, key))
-            lines = [f"control {beside}" if (beside := control_text(row, key)) else "", moved]
+            lines = [f"best control {beside}" if (beside := control_text(row, key)) else "", moved]
             under = "".join(f"<br><small>{_text(line)}</small>" for line in lines if line)
             cells.append(_cell(cell_text(row, key), row, 1, under, row.cell(key).value if row.cell(key) else None))
         rows.append(cells)

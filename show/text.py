@@ -1,5 +1,6 @@
 """Plain text for a terminal and for Markdown."""
 
+import re
 import textwrap
 from collections.abc import Sequence
 
@@ -53,8 +54,8 @@ def _blocks(widths: Sequence[int], limit: int) -> list[list[int]]:
 
 
 def score_text(value: float, sign: str = "") -> str:
-    """A score of at most 1 with three digits and no leading zero: .753; with sign="+": +.012."""
-    return f"{value:{sign}.3f}".replace("0.", ".", 1)
+    """A score with three digits and without the zero before the point: .753, 10.258; with sign="+": +.012."""
+    return re.sub(r"^([+-]?)0\.", r"\1.", f"{value:{sign}.3f}")
 
 
 def interval_text(value: float, low: float, high: float, sign: str = "") -> str:

@@ -42,6 +42,9 @@ from patches.windows import cut_windows
 from probes import FitAxes
 from runs.records import read_records
 from runs.run import Run, open_run
+from show.across_runs import EVERYTHING, open_tables
+from show.board import control_text
+from show.text import score_text
 from store.shards import StackedTokens
 from store.writing import kept_tokens
 from tasks import Batch, ProbeResult, SubsetResult, read_seeds
@@ -309,6 +312,19 @@ def run_tiny(folder: Path, *overrides: str) -> Run:
 @pytest.fixture(scope="module")
 def default_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run_tiny(tmp_path_factory.mktemp("binding") / "outputs")
+
+
+def test_every_row_of_the_ladder_is_a_row_of_a_report(default_run: Run) -> None:
+    (table,) = open_tables([default_run.dir], EVERYTHING)
+    records = [r for r in read_records(default_run.dir / "metrics.jsonl") if r["kind"] == "score" and r["seed"] == "mean"]
+    assert {row.name: row.identity["probe"] for row in table.rows} == {r["row"]: r["probe"] for r in records}
+    for row in table.rows:
+        of_row = {r["layer"]: r["metrics"]["ratio"] for r in records if (r["row"], r["control"]) == (row.name, "")}
+        cells = row.curves["binding", "", "images", "ratio"]
+        assert {cell.layer: cell.value for cell in cells} == of_row and set(row.controls) == {"blind"}
+    assert "ladder" not in " ".join(table.labels)
+    least = min(cell.value for cell in table.rows[0].controls["blind"]["binding", "", "images", "loss_Y"])
+    assert control_text(table.rows[0], ("binding", "", "images", "loss_Y")) == f"{score_text(least)} blind"
 
 
 def test_the_default_run_compares_class_token_and_all_tokens(default_run: Run) -> None:

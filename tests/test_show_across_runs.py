@@ -21,6 +21,7 @@ from runs.records import read_records
 from runs.states import load_state, save_state
 from show import board, comparison
 from show.across_runs import find_runs, open_tables, write_report
+from show.text import score_text
 
 QUICK = [*TINY, "model.layers=[embed,0,1]"]
 
@@ -65,6 +66,12 @@ def test_a_table_shows_what_the_records_say(outputs: Path) -> None:
             chosen = [r["layer"] for r in recorded if r["kind"] == "choice" and r["name"] == "probe"
                       and (r["question"], r["readout"], r["subset"], r["metric"]) == key]  # fmt: skip
             assert [cell.layer for cell in [row.cell(key)] if cell is not None] == chosen
+
+
+def test_numbers_keep_their_digits() -> None:
+    shown = {0.7531: ".753", -0.25: "-.250", 1.0: "1.000", 10.258: "10.258", -10.4: "-10.400", 0.0: ".000", 100.05: "100.050"}
+    assert {value: score_text(value) for value in shown} == shown
+    assert score_text(10.0, "+") == "+10.000" and score_text(0.5, "+") == "+.500"
 
 
 def test_differences_are_paired_over_images(outputs: Path) -> None:
