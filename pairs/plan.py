@@ -183,9 +183,8 @@ def report(record: Mapping[str, Any]) -> str:
     ]
     lines.append(format_table(["score", "pilot", "layer", "half-width"], body))
     night = record["total_seconds"] / NIGHT
-    lines.append(
-        f"\na night of {NIGHT / 3600:.0f} h: " + (f"this takes {night:.0%} of it" if night <= 1 else f"this takes {night:.1f}")
-    )
+    taken = f"{night:.0%} of it" if night <= 1 else f"{night:.1f} nights"
+    lines.append(f"\na night of {NIGHT / 3600:.0f} h: this takes {taken}")
     if "overnight" in record:
         lines.append(
             "what fits into one, the narrowest interval of the first score first (fewer images: dataset.limit or "
