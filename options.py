@@ -43,6 +43,7 @@ ALSO: dict[str, tuple] = {
     "trainer.lr_width": (None,),
     "trainer.averaging": (None,),
     "neco.teacher_steepness": (None,),
+    "probe.whiten": (None,),
     "neco.evaluate.every": (0,),
     "overcluster.pca": (None,),
     "dense_retrieval.memory_size": (None,),
