@@ -62,7 +62,7 @@ def linear_seg(
     features: Mapping[str, Grids],
     labels: Mapping[str, LabelMaps],
     *,
-    lrs: Sequence[float] = (3e-4, 1e-3, 3e-3, 1e-2),
+    lrs: Sequence[float] = (2e-2, 3e-2),
     weight_decays: Sequence[float] = (1e-4, 1e-2),
     seeds: int | Sequence[int] = 3,
     epochs: int = 10,

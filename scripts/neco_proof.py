@@ -129,7 +129,8 @@ def score_dense(out: Path, weights: Path | None, split: str) -> Scores:
     heads = {"lrs": (1e-3, 3e-3, 1e-2), "weight_decays": (1e-4,), "seeds": 2, "epochs": 8}
     for result in mean_over_seeds(linear_seg(features, labels, **heads)):
         found["linear segmentation miou"] = result.metrics["miou"]
-    for result in mean_over_seeds(patch_class(features, labels, seeds=2, normalize=["standardize"], score_sizes=[])):
+    patches = {"lrs": (1e-3, 5e-3, 2e-2), "seeds": 2, "epochs": 3, "schedule": "constant", "normalize": ["standardize"]}
+    for result in mean_over_seeds(patch_class(features, labels, **patches, score_sizes=[])):
         for metric in ("accuracy", "balanced_accuracy"):
             found[f"patch class {metric}"] = result.metrics[metric]
     return found
