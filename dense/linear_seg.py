@@ -65,7 +65,7 @@ def linear_seg(
     lrs: Sequence[float] = (2e-2, 3e-2),
     weight_decays: Sequence[float] = (1e-4, 1e-2),
     seeds: int | Sequence[int] = 3,
-    epochs: int = 10,
+    epochs: int = 24,
     batch_size: int = 16,
     optimizer: str = "adamw",
     momentum: float = 0.9,
