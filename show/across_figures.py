@@ -75,4 +75,4 @@ def _draw_band(axes: Axes, rows: Sequence[RunRow], key: Key) -> None:
     scores = [score for score in scores if math.isfinite(score)]
     if scores:
         names = "position, pixels, both, random weights"
-        axes.axhspan(min(scores), max(scores), color=GREY, alpha=0.15, lw=0, label=f"controls of all rows ({names})")
+        axes.axhspan(min(scores), max(scores), color=GREY, alpha=0.15, lw=1, label=f"controls of all rows ({names})")

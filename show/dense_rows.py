@@ -75,7 +75,7 @@ def read_dense_run(directory: Path) -> list[RunRow]:
             controls, {key: len(cells) - 1 for key, cells in curves.items()}, (), tuple(images),
             {key: torch.stack(list(of_layers.values())) for key, of_layers in influence.items() if key in curves},
             len(images), len({r.get("seed") for r in records} - {"mean", None}) or 1, _resamples(files.cfg),
-            layer_rule="last layer that was read (dense evaluations choose none)",
+            layer_rule="last layer that was read, none is chosen",
         )
     ]  # fmt: skip
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from browser import CHROMIUM, open_browser
 from edited_runs import change_config, change_facts, change_records, edit_text, facts_of, flip
+from PIL import Image
 from program import TINY, finish, run, start
 
 from errors import UserError
@@ -269,6 +270,18 @@ def test_a_sweep_ends_with_its_report(tmp_path: Path) -> None:
     assert not any(" -m " in command for command in commands)
     assert len(find_runs(tmp_path / "outputs")) == 2
     assert set(find_runs(folder)) == set(find_runs(tmp_path / "outputs/train")) == set(find_runs(tmp_path / "outputs"))
+
+
+def test_the_page_holds_score_maps_or_says_how_to_draw_them(copies: tuple[Path, Path], tmp_path: Path) -> None:
+    write_report(tables(*copies), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert f"mode=vis run={sorted(copies)[0].as_posix()}" in page and "<summary>Score maps" not in page
+    drawn = tmp_path / "vis" / f"{copies[0].name}-01234567"
+    drawn.mkdir(parents=True)
+    Image.new("RGB", (1000, 10), "red").save(drawn / "maps.png")
+    write_report(tables(*copies), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "mode=vis" not in page and page.count('alt="score map"') == 1
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
