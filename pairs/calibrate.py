@@ -6,7 +6,8 @@ planted ones the power, a large independent sample of the same world the truth t
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,11 +16,14 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 import trainer
+from activation import PatchSample
 from controls import NOTHING_RANDOM, Opened, Subject, class_oracle, cosine, dot_product, position, position_code
 from errors import UserError
 from metrics.bootstrap import Estimate, difference, interval, resample
+from pairs.collector import PairCollector
 from pairs.task import Pairwise
 from pairs.worlds import Scenes, WorldOptions, as_sample, draw_random, draw_scenes, draw_tokens
+from probes import Probe, build_probe
 from runs.progress import track
 from runs.records import write_table
 from runs.run import Run
@@ -32,7 +36,9 @@ CLAIM = "same_class_matched"  # the column that claims are made in
 BIN, LAST_BIN = 0.01, 6  # width of the bins of true gains in AUROC, number of the last one
 PLANTED = 0.03  # the effect that the power is stated for
 SCORED_IMAGES = 128  # at a time
-SPLITS = ("train", "val", "test", "population")
+SHARED = ("train", "val", "population")  # splits that the worlds on one set of scenes share
+SIZES = (100, 200, 300, 400)  # test images that claims are counted at
+Z = 1.959964
 
 
 class Settings(NamedTuple):
@@ -78,6 +84,16 @@ class ClaimTask(Pairwise):
 
     def __init__(self, seeds: Sequence[int]) -> None:
         super().__init__(seeds, ["foreground"])
+        self.kept: PairCollector | None = None
+
+    def collector(self, sample: PatchSample, n_layers: int, detail: bool = True) -> PairCollector:
+        """Sorts the pairs of a sample once for all that is scored on it."""
+        identity = sample.labels["identity"]
+        if self.kept is None or self.kept.labels["identity"] is not identity:
+            self.kept = PairCollector(self, sample, n_layers, detail=detail)
+        fresh = copy(self.kept)
+        fresh.n_layers, fresh.detail, fresh.scores, fresh.right = n_layers, detail, {}, []
+        return fresh
 
 
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
@@ -95,21 +111,23 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     for group in track(range(settings.groups), "calibrating", "set of scenes"):
         rows += measure(settings, cfg, group, options, run)
     for row in rows:
-        subset, layer = row["subset"], row["world"]
-        run.write({"kind": "world", "name": row["scenes"], "split": "test", "layer": layer, "subset": subset, **row})
-    flat = [{k: v for k, v in row.items() if k != "gains"} | _flat_gains(row["gains"]) for row in rows]
+        run.write({"kind": "world", "name": row["scenes"], "split": "test", "layer": row["world"], **row})
+    nested = ("gains", "claimed_at")
+    flat = [{k: v for k, v in row.items() if k not in nested} | _flat_gains(row["gains"]) for row in rows]
     write_table(run.dir / "calibration.csv", flat)
-    summary = summarise(rows)
+    summary, curve = summarise(rows), by_effect(rows)
     for line in summary:
-        run.write({"kind": "calibration", "name": f"strength {line['strength']:g}", "subset": line["subset"], **line})
+        name = "all" if line["strength"] is None else f"strength {line['strength']:g}"
+        rates = {key: value._asdict() for key, value in line.items() if isinstance(value, Rate)}
+        run.write({"kind": "calibration", "name": name, "subset": CLAIM, **line, **rates})
     from pairs.calibrate_figure import write_calibration  # here: nothing waits for matplotlib but the figure
 
-    write_calibration(summary, by_effect(rows), run.dir / "calibration.png")
+    write_calibration(summary, curve, run.dir / "calibration.png")
     run.finishing()
-    run.say(format_summary(summary, rows, settings))
+    run.say(format_summary(summary, curve, settings))
     run.say(f"\nrecords and figure: {run.dir}")
-    null = next(line for line in summary if line["strength"] == 0)
-    return {"objective": null["claimed"] / null["worlds"]}
+    null = summary[0]["claimed"]
+    return {"objective": null.hits / null.n}
 
 
 def _flat_gains(gains: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -125,14 +143,20 @@ def build_subjects(settings: Settings, cfg: DictConfig, group: int) -> list[Subj
 
     Position, pixels and random weights are the same for all worlds on these scenes; cosine and dot product are theirs.
     """
-    name, strengths, world = f"scenes-{settings.seed}-{group:03d}", settings.of_layers(), settings.world
-    scenes = {split: draw_scenes(split, world, name) for split in SPLITS}
-    layers = list(range(len(strengths)))
-    samples = {split: as_sample(s, draw_tokens(s, strengths, world), layers) for split, s in scenes.items()}
+    name, world = f"scenes-{settings.seed}-{group:03d}", settings.world
+    scenes = {split: draw_scenes(split, world, name) for split in SHARED}
+    return subjects_on(scenes, dict(enumerate(settings.of_layers())), cfg, world, name)
+
+
+def subjects_on(
+    scenes: Mapping[str, Scenes], strengths: Mapping[int, float], cfg: DictConfig, world: WorldOptions, name: str
+) -> list[Subject]:
+    """The probe on worlds of these scenes, by number, and its controls."""
+    samples = {split: as_sample(s, draw_tokens(s, strengths, world), list(strengths)) for split, s in scenes.items()}
     seeds = [0]
 
     def shared(control: str, make: Any) -> Subject:
-        made = {split: as_sample(s, make(s), [control]) for split, s in scenes.items()}
+        made = {split: samples[split]._replace(tokens=as_sample(s, make(s), [control]).tokens) for split, s in scenes.items()}
         return Subject(name, control, cfg.probe, made, seeds)
 
     opened = Opened(cfg, samples, row=name)
@@ -154,56 +178,82 @@ def _code(scenes: Scenes) -> Tensor:
 
 
 def measure(settings: Settings, cfg: DictConfig, group: int, options: FitOptions, run: Run) -> list[dict[str, Any]]:
-    """Fit and score everything on one set of scenes; a row per world and subset."""
-    subjects = build_subjects(settings, cfg, group)
-    results, wide = {split: [] for split in ("test", "population")}, replace(options, batch_images=SCORED_IMAGES)
-    for subject in subjects:
-        task = ClaimTask(subject.seeds)
-        stack = trainer.fit_stack(run, task, subject, options)
-        for split, of_split in results.items():
-            of_split.append(trainer.evaluate(task, stack, subject, wide, split=split, detail=False))
-    counts = resample(settings.world.n_test, int(cfg.trainer.n_boot), settings.seed)
-    strengths = settings.of_layers()
-    return [
-        {"scenes": subjects[0].row, "world": world, "strength": strength, "subset": subset, **row}
-        for subset in ClaimTask.subsets
-        for world, (strength, row) in enumerate(
-            zip(strengths, judge(results["test"], results["population"], subset, counts), strict=True)
-        )
-    ]
+    """Fit and score everything on one set of scenes; a row per world.
+
+    Worlds share the training scenes and the large sample. Every world has test scenes of its own: on shared ones the intervals
+    of all worlds hit or miss together, and ten of them say little more than one.
+    """
+    subjects, world = build_subjects(settings, cfg, group), settings.world
+    task, wide, name = ClaimTask([0]), replace(options, batch_images=SCORED_IMAGES), subjects[0].row
+    stacks = [trainer.fit_stack(run, ClaimTask(subject.seeds), subject, options) for subject in subjects]
+    score = lambda stack, subject, split: auroc(trainer.evaluate(task, stack, subject, wide, split=split, detail=False), CLAIM)
+    truth = [score(stack, subject, "population") for stack, subject in zip(stacks, subjects, strict=True)]
+    counts = resample(world.n_test, int(cfg.trainer.n_boot), settings.seed)
+    rows = []
+    for number, strength in enumerate(settings.of_layers()):
+        scenes = draw_scenes(f"test-{number}", world, name)
+        own = subjects_on({"test": scenes}, {number: strength}, cfg, world, name)
+        test = {
+            subject.control: score([at_layer(stack, subject.samples["test"].tokens.layers[0])], subject, "test")
+            for stack, subject in zip(stacks, own, strict=True)
+        }
+        here = [Estimate(*(x[number if len(x) > 1 else 0][None] for x in of_subject)) for of_subject in truth]
+        row = judge(test, dict(zip(test, here, strict=True)), counts)
+        rows.append({"scenes": name, "world": number, "strength": strength, "subset": CLAIM, **row})
+    return rows
 
 
-def judge(test: Sequence[ProbeResult], population: Sequence[ProbeResult], subset: str, counts: Tensor) -> list[dict[str, Any]]:
-    """Claims and intervals of every world, beside the truth.
+def at_layer(stack: Sequence[Probe], layer: int | str) -> Probe:
+    """The fits of one layer of a stack, as a stack of their own."""
+    probe = next(probe for probe in stack if layer in probe.layers)
+    if len(probe.layers) == 1:
+        return probe
+    recipe, at = probe.recipe, slice(row := probe.layers.index(layer), row + 1)
+    alone = build_probe({"mode": recipe["mode"], **recipe["knobs"]}, seeds=probe.seeds, layers=[layer], dim=probe.dim)
+    # Statistics of tokens are [L, D], parameters [S, L, …].
+    alone.load_state_dict({key: x[at] if key.startswith("token_") else x[:, at] for key, x in probe.state_dict().items()})
+    return alone
+
+
+def judge(test: Mapping[str, Estimate], population: Mapping[str, Estimate], counts: Tensor) -> dict[str, Any]:
+    """Claim and intervals of one world, beside the truth.
 
     Args:
-        test, population: the probe first, then its controls; a layer is a world, a control of one layer serves all worlds.
-        subset: a column of the table.
+        test, population: the estimate of one fit by control, that of the probe under "".
         counts: resamples of the test images.
 
     Returns:
-        per world: score and gains as [value, low, high, truth], `claimed`, and `effect`, the true gain over the best control.
+        score and gains as [value, low, high, truth], `claimed`, `effect`, the true gain over the best control, and
+        `claimed_at`, the claim on the first test images alone, by their number.
     """
-    probe, *controls = [auroc(result, subset) for result in test]
-    true_probe, *true_controls = [auroc(result, subset) for result in population]
+    probe, true_probe = test[""], population[""]
+    controls = [name for name in test if name]
+    gains = {name: difference(probe, test[name]) for name in controls}
+    true_gains = {name: difference(true_probe, population[name]) for name in controls}
+    ends = {name: [float(x) for x in (gain.value, *interval(gain, counts, bounds=(-1.0, 1.0)))] for name, gain in gains.items()}
     low, high = interval(probe, counts)
-    truth = truth_of(probe, true_probe)
-    gains = {}
-    for result, control, true_control in zip(test[1:], controls, true_controls, strict=True):
-        gain, true_gain = difference(probe, control), difference(true_probe, true_control)
-        ends = interval(gain, counts, bounds=(-1.0, 1.0))
-        gains[result.control] = torch.stack([gain.value, *ends, truth_of(gain, true_gain), true_gain.value], 1)  # [L, 5]
-    rows = []
-    for world in range(len(probe.value)):
-        here = {name: values[world].tolist() for name, values in gains.items()}
-        rows.append({
-            "value": float(probe.value[world]), "low": float(low[world]), "high": float(high[world]),
-            "truth": float(truth[world]),
-            "effect": min(values[4] for values in here.values()),
-            "claimed": above_every_control(values[:3] for values in here.values()),
-            "gains": {name: values[:4] for name, values in here.items()},
-        })  # fmt: skip
-    return rows
+    return {
+        "value": float(probe.value), "low": float(low), "high": float(high), "truth": float(truth_of(probe, true_probe)),
+        "effect": min(float(gain.value) for gain in true_gains.values()),
+        "claimed": above_every_control(ends.values()),
+        "claimed_at": {n: claimed_at(gains.values(), n) for n in SIZES if n <= probe.influence.shape[1]},
+        "gains": {name: [*ends[name], float(truth_of(gains[name], true_gains[name]))] for name in controls},
+    }  # fmt: skip
+
+
+def claimed_at(gains: Iterable[Estimate], n_images: int) -> bool:
+    """Whether the claim would be made on the first images alone.
+
+    First order in the weights of images, as the bootstrap is; the interval is the normal one, 1.96 standard errors.
+    """
+    ends = []
+    for gain in gains:
+        scale = gain.influence.shape[1] / n_images
+        value = float(gain.value) + scale * float(gain.influence[0, :n_images].sum())
+        spread = scale * gain.influence[0, :n_images]
+        half = Z * float((spread - spread.mean()).square().sum().sqrt())
+        ends.append((value, value - half, value + half))
+    return above_every_control(ends)
 
 
 def auroc(result: ProbeResult, subset: str) -> Estimate:
@@ -226,35 +276,66 @@ def truth_of(estimate: Estimate, population: Estimate) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------------ summary
 
 
-def wilson(hits: int, n: int) -> tuple[float, float]:
+def wilson(hits: float, n: float) -> tuple[float, float]:
     """95 % interval of a rate (Wilson, J. Amer. Statist. Assoc. 22, 1927)."""
-    z, p = 1.959964, hits / n
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    p = hits / n
+    centre, half = p + Z * Z / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
+    return (centre - half) / (1 + Z * Z / n), (centre + half) / (1 + Z * Z / n)
+
+
+class Rate(NamedTuple):
+    """Hits of n, and the ends of a 95 % interval."""
+
+    hits: int
+    n: int
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if self.n == 0:
+            return "–"
+        return f"{100 * self.hits / self.n:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+def rate(hits: Sequence[bool], scenes: Sequence[str]) -> Rate:
+    """A rate whose interval knows that worlds on one set of scenes are alike.
+
+    Wilson's interval of n / d worlds, d being how much more the hits of sets of scenes vary than those of independent worlds
+    would (the design effect of Kish, Survey Sampling, 1965), at least 1.
+    """
+    n, total = len(hits), sum(hits)
+    if n == 0:
+        return Rate(0, 0, 0.0, 1.0)
+    p, sets = total / n, list(dict.fromkeys(scenes))
+    excess = [sum(hit - p for hit, name in zip(hits, scenes, strict=True) if name == at) for at in sets]
+    independent = n * p * (1 - p) * (len(sets) - 1) / len(sets)
+    d = max(1.0, sum(x * x for x in excess) / independent) if independent > 0 else 1.0
+    return Rate(total, n, *wilson(total / d, n / d))
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per subset and strength: worlds, claims, mean effect, and how many intervals of scores and gains cover the truth.
+    """Per strength, and of all together (strength None): worlds, mean score and effect, the rates of claims and of covers.
 
     A gain over the class oracle where classes say nothing has a truth and an estimate that agree to the last digit; such
     gains are left out of the cover, which they could only raise.
     """
     lines = []
-    for subset in dict.fromkeys(row["subset"] for row in rows):
-        for strength in sorted({row["strength"] for row in rows}):
-            here = [row for row in rows if (row["subset"], row["strength"]) == (subset, strength)]
-            scores = [row["low"] <= row["truth"] <= row["high"] for row in here]
-            gains = [low <= truth <= high for row in here for _, low, high, truth in row["gains"].values() if low < high]
-            by_control = {
-                name: sum(row["gains"][name][1] > 0 for row in here) / len(here) for name in here[0]["gains"]
-            }  # fmt: skip
-            lines.append({
-                "subset": subset, "strength": strength, "worlds": len(here), "claimed": sum(row["claimed"] for row in here),
-                "score": sum(row["value"] for row in here) / len(here),
-                "effect": sum(row["effect"] for row in here) / len(here),
-                "scores": len(scores), "scores_covered": sum(scores), "gains": len(gains), "gains_covered": sum(gains),
-                "above_one": by_control,
-            })  # fmt: skip
+    for strength in [*sorted({row["strength"] for row in rows}), None]:
+        here = [row for row in rows if strength in (None, row["strength"])]
+        gains = [
+            (low <= truth <= high, row["scenes"])
+            for row in here for _, low, high, truth in row["gains"].values() if low < high
+        ]  # fmt: skip
+        scenes = [row["scenes"] for row in here]
+        lines.append({
+            "strength": strength, "worlds": len(here),
+            "score": sum(row["value"] for row in here) / len(here),
+            "effect": sum(row["effect"] for row in here) / len(here),
+            "claimed": rate([row["claimed"] for row in here], scenes),
+            "scores": rate([row["low"] <= row["truth"] <= row["high"] for row in here], scenes),
+            "gains": rate([hit for hit, _ in gains], [name for _, name in gains]),
+            "above_one": {name: sum(row["gains"][name][1] > 0 for row in here) / len(here) for name in here[0]["gains"]},
+        })  # fmt: skip
     return lines
 
 
@@ -262,57 +343,48 @@ def by_effect(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Claims of planted worlds by their true gain over the best control, in bins of BIN; those of the null worlds apart.
 
     The last bin has all larger gains. Fits of one strength differ in what they find, so a world counts by its own truth.
+    `at`: the share of claims by the number of test images.
     """
     lines, number_of = [], lambda row: min(round(row["effect"] / BIN), LAST_BIN)
     for null in (True, False):
-        here = [row for row in rows if row["subset"] == CLAIM and (row["strength"] == 0) == null]
+        here = [row for row in rows if (row["strength"] == 0) == null]
         for number in [None] if null else sorted(set(map(number_of, here))):
             worlds = here if null else [row for row in here if number_of(row) == number]
             mean = sum(row["effect"] for row in worlds) / len(worlds)
-            claimed = sum(row["claimed"] for row in worlds)
-            lines.append({"null": null, "bin": number, "effect": mean, "worlds": len(worlds), "claimed": claimed})
+            claimed = rate([row["claimed"] for row in worlds], [row["scenes"] for row in worlds])
+            at = {n: sum(row["claimed_at"][n] for row in worlds) / len(worlds) for n in worlds[0]["claimed_at"]}
+            lines.append({"null": null, "bin": number, "effect": mean, "claimed": claimed, "at": at})
     return lines
 
 
-def rate(hits: int, n: int) -> str:
-    """A rate in percent with its interval."""
-    low, high = wilson(hits, n)
-    return f"{100 * hits / n:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def format_summary(summary: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], settings: Settings) -> str:
+def format_summary(summary: Sequence[Mapping[str, Any]], curve: Sequence[Mapping[str, Any]], settings: Settings) -> str:
     """The table, what stands below it, and the two numbers."""
-    lines = [line for line in summary if line["subset"] == CLAIM]
     header = ["planted", "worlds", "AUROC", "effect", "claimed", "scores covered", "gains covered"]
     body = [
         [
             f"{line['strength']:g}", str(line["worlds"]), f"{line['score']:.3f}", f"{line['effect']:+.3f}",
-            rate(line["claimed"], line["worlds"]), rate(line["scores_covered"], line["scores"]),
-            rate(line["gains_covered"], line["gains"]),
+            str(line["claimed"]), str(line["scores"]), str(line["gains"]),
         ]
-        for line in lines
+        for line in summary[:-1]
     ]  # fmt: skip
-    null = next(line for line in lines if line["strength"] == 0)
-    covered = [sum(line[key] for line in lines) for key in ("scores_covered", "scores", "gains_covered", "gains")]
-    curve = [line for line in by_effect(rows) if not line["null"]]
-    planted = next((line for line in curve if line["bin"] == round(PLANTED / BIN)), None)
+    null, every, planted = summary[0], summary[-1], [line for line in curve if not line["null"]]
+    power = next((line for line in planted if line["bin"] == round(PLANTED / BIN)), None)
     single = ", ".join(f"{name} {100 * share:.1f}" for name, share in null["above_one"].items())
-    world = settings.world
+    world, low, high = settings.world, PLANTED - BIN / 2, PLANTED + BIN / 2
+    in_bin = lambda x: f"{x['bin'] * BIN:+.2f} {100 * x['claimed'].hits / x['claimed'].n:.0f} % of {x['claimed'].n}"
     text = [
         format_table(header, body),
         f"column same class, matched; effect: true gain over the best control; {settings.groups} sets of scenes, "
         f"{world.n_train} / {world.n_test} training / test images of {world.patches} patches",
         f"null worlds with a gain over one control alone, percent: {single}",
-        "claimed by true gain: "
-        + ", ".join(f"{x['bin'] * BIN:+.2f} {100 * x['claimed'] / x['worlds']:.0f} % of {x['worlds']}" for x in curve),
-        f"intervals cover {rate(*covered[:2])} of the scores and {rate(*covered[2:])} of the gains",
+        f"claimed by true gain: {', '.join(map(in_bin, planted))}",
+        f"intervals cover {every['scores']} of the scores and {every['gains']} of the gains",
         "",
-        f"false claims: {rate(null['claimed'], null['worlds'])} of {null['worlds']} null worlds",
+        f"false claims: {null['claimed']} of {null['worlds']} null worlds",
     ]
-    low, high = PLANTED - BIN / 2, PLANTED + BIN / 2
-    if planted is None:
-        text.append(f"power: no world has a true gain of {low:+.3f} to {high:+.3f}; plant other calibrate.strengths")
-    else:
-        share = rate(planted["claimed"], planted["worlds"])
-        text.append(f"power: {share} of {planted['worlds']} worlds with a true gain of {low:+.3f} to {high:+.3f} AUROC")
-    return "\n".join(text)
+    if power is None:
+        missing = f"power: no world has a true gain of {low:+.3f} to {high:+.3f}; plant other calibrate.strengths"
+        return "\n".join([*text, missing])
+    of_worlds = f"of {power['claimed'].n} worlds with a true gain of {low:+.3f} to {high:+.3f} AUROC"
+    by_size = ", ".join(f"{n} {100 * share:.0f} %" for n, share in power["at"].items())
+    return "\n".join([*text, f"power: {power['claimed']} {of_worlds}", f"power there by test images: {by_size}"])

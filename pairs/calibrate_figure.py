@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from files import write_atomically
-from pairs.calibrate import CLAIM, wilson
+from pairs.calibrate import Rate
 from show.style import BLUE, GREY, ORANGE, RED, STYLE, png_bytes
 
 
@@ -17,17 +17,17 @@ def draw_calibration(summary: Sequence[Mapping[str, Any]], curve: Sequence[Mappi
     """Two panels: rate of claims by effect, cover of intervals by effect, with 95 % intervals of these rates.
 
     Args:
-        summary: lines of `calibrate.summarise`. curve: of `calibrate.by_effect`.
+        summary: lines of `calibrate.summarise`, that of all worlds last. curve: of `calibrate.by_effect`.
     """
-    lines = [line for line in summary if line["subset"] == CLAIM]
+    lines = summary[:-1]
     effect = np.array([line["effect"] for line in lines])
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.4, 3.5), layout="constrained")
         claims, cover = figure.subplots(1, 2)
         for null, color, marker, line, label in ((False, BLUE, "o", "-", "planted"), (True, RED, "s", "", "null worlds")):
             points = [point for point in curve if point["null"] == null]
-            hits = [(point["claimed"], point["worlds"]) for point in points]
-            _draw_rates(claims, np.array([point["effect"] for point in points]), hits, color, marker, line, label)
+            rates = [point["claimed"] for point in points]
+            _draw_rates(claims, np.array([point["effect"] for point in points]), rates, color, marker, line, label)
         for level, text in ((0.05, "5 %"), (0.95, "95 %")):
             claims.axhline(level, color="black", ls=(0, (1, 3)), lw=0.9)
             claims.annotate(text, (1.0, level), xycoords=("axes fraction", "data"), xytext=(3, -3), textcoords="offset points")
@@ -37,8 +37,8 @@ def draw_calibration(summary: Sequence[Mapping[str, Any]], curve: Sequence[Mappi
         claims.legend(frameon=False, loc=(0.6, 0.3), fontsize=8)
         shift = 0.006 * np.ptp(effect) if len(effect) > 1 else 0.0
         for name, color, marker, side in (("scores", BLUE, "o", -1), ("gains", ORANGE, "D", 1)):
-            hits = [(line[f"{name}_covered"], line[name]) for line in lines]
-            _draw_rates(cover, effect + side * shift, hits, color, marker, "", f"of {name}")
+            rates = [line[name] for line in lines]
+            _draw_rates(cover, effect + side * shift, rates, color, marker, "", f"of {name}")
         cover.axhline(0.95, color="black", ls=(0, (1, 3)), lw=0.9)
         cover.axhspan(0.93, 0.97, color="0.92", zorder=0)
         cover.set(ylim=(0.83, 1.005), ylabel="intervals that cover the truth", xlabel="true gain over the best control (AUROC)")
@@ -48,13 +48,13 @@ def draw_calibration(summary: Sequence[Mapping[str, Any]], curve: Sequence[Mappi
 
 
 def _draw_rates(
-    axes: Any, x: np.ndarray, hits: Sequence[tuple[int, int]], color: str, marker: str, line: str, label: str
+    axes: Any, x: np.ndarray, rates: Sequence[Rate], color: str, marker: str, line: str, label: str
 ) -> None:
     """Rates with their intervals."""
-    rates = np.array([h / n for h, n in hits])
-    ends = np.array([wilson(h, n) for h, n in hits]).T
+    values = np.array([rate.hits / max(rate.n, 1) for rate in rates])
+    ends = np.array([(rate.low, rate.high) for rate in rates]).T
     axes.errorbar(
-        x, rates, np.abs(ends - rates), color=color, marker=marker, ls=line or "none", ms=5, lw=1.3, capsize=2.5, label=label
+        x, values, np.abs(ends - values), color=color, marker=marker, ls=line or "none", ms=5, lw=1.3, capsize=2.5, label=label
     )
 
 

@@ -16,7 +16,7 @@ Shapes: L worlds, M images, T patches, D width, O most objects of a scene, C cha
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ from store.shards import StackedTokens
 
 N_CLASSES = 8
 CLASS, FIELD, TEXTURE, OBJECT = 4, 4, 6, 4  # channels of what a feature carries; pixels have 3, a place has 4
+PLANTED = slice(CLASS + 3 + 4 + FIELD + TEXTURE, CLASS + 3 + 4 + FIELD + TEXTURE + OBJECT)
 PLACE_WAVE = 24.0  # patches
 
 
@@ -39,15 +40,15 @@ class WorldOptions:
     for the truth. side: of the board. objects: fewest and most, those beside the board included. radius: smallest and largest.
     classes: that the objects of one scene share. own_color: how far colours of one class lie apart. shading: noise of a pixel.
     field, smooth: amplitude of the smooth field and the length it changes over. texture: amplitude. width: D. noise: of a
-    channel.
+    channel. known: amplitude of class, pixels and place.
     """
 
     n_train: int = 200
     n_val: int = 40
-    n_test: int = 300
+    n_test: int = 400
     patches: int = 48
-    n_population: int = 5000
-    population_patches: int = 16
+    n_population: int = 2000
+    population_patches: int = 48
     side: int = 12
     objects: tuple[int, int] = (18, 26)
     radius: tuple[float, float] = (2.0, 3.2)
@@ -59,9 +60,11 @@ class WorldOptions:
     texture: float = 2.0
     width: int = 28
     noise: float = 0.2
+    known: float = 1.0
 
     def size(self, split: str) -> tuple[int, int]:
-        """Images and patches of an image of a split."""
+        """Images and patches of an image of a split; what follows a dash only tells splits of one kind apart."""
+        split = split.partition("-")[0]
         n_images = getattr(self, f"n_{split}")
         return n_images, self.population_patches if split == "population" else self.patches
 
@@ -112,21 +115,23 @@ def draw_scenes(split: str, options: WorldOptions, name: str) -> Scenes:
     return Scenes(identity, class_.gather(1, identity), place, pixels, f"{name}/{split}")
 
 
-def draw_tokens(scenes: Scenes, strengths: Sequence[float], options: WorldOptions) -> Tensor:
+def draw_tokens(scenes: Scenes, strengths: Mapping[int, float] | Sequence[float], options: WorldOptions) -> Tensor:
     """Features [L, M, T, D] of worlds on the same scenes.
 
     Worlds differ in field, texture, vectors of objects, noise, and in how the contents are mixed, which is the same in all
     splits.
 
     Args:
-        strengths: amplitude of the planted vector of each object, a number per world.
+        strengths: amplitude of the planted vector of each object, by the number of a world or of worlds 0, 1, …
     """
+    if not isinstance(strengths, Mapping):
+        strengths = dict(enumerate(strengths))
     (n_images, n_patches), base = scenes.identity.shape, scenes.name.rpartition("/")[0]
     angle = 2 * torch.pi / PLACE_WAVE * scenes.place  # [M, T, 2]
     of_class = torch.randn(N_CLASSES + 1, CLASS, generator=stream("class"))[scenes.class_]
-    shared = [of_class, scenes.pixels, angle.sin(), angle.cos()]
+    shared = [options.known * part for part in (of_class, scenes.pixels, angle.sin(), angle.cos())]
     tokens = []
-    for world, strength in enumerate(strengths):
+    for world, strength in strengths.items():
         rng = stream(scenes.name, "world", world)
         draw = lambda *shape, rng=rng: torch.randn(n_images, *shape, generator=rng)
         phase = 2 * torch.pi * torch.rand(n_images, 1, FIELD, generator=rng)
@@ -135,10 +140,15 @@ def draw_tokens(scenes: Scenes, strengths: Sequence[float], options: WorldOption
         of_object = strength * draw(options.objects[1] + 1, OBJECT)
         planted = of_object.gather(1, scenes.identity[..., None].expand(-1, -1, OBJECT))
         content = torch.cat([*shared, field, texture, planted], -1)  # [M, T, C]
-        square = torch.randn(options.width, options.width, generator=stream(base, "mixing", world))
-        mixing = torch.linalg.qr(square).Q[: content.shape[-1]]  # [C, D]
+        mixing = draw_mixing(base, world, options)[: content.shape[-1]]  # [C, D]
         tokens.append(content @ mixing + options.noise * draw(n_patches, options.width))
     return torch.stack(tokens)
+
+
+def draw_mixing(name: str, world: int, options: WorldOptions) -> Tensor:
+    """Orthonormal rows [D, D]: what each channel of content is in a feature; the planted vector has the channels PLANTED."""
+    square = torch.randn(options.width, options.width, generator=stream(name, "mixing", world))
+    return torch.linalg.qr(square).Q
 
 
 def draw_random(scenes: Scenes, options: WorldOptions) -> Tensor:
@@ -159,4 +169,5 @@ def as_sample(scenes: Scenes, tokens: Tensor, layers: Sequence[int | str]) -> Pa
     keys = [f"{scenes.name}/{i}" for i in range(len(scenes.identity))]
     meta = {"fingerprint": scenes.name, "index": scenes.name, "selected_by": "identity"}
     meta["classes"] = [str(k) for k in range(N_CLASSES + 1)]
-    return PatchSample(StackedTokens.from_tensor(tokens, layers), position, labels, {}, keys, torch.tensor([[1, 1]]), meta)
+    grids = torch.ones(len(keys), 2, dtype=torch.long)
+    return PatchSample(StackedTokens.from_tensor(tokens, layers), position, labels, {}, keys, grids, meta)

@@ -15,9 +15,20 @@ import pairs.scores
 import trainer
 from activation import PatchSample
 from controls import Subject
-from metrics.bootstrap import Estimate, interval, resample
-from pairs.calibrate import CLAIM, ClaimTask, auroc, by_effect, judge, truth_of
-from pairs.worlds import WorldOptions, as_sample, draw_scenes, draw_tokens, stream
+from metrics.bootstrap import Estimate, difference, interval, resample
+from pairs.calibrate import (
+    CLAIM,
+    ClaimTask,
+    at_layer,
+    auroc,
+    by_effect,
+    claimed_at,
+    judge,
+    rate,
+    truth_of,
+    wilson,
+)
+from pairs.worlds import PLANTED, WorldOptions, as_sample, draw_mixing, draw_scenes, draw_tokens, stream
 from probes import build_probe
 from show.claims import above_every_control
 
@@ -76,13 +87,23 @@ def share(hits):
     return sum(hits) / len(hits)
 
 
+def one(estimate, world):
+    """The estimate of one world; that of a control of one layer serves all."""
+    return Estimate(*(x[world if len(x) > 1 else 0][None] for x in estimate))
+
+
+def judged(probe, control, world=0, counts=COUNTS):
+    estimates = {"": one(auroc(probe, CLAIM), world), "position": one(auroc(control, CLAIM), world)}
+    return judge(estimates, estimates, counts)
+
+
 def claims_of(null, chosen):
     """Whether the claim is made, of the worlds that `chosen` picks from the scores of a set of scenes."""
-    claims = []
-    for probe, control, _ in null:
-        rows = judge([probe, control], [probe, control], CLAIM, COUNTS)
-        claims += [rows[i]["claimed"] for i in chosen(auroc(probe, CLAIM).value)]
-    return claims
+    return [
+        judged(probe, control, world)["claimed"]
+        for probe, control, _ in null
+        for world in chosen(auroc(probe, CLAIM).value)
+    ]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------ honest worlds
@@ -107,7 +128,7 @@ def test_a_planted_object_is_claimed():
     scenes = draw_scenes("test", world, "planted")
     result, _ = scored("planted", draw_tokens(scenes, [2.0], world), scenes, "test")
     control, _ = scored("planted", scenes.place[None] - 5.5, scenes, "test", control="position")
-    (row,) = judge([result, control], [result, control], CLAIM, resample(100, 400))
+    row = judged(result, control, counts=resample(100, 400))
     assert row["claimed"] and row["effect"] > 0.2 and list(row["gains"]) == ["position"]
 
 
@@ -118,12 +139,80 @@ def test_the_claim_needs_every_control_and_at_least_one():
 
 
 def test_power_counts_a_world_by_its_own_truth():
-    row = lambda strength, effect, claimed: {"subset": CLAIM, "strength": strength, "effect": effect, "claimed": claimed}
+    def row(strength, effect, claimed):
+        return {"strength": strength, "effect": effect, "claimed": claimed, "scenes": "a", "claimed_at": {100: not claimed}}
+
     rows = [row(0.0, 0.03, True), row(0.5, 0.026, True), row(0.5, 0.034, False), row(0.4, 0.036, True)]
     null, three, four = by_effect(rows)
-    assert (null["null"], null["worlds"], null["claimed"]) == (True, 1, 1)
-    assert (three["bin"], three["worlds"], three["claimed"]) == (3, 2, 1) and three["effect"] == pytest.approx(0.03)
-    assert (four["bin"], four["worlds"], four["claimed"]) == (4, 1, 1)
+    assert (null["null"], null["claimed"].n, null["claimed"].hits) == (True, 1, 1)
+    assert (three["bin"], three["claimed"].n, three["claimed"].hits) == (3, 2, 1) and three["effect"] == pytest.approx(0.03)
+    assert (four["bin"], four["claimed"].n, four["claimed"].hits) == (4, 1, 1) and four["at"] == {100: 0.0}
+
+
+def test_rates_know_that_worlds_on_one_set_of_scenes_are_alike():
+    """Hits that come set by set count as sets; hits that are spread evenly count one by one, as Wilson has it."""
+    scenes = [f"scenes-{i // 10}" for i in range(200)]
+    alike = rate([i // 10 < 15 for i in range(200)], scenes)
+    assert (alike.hits, alike.n) == (150, 200)
+    assert (alike.low, alike.high) == pytest.approx(wilson(15, 20), abs=0.02)
+    spread = rate([i % 4 > 0 for i in range(200)], scenes)
+    assert (spread.low, spread.high) == pytest.approx(wilson(150, 200))
+    assert rate([False] * 200, scenes)[2:] == pytest.approx(wilson(0, 200))
+    assert str(rate([], [])) == "–" and str(spread).startswith("75.0 % [68")
+
+
+def test_a_claim_on_fewer_images_is_that_of_their_scores(null):
+    """First order in the weights of images, against the first images scored alone."""
+    (probe, control, sample), n = null[0], 60
+    values = []
+    for result, tokens in ((probe, sample.tokens), (control, None)):
+        cut = sample._replace(**{key: getattr(sample, key)[:n] for key in ("position", "keys", "grids")})
+        cut = cut._replace(labels={name: value[:n] for name, value in sample.labels.items()})
+        held = sample.labels["place"][None] - 5.5 if tokens is None else tokens.gather(torch.arange(WORLD.n_test))
+        cut = cut._replace(tokens=type(sample.tokens).from_tensor(held[:, :n], list(range(len(held)))))
+        mode = "quadratic" if tokens is not None else "dot_product"
+        alone = auroc(score(Subject("cut", "", {}, {"test": cut}, [0]), mode, "test", CLAIM), CLAIM)
+        whole = auroc(result, CLAIM)
+        scale = WORLD.n_test / n
+        first_order = whole.value + scale * whole.influence[:, :n].sum(1)
+        assert torch.allclose(first_order, alone.value, atol=0.01)
+        values.append((one(whole, 0), one(alone, 0)))
+    (whole, alone), (control_whole, control_alone) = values
+    for shift in (-0.5, 0.5):
+        moved = lambda e, by=shift: Estimate(e.value + by, e.influence)
+        assert claimed_at([difference(moved(whole), control_whole)], n) is (shift > 0)
+
+
+def test_worlds_share_the_training_scenes_and_no_test_scene():
+    """Own test scenes have contents of their own; what is mixed how is the same as in training, so a fit reads it."""
+    world = replace(WORLD, noise=0.0, n_train=30)
+    train, first, second = (draw_scenes(split, world, "own") for split in ("train", "test-0", "test-1"))
+    assert not torch.equal(first.identity, second.identity)
+    for number, scenes in ((0, first), (1, second)):
+        mixing = draw_mixing("own", number, world)
+        for of_split in (train, scenes):
+            content = draw_tokens(of_split, {number: 1.0}, world)[0] @ mixing.T
+            planted = content[..., PLANTED]  # [M, T, 4]
+            same = of_split.identity[:, :, None] == of_split.identity[:, None]
+            apart = (planted[:, :, None] - planted[:, None]).abs().amax(-1)
+            assert float(apart[same].max()) < 1e-4 and float(apart[~same].min()) > 1e-4
+    every = draw_tokens(train, [0.0, 1.0], world)
+    assert torch.equal(every[1], draw_tokens(train, {1: 1.0}, world)[0])
+
+
+@pytest.mark.parametrize("mode", ["quadratic", "cosine"])
+def test_one_layer_of_a_stack_answers_as_it_does_in_the_stack(mode):
+    probe = build_probe(
+        {"mode": mode, "linear_term": True, "learn_scale": True, "standardize": True}, seeds=[0], layers=[0, 3, 5], dim=4
+    )
+    with torch.no_grad():
+        for parameter in probe.parameters():
+            parameter.normal_()
+    probe.set_statistics(torch.randn(3, 4), torch.rand(3, 4) + 0.5)
+    x = torch.randn(3, 2, 6, 4)
+    for row, layer in enumerate(probe.layers):
+        alone = at_layer([probe], layer)
+        assert alone.layers == [layer] and torch.allclose(alone(x[row : row + 1]), probe(x)[:, row : row + 1], atol=1e-6)
 
 
 def test_the_truth_allows_for_the_error_of_the_large_sample():
