@@ -72,22 +72,23 @@ def deal(n_images: Mapping[str, int], n_folds: int, seed: int) -> list[dict[str,
 
 
 def pool(samples: Mapping[str, PatchSample]) -> PatchSample:
-    """The images of all splits as one sample, in the order train, val, test; images are called <split>/<key>.
+    """The images of the splits at hand as one sample, in the order train, val, test; images are called <split>/<key>.
 
     Raises:
         UserError: the splits keep different numbers of patches an image.
     """
-    parts = [samples[split] for split in SPLITS]
-    kept = {split: samples[split].tokens.shape[2] for split in SPLITS}
+    splits = [split for split in SPLITS if split in samples]
+    parts = [samples[split] for split in splits]
+    kept = {split: samples[split].tokens.shape[2] for split in splits}
     if len(set(kept.values())) > 1:
         raise UserError(f"trainer.folds pools the splits, which keep {kept} patches an image; set protocol.selection.patches")
     tokens = PooledTokens([part.tokens for part in parts], torch.arange(sum(len(part.keys) for part in parts)))
-    made_from = {split: [samples[split].meta.get(key) for key in ("fingerprint", "index")] for split in SPLITS}
+    made_from = {split: [samples[split].meta.get(key) for key in ("fingerprint", "index")] for split in splits}
     return parts[0]._replace(
         tokens=tokens,
         position=torch.cat([part.position for part in parts]),
         labels={name: torch.cat([part.labels[name] for part in parts]) for name in parts[0].labels},
-        keys=[f"{split}/{key}" for split in SPLITS for key in samples[split].keys],
+        keys=[f"{split}/{key}" for split in splits for key in samples[split].keys],
         grids=torch.cat([part.grids for part in parts]),
         meta={**parts[0].meta, "pooled": made_from},
     )

@@ -19,11 +19,15 @@ KEPT_BYTES = 1 << 28  # fixed scores of a split up to this size are kept between
 
 
 class PairBatch(NamedTuple):
-    """Some images: fixed scores float32 [L, B, P]; counted and, of these, same (0 or 1), both float32 [V, B, P]."""
+    """Some images: fixed scores float32 [L, B, P]; counted and, of these, same (0 or 1), both float32 [V, B, P].
+
+    beside: float32 [B, P], added to every logit as it is.
+    """
 
     scores: Tensor
     counted: Tensor
     same: Tensor
+    beside: Tensor | None = None
 
 
 class Solution(NamedTuple):
@@ -98,7 +102,7 @@ class _Kept:
             return
         kept, room = [], KEPT_BYTES
         for batch in self.batches():
-            room -= sum(part.numel() * part.element_size() for part in batch)
+            room -= sum(part.numel() * part.element_size() for part in batch if part is not None)
             kept = [*kept, batch] if room >= 0 else []
             yield batch
         self.list = kept if room >= 0 else None
@@ -128,6 +132,8 @@ def _measure(batches: _Kept, theta: Tensor, mean: Tensor, std: Tensor) -> _Point
                 counted, same = batch.counted[v].flatten(), batch.same[v].flatten()
                 offset, factor = theta[v, layer].float()
                 z = torch.add(offset, factor * s)
+                if batch.beside is not None:
+                    z += batch.beside.flatten()
                 loss = F.softplus(z) @ counted - z @ same
                 p = z.sigmoid_()
                 weighted = p * counted

@@ -25,7 +25,8 @@ from errors import UserError
 from machine import free_memory
 from metrics.sample_size import FOLDS
 from pairs import newton
-from pairs.collector import PairCollector, check_pairs
+from pairs.checks import check_loaded, check_samples
+from pairs.collector import PairCollector
 from pairs.folds import deal, pool, probe_folds, take
 from pairs.form_loss import form_bce, pair_terms
 from pairs.losses import agreement, class_loss, identity_loss, log_odds, object_masks, pair_bce, pair_mask
@@ -102,13 +103,22 @@ class Pairwise(PairTask):
     def loss(self, probe: Probe, x: Tensor, batch: Batch, running: Tensor | None = None) -> Tensor:
         """Mean binary cross-entropy [S, L] over the protocol's pairs (`protocol.pairs.loss`)."""
         identity, used = batch.labels["identity"], self.used_tokens(batch)  # [B, T], [V, B, T]
-        parts = probe.form_parts(x)
+        parts = probe.form_parts(x) if self.offsets(batch) is None else None
         if parts is not None:  # without ever storing the scores
             return form_bce(*parts, pair_terms(identity, used, self.pairs), running)
         logits = self.logits(probe, x, batch)  # [S, L, B, T, T]
         same = identity[:, :, None] == identity[:, None, :]  # [B, T, T]
         of_variants = zip(logits.split(len(self.seeds)), used, strict=True)
         return torch.cat([pair_bce(part, same, pairs=self.pairs, valid=counted) for part, counted in of_variants])
+
+    def logits(self, probe: Probe, x: Tensor, batch: Batch) -> Tensor:
+        """What the probe answers to pairs of tokens, [S, L, B, T, T]."""
+        logits, offsets = probe(x), self.offsets(batch)
+        return logits if offsets is None else logits + offsets
+
+    def offsets(self, batch: Batch) -> Tensor | None:
+        """What is known of every pair beside the representation and is added to its logits, [B, T, T]; None: nothing."""
+        return None
 
     def constant(self, train: PatchSample) -> Tensor:
         """Log-odds of one object among the pairs of each variant, [S]."""
@@ -135,7 +145,9 @@ class Pairwise(PairTask):
                 first, second = places // identity.shape[1], places % identity.shape[1]
                 counted = used.index_select(2, first) * used.index_select(2, second)  # [V, B, P]
                 same = identity.index_select(1, first) == identity.index_select(1, second)  # [B, P]
-                yield PairBatch(probe.fixed_scores(x).flatten(2).index_select(2, places), counted, counted * same)
+                beside = self.offsets(batch)
+                beside = None if beside is None else beside.flatten(1).index_select(1, places)
+                yield PairBatch(probe.fixed_scores(x).flatten(2).index_select(2, places), counted, counted * same, beside)
 
         solution = newton.solve(pair_batches)
         spread = lambda values: values.repeat_interleave(len(self.seeds), 0)  # [V, L] -> [S, L]
@@ -284,25 +296,6 @@ def check_probe(cfg: DictConfig) -> None:
             )
 
 
-def check_samples(samples: Mapping[str, PatchSample], mode: str, task: str) -> None:
-    """Refuse splits on which nothing can be scored.
-
-    Raises:
-        UserError: a split lacks the label the task asks about; it has identities, and no pair of one object or none of two.
-    """
-    for split, sample in samples.items():
-        labels = sample.labels
-        if task != "class" and "identity" not in labels:
-            raise UserError(
-                f"{sample.meta['dataset']} has no maps of objects and mode={mode} needs them; name another dataset"
-                + (", or ask about classes with mode=train_class" if "class" in labels else "")
-            )
-        if task == "class" and not ("class" in labels and bool((labels["class"] > 0).any())):
-            raise UserError(f"split {split} carries no class labels; mode={mode} needs class maps")
-        if "identity" in labels:
-            check_pairs(split, labels["identity"], labels["identity_valid"])
-
-
 def check(cfg: DictConfig) -> None:
     """Refuse what the configuration alone shows to be wrong.
 
@@ -311,6 +304,9 @@ def check(cfg: DictConfig) -> None:
     """
     task_maker(cfg)(read_seeds(cfg.trainer.seeds))
     trainer.FitOptions.read(cfg)
+    from pairs import in_bits  # here and below: it asks the question of this module once more
+
+    in_bits.check(cfg)
 
 
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
@@ -322,11 +318,15 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     Raises:
         UserError: a mistake in command, data or weights, in one sentence.
     """
+    from pairs import in_bits
+
+    in_bits.check(cfg)
     make, seeds, options = task_maker(cfg), read_seeds(cfg.trainer.seeds), trainer.FitOptions.read(cfg)
 
     def check_plan(planned: Mapping[str, PatchSample]) -> None:
         check_samples(planned, cfg.mode, cfg.task)
         train = planned["train"]
+        in_bits.check_size(cfg.bits, train)
         check_rank(cfg.probe, PROBES, train.tokens.shape[-1])
         if cfg.probe.mode != "attention":  # it fits two numbers; its projections are read from the backbone
             check_stack(make, seeds, cfg.probe, train, options.batch_images, free_memory(options.device))
@@ -343,7 +343,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     stage("activations of controls", parts=9)
     controls = build_controls(Opened(cfg, samples), fitting, run.say)
     stages((PROBE_ROW, 3 + len(seeds)), *(control.title for control in controls), "table and figure")
-    results, resampling = [], Resampling.read(cfg)
+    results, codes, resampling = [], [], Resampling.read(cfg)
     folds = open_folds(cfg, samples)
     for subject in [Subject(PROBE_ROW, "", cfg.probe, samples, seeds), *controls]:
         stage(subject.title, parts=3 * max(1, len(folds)))
@@ -351,10 +351,15 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         if folds:
             results.append(probe_folds(run, task, subject, options, folds, resampling))
         else:
-            results.append(trainer.probe(run, task, subject, options))
+            result = trainer.probe(run, task, subject, options)
+            result, code = in_bits.measure(cfg.bits, run, make, subject, options, result)
+            results.append(result)
+            codes += code
         write_records(run, results[-1], resampling, split="test")
+    for code in codes:
+        write_records(run, code, resampling, split="train")
     stage("table and figure")
-    return show(results, cfg, run, resampling, "test")
+    return show(results, cfg, run, resampling, "test", codes)
 
 
 def open_folds(cfg: DictConfig, samples: Mapping[str, PatchSample]) -> list[dict[str, Tensor]]:
@@ -408,23 +413,12 @@ def run_eval(fitted: DictConfig, cfg: DictConfig, run: Run) -> dict[str, Any]:
     return show([result], fitted, run, resampling, split)
 
 
-def check_loaded(probe: Probe, fitted: DictConfig, sample: PatchSample) -> None:
-    """Refuse a loaded probe that is not its run's, or data of other classes than it names."""
-    if probe.recipe["mode"] != fitted.probe.mode:
-        raise UserError(
-            f"the checkpoint holds a {probe.recipe['mode']} probe and its run was of probe.mode={fitted.probe.mode}; "
-            "name the run it was fitted in with run=…"
-        )
-    named, present_classes = probe.facts["classes"], list(sample.meta["classes"])
-    if fitted.task == "class" and named != present_classes:
-        raise UserError(
-            f"the checkpoint names {len(named) - 1} classes ({', '.join(named[1:4])} …), these images have "
-            f"{len(present_classes) - 1} ({', '.join(present_classes[1:4])} …); score it on data of the same classes"
-        )
-
-
-def show(results: Sequence[ProbeResult], cfg: DictConfig, run: Run, resampling: Resampling, split: str) -> dict[str, Any]:
-    """Write the layer curve as table and figure, print the table."""
+def show(
+    results: Sequence[ProbeResult], cfg: DictConfig, run: Run, resampling: Resampling, split: str,
+    codes: Sequence[ProbeResult] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Write the layer curve as table and figure, print the table, and below it that of code lengths."""
+    from pairs import in_bits
 
     def draw(rows: list[dict], columns: Sequence[Column], path: Path, about: str) -> None:
         from pairs.layer_curve import source_rows, write_layer_curve  # here: nothing waits for matplotlib but the figure
@@ -434,6 +428,6 @@ def show(results: Sequence[ProbeResult], cfg: DictConfig, run: Run, resampling: 
         write_layer_curve([*rows, *beside], columns, path, about + more)
 
     questions = {subset.question for subset in results[0].subsets}
-    shown = columns(cfg.task, cfg.protocol.pairs.accuracy, questions)
-    text = table(results, shown, resampling)
+    shown = columns(cfg.task, cfg.protocol.pairs.accuracy, questions) + in_bits.columns(results)
+    text = "\n\n".join([table(results, shown, resampling), *in_bits.tables(codes, resampling)])
     return present(results, shown, resampling, run, split=split, draw=draw, text=text, remedy=FOLDS)

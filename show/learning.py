@@ -18,6 +18,7 @@ from runs.records import read_records
 from show.style import BLUE, FALLING, STYLE, png_bytes
 
 ACROSS = 4  # panels side by side
+BLOCK = "code-"  # parts of fits to blocks of an online code (`pairs.code_length`): too many to be drawn
 
 
 def draw_learning_curves(
@@ -116,7 +117,7 @@ def _legend(layers: Sequence[str]) -> list[Line2D]:
 
 def write_learning_curves(directory: Path, units: Mapping[str, tuple[float, str]] | None = None) -> None:
     """Draw the learning curves of a run directory into learning.png; nothing where every fit was solved for."""
-    records = read_records(directory / "history.jsonl")
+    records = [r for r in read_records(directory / "history.jsonl") if not str(r.get("part", "")).startswith(BLOCK)]
     history, fits = ([record for record in records if record["kind"] == kind] for kind in ("epoch", "fit"))
     if history:
         write_atomically(directory / "learning.png", png_bytes(draw_learning_curves(history, fits, units)))

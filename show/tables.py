@@ -15,7 +15,7 @@ from show.choice import best_layer, chosen, chosen_estimate, gains, objective, r
 from show.claims import above_every_control
 from show.convergence import marks, sentences
 from show.per_image import write_scores
-from show.records import Column, Resampling, curve_rows, find
+from show.records import Column, Resampling, curve_rows, find, find_subset
 from show.text import format_table, interval_text
 from tasks import CONTROL_TASK, ProbeResult
 
@@ -99,7 +99,7 @@ def table(results: Sequence[ProbeResult], columns: Sequence[Column], resampling:
     probe, counts = results[0], resampling.counts(results[0])
     header = ["layer", *(column.title for column in columns)]
     body = [
-        [f"{layer} {marks(probe, layer)}".strip(), *(_cell(probe, c, i, counts) for c in columns)]
+        [f"{layer} {marks(probe, layer)}".strip(), *(score_cell(probe, c, i, counts) for c in columns)]
         for i, layer in enumerate(probe.layers)
     ]
     if len(probe.layers) > 1:
@@ -118,13 +118,13 @@ def table(results: Sequence[ProbeResult], columns: Sequence[Column], resampling:
     return "\n".join([*lines, *sentences(results)])
 
 
-def _cell(result: ProbeResult, column: Column, index: int, counts: Tensor) -> str:
+def score_cell(result: ProbeResult, column: Column, index: int, counts: Tensor) -> str:
     """Mean over seeds of a layer with its interval."""
     estimate = find(result, column)
     if estimate is None:
         return "–"
     mean = mean_over_seeds(estimate, len(result.seeds))
-    low, high = interval(mean, counts)
+    low, high = interval(mean, counts, bounds=find_subset(result, column).bounds)
     return interval_text(float(mean.value[index]), float(low[index]), float(high[index]))
 
 

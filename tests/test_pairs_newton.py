@@ -24,16 +24,21 @@ def planted(scale: float, seed: int = 0, n_layers: int = 2) -> list[PairBatch]:
 def mean_loss(batches: list[PairBatch], offset: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """[V, L] by the definition."""
     total, n = 0.0, 0.0
-    for scores, counted, same in batches:
+    for scores, counted, same, beside in batches:
         z = offset[..., None, None] + factor[..., None, None] * scores.double()  # [V, L, B, P]
+        z = z if beside is None else z + beside
         loss = F.binary_cross_entropy_with_logits(z, same[:, None].double().expand_as(z), reduction="none")
         total, n = total + (loss * counted[:, None]).sum((2, 3)), n + counted.sum((1, 2))[:, None]
     return total / n
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
-def test_the_solution_is_the_optimum(scale: float) -> None:
+@pytest.mark.parametrize(("scale", "beside"), [(1e-3, 0.0), (1.0, 0.0), (300.0, 0.0), (1.0, 2.0)])
+def test_the_solution_is_the_optimum(scale: float, beside: float) -> None:
+    """Also where something of a spread `beside` is added to every logit."""
     batches = planted(scale)
+    if beside:
+        rng = torch.Generator().manual_seed(1)
+        batches = [b._replace(beside=beside * torch.randn(b.scores.shape[1:], generator=rng)) for b in batches]
     found = solve(lambda: iter(batches))
     assert bool(found.converged.all()) and found.passes < 15
     loss = mean_loss(batches, found.offset, found.factor)
