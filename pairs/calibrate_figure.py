@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from files import write_atomically
-from pairs.calibrate import Rate
+from pairs.calibrate_summary import Rate
 from show.style import BLUE, GREY, ORANGE, RED, STYLE, png_bytes
 
 
@@ -17,7 +17,7 @@ def draw_calibration(summary: Sequence[Mapping[str, Any]], curve: Sequence[Mappi
     """Two panels: rate of claims by effect, cover of intervals by effect, with 95 % intervals of these rates.
 
     Args:
-        summary: lines of `calibrate.summarise`, that of all worlds last. curve: of `calibrate.by_effect`.
+        summary: lines of `calibrate_summary.summarise`, that of all worlds last. curve: of `calibrate_summary.by_effect`.
     """
     lines = summary[:-1]
     effect = np.array([line["effect"] for line in lines])

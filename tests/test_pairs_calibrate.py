@@ -16,18 +16,8 @@ import trainer
 from activation import PatchSample
 from controls import Subject
 from metrics.bootstrap import Estimate, difference, interval, resample
-from pairs.calibrate import (
-    CLAIM,
-    ClaimTask,
-    at_layer,
-    auroc,
-    by_effect,
-    claimed_at,
-    judge,
-    rate,
-    truth_of,
-    wilson,
-)
+from pairs.calibrate import CLAIM, ClaimTask, at_layer, auroc, claimed_at, judge, truth_of
+from pairs.calibrate_summary import by_effect, rate, wilson
 from pairs.worlds import PLANTED, WorldOptions, as_sample, draw_mixing, draw_scenes, draw_tokens, stream
 from probes import build_probe
 from show.claims import above_every_control
