@@ -19,18 +19,18 @@ class Bits:
     """Collects what every image's pairs cost, by subset.
 
     Args:
-        task: a `Pairwise`, its variants answer the subsets as in `pairs.collector`.
+        task: its variants answer the subsets as in `pairs.collector`.
         sample: the split.
         n_layers: L.
     """
 
-    def __init__(self, task: Pairwise, sample: PatchSample, n_layers: int) -> None:
+    def __init__(self, task: "Sent", sample: PatchSample, n_layers: int) -> None:
         self.task, self.n_images = task, len(sample.keys)
         self.n_fits = len(task.seeds) * n_layers
         self.bits: dict[str, Tensor] = {}  # by subset, float64 [F, M]
         self.counts: dict[str, Tensor] = {}  # float64 [2, M]: pairs, pairs of one object
         self.variant_of: dict[str, str] = {}
-        self.subsets = ["all", "foreground", *(["same_class"] if "class" in sample.labels else [])]
+        self.subsets = [name for name in task.scored if name != "same_class" or "class" in sample.labels]
 
     def add(self, batch: Batch, logits: Tensor) -> None:
         """Take in the logits [S, L, B, T, T] of a batch."""
@@ -90,6 +90,7 @@ class Sent(Pairwise):
     """IsSameObject, its answers counted in bits."""
 
     labels = (*Pairwise.labels, "class")
+    scored: tuple[str, ...] = ("all", "foreground")  # what a variant is fitted on is what it sends
 
     def collector(self, sample: PatchSample, n_layers: int, detail: bool = True) -> Bits:
         """Collects bits."""

@@ -34,7 +34,7 @@ from trainer import FitOptions
 CLAIM = "same_class_matched"  # the column that claims are made in
 SCORED_IMAGES = 128  # at a time
 SHARED = ("train", "val", "population")  # splits that the worlds on one set of scenes share
-SIZES = (100, 200, 300, 400)  # test images that claims are counted at
+SIZES = (100, 200, 300, 400, 600, 800)  # test images that claims are counted at
 
 
 class Settings(NamedTuple):

@@ -41,6 +41,7 @@ class Given(Sent):
     """
 
     labels = (*Sent.labels, "row", "column")
+    scored = (*Sent.scored, "same_class")
 
     def __init__(self, seeds: Sequence[int], train: PatchSample, **settings: Any) -> None:
         of_fit = "foreground" if "foreground" in settings["variants"] else settings["variants"][0]

@@ -66,6 +66,7 @@ def cost(logit, same):
 def test_bits_of_every_subset_by_brute_force():
     sample, logits = labelled()
     task = Sent([0], **SETTINGS)
+    task.scored = ("all", "foreground", "same_class")
     bits = Bits(task, sample, 1)
     bits.add(batch_of(sample), logits)
     results = {result.subset: result for result in bits.results()}
@@ -235,7 +236,7 @@ def test_the_option_adds_columns_records_and_a_table(tmp_path, capsys):
     scores = [r for r in done.records() if r["kind"] == "score" and r["seed"] == "mean"]
     sent = [r for r in scores if r["readout"] == "online_code"]
     assert {r["name"] for r in sent} == names and {r["split"] for r in sent} == {"train"}
-    assert {r["subset"] for r in sent} == {"all", "foreground", "same_class"}
+    assert {r["subset"] for r in sent} == {"all", "foreground"}
     for record in sent:
         metrics = record["metrics"]
         assert metrics["saved"] == pytest.approx(metrics["base_rate"] - metrics["bits_per_pair"])
