@@ -107,7 +107,7 @@ DIFFERENT = {
 }  # fmt: skip
 OPTIONS = {
     "epochs": 3, "patience": 1, "averaging": 2.0, "batch_images": 8, "optimizer": "adam", "lr": 1.0, "beta2": 0.5,
-    "weight_decay": 0.5, "schedule": "constant", "step_size": 3, "gamma": 0.5, "seed": 9, "device": "cuda",
+    "weight_decay": 0.5, "schedule": "constant", "step_size": 3, "gamma": 0.5, "seed": 9, "device": "cuda", "lr_width": 3,
 }  # fmt: skip
 
 
@@ -226,7 +226,7 @@ def test_what_is_damaged_is_not_taken_over(case: str | None, first: Path, tmp_pa
     equal = peek(best(source, "position"))["facts"]["equal"]
     if case is not None:
         DAMAGED[case](source)
-    new = Run(tmp_path / "train/new", {}, reused=False)
+    new = Run(tmp_path / "train/new", {})
     assert not take_over(new, "position", 0, equal, {})  # resume=false
     new.shares = True
     assert take_over(new, "position", 0, equal, {}) == (case is None) == best(new.dir, "position").exists()
@@ -236,6 +236,6 @@ def test_what_is_damaged_is_not_taken_over(case: str | None, first: Path, tmp_pa
         new.close()
         shutil.rmtree(source)
         (tmp_path / "train/newer").mkdir()
-        newer = Run(tmp_path / "train/newer", {}, reused=False)
+        newer = Run(tmp_path / "train/newer", {})
         newer.shares = True
         assert take_over(newer, "position", 0, equal, {}) and f"train/{finished.name}" in (newer.dir / "log.txt").read_text()
