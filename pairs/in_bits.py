@@ -1,9 +1,10 @@
 """What `bits` asks for: IsSameObject in bits per pair, beside its scores.
 
-    check      refuse it where it has no meaning
-    measure    usable information as further subsets of a result, code length as a result of the training images
-    columns    of usable information, in the table of all scores
-    tables     of code lengths, below it
+    check        refuse it where it has no meaning
+    measure      usable information as further subsets of a result, code length as a result of the training images
+    columns      of usable information, in the table of all scores
+    write_codes  records of code lengths
+    tables       of code lengths, below it
 
 Both are computed for the probe and for each of its controls, by fits of their own.
 """
@@ -23,11 +24,12 @@ from pairs.code_length import code_length, sending_blocks
 from pairs.usable_information import GIVEN, usable_information
 from runs.run import Run
 from show.convergence import sentences
-from show.records import Column, Resampling, find
+from show.records import Column, Resampling, find, records
 from show.tables import score_cell
 from show.text import format_table
 from tasks import ProbeResult, Task
 
+KIND = "code_length"  # of the records
 TITLES = {"all": "all pairs", "foreground": "foreground", "same_class": "same class"}
 
 
@@ -90,6 +92,13 @@ def _fitted(subject: Subject) -> Subject:
         changed[split] = sample._replace(tokens=MadeTokens(read, sample.tokens.layers[0], len(sample.keys)))
     probe = {**OmegaConf.to_container(OmegaConf.create(dict(subject.probe))), "mode": "dot_product"}
     return subject._replace(probe={**probe, "learn_scale": True, "standardize": False}, samples=changed, build=None)
+
+
+def write_codes(run: Run, codes: Sequence[ProbeResult], resampling: Resampling) -> None:
+    """Append the records of code lengths, of a kind of their own: they are of training images, scores are of others."""
+    for code in codes:
+        for record in records(code, resampling, split="train"):
+            run.write({**record, "kind": KIND})
 
 
 def tables(codes: Sequence[ProbeResult], resampling: Resampling) -> list[str]:

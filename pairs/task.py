@@ -356,8 +356,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             results.append(result)
             codes += code
         write_records(run, results[-1], resampling, split="test")
-    for code in codes:
-        write_records(run, code, resampling, split="train")
+    in_bits.write_codes(run, codes, resampling)
     stage("table and figure")
     return show(results, cfg, run, resampling, "test", codes)
 

@@ -234,7 +234,7 @@ def test_the_option_adds_columns_records_and_a_table(tmp_path, capsys):
     assert "foreground usable bits" in said and "all pairs, saved" in said and "online code of the pairs of 18" in said
     names = {"probe", "position", "class_oracle", "dot_product"}
     scores = [r for r in done.records() if r["kind"] == "score" and r["seed"] == "mean"]
-    sent = [r for r in scores if r["readout"] == "online_code"]
+    sent = [r for r in done.records() if r["kind"] == "code_length" and r["seed"] == "mean"]
     assert {r["name"] for r in sent} == names and {r["split"] for r in sent} == {"train"}
     assert {r["subset"] for r in sent} == {"all", "foreground"}
     for record in sent:
@@ -243,6 +243,7 @@ def test_the_option_adds_columns_records_and_a_table(tmp_path, capsys):
         assert metrics["compression"] == pytest.approx(1 / metrics["bits_per_pair"])
         low, high = record["interval"]["bits_per_pair"]
         assert 0 < low < metrics["bits_per_pair"] < high
+    assert {r["split"] for r in scores} == {"test"}
     given = [r for r in scores if r["readout"] == GIVEN]
     assert {r["name"] for r in given} == names and {r["subset"] for r in given} == {"foreground", "same_class"}
     for record in given:
