@@ -10,6 +10,9 @@ from runs import signals
 if __name__ == "__main__":
     signals.leave()  # before the imports, which take seconds on a busy machine
     signals.skip_teardown()
+    import machine
+
+    machine.let_waiting_threads_sleep()
 
 import importlib
 import os
