@@ -12,7 +12,7 @@ ROOMS = {path.parent.name for path in ROOT.glob("*/__init__.py")}
 FREE = {"errors"}
 # What a module at the root may import (a room says it in its docstring); the rest is reached by name, from a mode's config.
 ROOT_IMPORTS = {
-    "main": {"options", "runs", "files"},
+    "main": {"options", "runs", "files", "machine"},
     # the same entries from Python, and what they hand over and give back
     "vit_probing": {"main", "options", "activation", "backbones", "datasets.in_memory", "files", "pairs", "probes", "runs"},
     "options": set(),
