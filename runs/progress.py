@@ -70,7 +70,10 @@ class Display:
         self.title = "starting"
         self.lock = threading.RLock()
         self.ended = threading.Event()
-        self.bar = tqdm(total=STEPS, leave=False, dynamic_ncols=True, file=sys.stderr, disable=not terminal)
+        begun = f"{self.title}   0 %|{{bar:{BAR}}}| 0:00"  # until the first second has passed
+        self.bar = tqdm(
+            total=STEPS, leave=False, dynamic_ncols=True, file=sys.stderr, disable=not terminal, bar_format=begun
+        )
         self.thread = threading.Thread(target=self._keep_alive, name="progress", daemon=True)
         self.thread.start()
 
