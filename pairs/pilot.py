@@ -3,7 +3,7 @@
     read_some   a few images of each split          ask   run everything on them
     Costs       seconds, fixed and per image        Pilot   costs, and deviations of scores per image
 
-Seconds: a part that does not grow with the number of images (weights are loaded) is told from one that does by running it
+Seconds: a part that does not grow with the number of images (weights are loaded) is separated from one that does by running it
 for a quarter of the images first.
 
 Deviations: an interval over M images is sqrt(m / M) times as wide as one over m. So that a few images say as much as they

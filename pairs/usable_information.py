@@ -112,7 +112,7 @@ class Usable(Bits):
 def pair_cells(batch: Batch) -> Tensor:
     """The cell C of every pair, int64 [B, T, T]: agreement of classes (none known, one known, different, same) and distance.
 
-    Distances are told apart exactly up to EXACT patches, in whole patches beyond. Without classes none is known.
+    Distances up to EXACT patches are kept exactly, longer ones in whole patches. Without classes none is known.
     """
     row, column = batch.labels["row"], batch.labels["column"]
     square = (row[:, :, None] - row[:, None]).square() + (column[:, :, None] - column[:, None]).square()

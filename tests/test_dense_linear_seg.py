@@ -72,7 +72,7 @@ def test_selection_on_the_reported_split_is_said():
 
 
 @pytest.mark.parametrize("loss", ["patches", "pixels"])
-def test_how_a_fit_ended_is_told_by_the_images_kept_apart(loss):
+def test_images_kept_apart_show_how_a_fit_ended(loss):
     features, labels = both()
     known = {"batch_size": 8, "weight_decays": [0.0], "seeds": 2, "schedule": "constant", "loss": loss, "loss_size": 15}
     last = lambda **options: [r.notes for r in linear_seg(features, labels, **known, **options) if r.setting["layer"] == 3][0]

@@ -83,33 +83,33 @@ def pilot(deviation: dict[int, float]) -> Pilot:
 
 def test_the_cheapest_way_is_first_and_wide_enough() -> None:
     cfg, images = vp.compose(*TINY), {"train": 100, "val": 20, "test": 30}
-    told = pilot({16: 0.2, 32: 0.12, 64: 0.1})
-    assert told.half_width("all pairs AUROC", 64, 100) == pytest.approx(NORMAL * 0.01)
-    ways = cheapest(cfg, told, images, 0.05)
+    piloted = pilot({16: 0.2, 32: 0.12, 64: 0.1})
+    assert piloted.half_width("all pairs AUROC", 64, 100) == pytest.approx(NORMAL * 0.01)
+    ways = cheapest(cfg, piloted, images, 0.05)
     for way in ways:
-        half = told.half_width("all pairs AUROC", way["patches"], way["test_images"])
-        one_less = told.half_width("all pairs AUROC", way["patches"], way["test_images"] - 1)
+        half = piloted.half_width("all pairs AUROC", way["patches"], way["test_images"])
+        one_less = piloted.half_width("all pairs AUROC", way["patches"], way["test_images"] - 1)
         assert half <= 0.05 < one_less and way["enough"] == (way["test_images"] <= 30)
     enough = [way["seconds"] for way in ways if way["enough"]]
     assert ways[0]["enough"] and enough == sorted(enough) and len(ways) == 6  # two layers, three numbers of patches
-    narrow = cheapest(cfg, told, images, 0.025)
+    narrow = cheapest(cfg, piloted, images, 0.025)
     assert {w["patches"]: w["test_images"] for w in narrow}[64] == math.ceil((NORMAL * 0.1 / 0.025) ** 2)
-    assert not any(way["enough"] for way in cheapest(cfg, told, images, 0.001))
+    assert not any(way["enough"] for way in cheapest(cfg, piloted, images, 0.001))
 
 
 def test_a_night_is_filled_with_the_narrowest_interval_first() -> None:
     cfg, images = vp.compose(*TINY), {"train": 20000, "val": 1000, "test": 4000}
-    told = pilot({16: 0.2, 32: 0.12, 64: 0.1})
-    told = told._replace(costs=told.costs._replace(tokens=4.0))
-    ways = overnight(cfg, told, images)
+    piloted = pilot({16: 0.2, 32: 0.12, 64: 0.1})
+    piloted = piloted._replace(costs=piloted.costs._replace(tokens=4.0))
+    ways = overnight(cfg, piloted, images)
     assert [way["patches"] for way in ways[:2]] == [64, 64] and ways[0]["layers"] == 1  # of one layer more images fit
     widths = [way["half_width"] for way in ways]
     assert widths == sorted(widths) and len(ways) == 6
     for way in ways:
         assert 0.98 * NIGHT < way["seconds"] <= NIGHT and way["images"]["train"] == int(20000 * way["share"])
-        assert way["half_width"] == told.half_width("all pairs AUROC", way["patches"], way["images"]["test"])
+        assert way["half_width"] == piloted.half_width("all pairs AUROC", way["patches"], way["images"]["test"])
     cfg.cache.disk_gb = 2 * ways[-1]["bytes"] / 1e9
-    assert 0 < len(overnight(cfg, told, images)) < 6 and overnight(cfg, told, images, limit=6.0) == []
+    assert 0 < len(overnight(cfg, piloted, images)) < 6 and overnight(cfg, piloted, images, limit=6.0) == []
 
 
 def test_the_report_fits_a_terminal(tmp_path: Path) -> None:
