@@ -11,7 +11,7 @@ Shapes: S seeds, L layers, B images, T tokens, U tokens of a second set, D width
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -178,65 +178,72 @@ class FormCuts(NamedTuple):
 
     blocks: list[tuple[int, int]]  # [start, stop) of the channels
     n_images: int  # at a time
+    n_layers: int  # at a time; more than one only where all images are taken at once
 
 
 def form_cuts(x: Tensor) -> FormCuts:
     """Cuts for tokens x [L, B, T, D].
 
     On a CPU two blocks from D = 128 on (float32), four from D = 512 on; 4 M channels of tokens and 256 k pairs at a time (all
-    measured by scripts/bench_fit.py). A GPU prefers one product.
+    measured by scripts/bench_fit.py). Where the images of a batch are fewer than that, several layers share every call: a
+    small call costs more than its arithmetic. A GPU prefers one product a layer.
     """
-    _, n_images, n_tokens, dim = x.shape
+    n_layers, n_images, n_tokens, dim = x.shape
     if x.device.type != "cpu":
-        return FormCuts([(0, dim)], n_images)
+        return FormCuts([(0, dim)], n_images, 1)
     size = -(-dim // (4 if dim >= 512 else 2 if dim >= 128 and x.dtype != torch.bfloat16 else 1))
     blocks = [(start, min(start + size, dim)) for start in range(0, dim, size)]
-    return FormCuts(blocks, min(n_images, max(1, 2**22 // (n_tokens * dim)), max(1, 2**18 // n_tokens**2)))
+    at_once = min(max(1, 2**22 // (n_tokens * dim)), max(1, 2**18 // n_tokens**2))
+    return FormCuts(blocks, min(n_images, at_once), min(n_layers, max(1, at_once // max(1, n_images))))
 
 
 def fold_form(weight: Tensor, blocks: Sequence[tuple[int, int]], dtype: torch.dtype) -> list[Tensor]:
-    """The columns of one W [D, D], block by block, the part below the block diagonal added to the part above it.
+    """The columns of U [K, D, D], block by block, with x'Uy + y'Ux = x'(W + W')y / (2 sqrt D), for K matrices W [K, D, D].
 
-    Only W + W' matters in a symmetric form, so nothing is lost: every block reads the channels up to its own end.
+    Only W + W' matters in a symmetric form, so the part of W below its block diagonal is added to the part above and
+    nothing is lost: every block reads the channels up to its own end.
     """
+    scale = 0.5 * weight.shape[-1] ** -0.5
     folded = []
     for start, stop in blocks:
-        columns = weight[:stop, start:stop].clone()
-        columns[:start] += weight[start:stop, :start].mT.contiguous()
+        columns = weight[:, :stop, start:stop] * scale
+        columns[:, :start].add_(weight[:, start:stop, :start].mT, alpha=scale)
         folded.append(columns.to(dtype))
     return folded
 
 
-def form_products(part: Tensor, folded: Sequence[Tensor], cuts: FormCuts, z: Tensor) -> Tensor:
-    """x_i' U x_j for tokens part [B, T, D] and the folded U of `fold_form` -> [B, T, T] like the tokens; z: work space."""
-    flat, z = part.view(-1, part.shape[-1]), z.view(-1)[: part.numel()].view(part.shape)
-    for (start, stop), columns in zip(cuts.blocks, folded, strict=True):
-        torch.mm(flat[:, :stop], columns, out=z.view(-1, z.shape[-1])[:, start:stop])
-    return torch.bmm(z, part.mT)
+def turn_tokens(tokens: Tensor, folded: Sequence[Tensor], blocks: Sequence[tuple[int, int]], z: Tensor) -> None:
+    """Write U'x_i of the folded U of `fold_form` into z [K, B, T, D] like the tokens x [K, B, T, D]."""
+    flat, z = tokens.flatten(1, 2), z.flatten(1, 2)  # [K, BT, D]
+    for (start, stop), columns in zip(blocks, folded, strict=True):
+        torch.bmm(flat[..., :stop], columns, out=z[..., start:stop])
 
 
-def add_form_gradient(out: Tensor, part: Tensor, gradient: Tensor, cuts: FormCuts, z: Tensor, *, first: bool) -> None:
-    """Add X' G X to the blocks of `out` [D, D] on and above the diagonal; the first part of a batch overwrites them.
+def form_gradient(
+    tokens: Tensor, gradient: Tensor, blocks: Sequence[tuple[int, int]], out: Tensor, z: Tensor, *, first: bool
+) -> None:
+    """Add X' G X to the blocks of `out` [K, D, D] on and above the diagonal; the first part of a batch overwrites them.
 
     Args:
-        part: tokens X [B, T, D].
-        gradient: symmetric G [B, T, T], in the number format of the tokens.
-        z: work space of the size of the tokens.
+        tokens: X [K, B, T, D].
+        gradient: symmetric G [K, B, T, T], in the number format of the tokens.
+        z: work space of as many numbers as the tokens; X' G is left there, [D, K, B T].
     """
-    n_images, n_tokens, dim = part.shape
+    n_layers, _, _, dim = tokens.shape
     # Channels lead in z, tokens of all images follow: the large product then reads both its sides in order.
-    z = z.view(-1)[: part.numel()].view(dim, n_images, n_tokens)
-    torch.bmm(part.mT, gradient, out=z.transpose(0, 1))
-    for start, stop in cuts.blocks:
-        product = torch.mm(z.view(dim, -1)[start:stop], part.view(-1, dim)[:, start:])
-        block = out[start:stop, start:]
+    of_images = z.view(dim, -1, tokens.shape[2])  # [D, KB, T]
+    torch.bmm(tokens.flatten(0, 1).mT, gradient.flatten(0, 1), out=of_images.transpose(0, 1))
+    turned, flat = z.view(dim, n_layers, -1).transpose(0, 1), tokens.flatten(1, 2)  # [K, D, BT], [K, BT, D]
+    for start, stop in blocks:
+        product = torch.bmm(turned[:, start:stop], flat[..., start:])
+        block = out[:, start:stop, start:]
         block.copy_(product) if first else block.add_(product)
 
 
-def mirror_blocks(out: Tensor, cuts: FormCuts) -> None:
-    """Copy what lies above the block diagonal of `out` [D, D] below it."""
-    for start, stop in cuts.blocks:
-        out[stop:, start:stop] = out[start:stop, stop:].mT.contiguous()
+def mirror_blocks(out: Tensor, blocks: Sequence[tuple[int, int]]) -> None:
+    """Copy what lies above the block diagonal of `out` [K, D, D] below it."""
+    for start, stop in blocks:
+        out[:, stop:, start:stop] = out[:, start:stop, stop:].mT
 
 
 class SymmetricForm(torch.autograd.Function):
@@ -244,23 +251,24 @@ class SymmetricForm(torch.autograd.Function):
 
     The transpose is taken of the [T, T] scores instead, and because only W + W' matters, the part of W below its block
     diagonal is folded onto the part above: wide tokens need 5/8 of the multiplications, forward and backward. Fits go
-    one after the other, some images at a time, through one buffer that a processor's cache can hold, so working memory
-    does not grow with the stack.
+    one after the other, some images and layers at a time, through one buffer that a processor's cache can hold, so working
+    memory does not grow with the stack.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         """Tokens x [L, B, T, D] (float32 or bfloat16), weight float32 [S, L, D, D] -> float32 [S, L, B, T, T]."""
-        n_layers, n_images, n_tokens, dim = x.shape
+        n_layers, n_images, n_tokens, _ = x.shape
         cuts = form_cuts(x)
         half = weight.new_empty(len(weight), n_layers, n_images, n_tokens, n_tokens)
-        z = x.new_empty(cuts.n_images, n_tokens, dim)
-        for layer, s in itertools.product(range(n_layers), range(len(weight))):
-            folded = fold_form(weight[s, layer], cuts.blocks, x.dtype)
-            for part, scores in zip(x[layer].split(cuts.n_images), half[s, layer].split(cuts.n_images), strict=True):
-                scores.copy_(form_products(part, folded, cuts, z))
+        for tokens, of_fits, images, s in _parts(x, cuts, len(weight)):
+            z = torch.empty_like(tokens)
+            if images.start == 0:
+                folded = fold_form(weight[s, of_fits], cuts.blocks, x.dtype)
+            turn_tokens(tokens, folded, cuts.blocks, z)
+            half[s, of_fits, images] = torch.matmul(z, tokens.mT)
         ctx.save_for_backward(x)
-        return (half + half.mT).mul_(0.5 * dim**-0.5)
+        return half + half.mT
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
@@ -268,17 +276,24 @@ class SymmetricForm(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             raise NotImplementedError("the symmetric form has no gradient for its tokens")
         (x,) = ctx.saved_tensors
-        n_layers, _, n_tokens, dim = x.shape
+        dim = x.shape[-1]
         cuts = form_cuts(x)
         half = (grad + grad.mT).mul_(0.5 * dim**-0.5).to(x.dtype)  # [S, L, B, T, T]
-        out = grad.new_empty(len(grad), n_layers, dim, dim)
-        z = x.new_empty(cuts.n_images, n_tokens, dim)
-        for layer, s in itertools.product(range(n_layers), range(len(grad))):
-            parts = zip(x[layer].split(cuts.n_images), half[s, layer].split(cuts.n_images), strict=True)
-            for number, (part, scores) in enumerate(parts):
-                add_form_gradient(out[s, layer], part, scores, cuts, z, first=number == 0)
-            mirror_blocks(out[s, layer], cuts)
+        out = grad.new_empty(*grad.shape[:2], dim, dim)
+        for tokens, of_fits, images, s in _parts(x, cuts, len(grad)):
+            z = torch.empty_like(tokens)
+            form_gradient(tokens, half[s, of_fits, images], cuts.blocks, out[s, of_fits], z, first=images.start == 0)
+        mirror_blocks(out.flatten(0, 1), cuts.blocks)
         return None, out
+
+
+def _parts(x: Tensor, cuts: FormCuts, n_fits: int) -> Iterator[tuple[Tensor, slice, slice, int]]:
+    """The cuts of tokens x [L, B, T, D], for every fit of a layer: tokens [K, b, T, D], their layers and images, the fit."""
+    for first, s in itertools.product(range(0, len(x), cuts.n_layers), range(n_fits)):
+        layers = slice(first, first + cuts.n_layers)
+        for start in range(0, x.shape[1], cuts.n_images):
+            images = slice(start, start + cuts.n_images)
+            yield x[layers, images], layers, images, s
 
 
 class Factors(NamedTuple):

@@ -110,23 +110,30 @@ def keep_freed_memory() -> None:
         mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
 
 
-def share_threads(work: Callable[[Sequence], None], items: Sequence) -> None:
-    """Call `work` on shares of independent items, a share per thread that torch may use, each with one thread inside.
+def share_threads(work: Callable[[Any], None], items: Sequence) -> None:
+    """Call `work` on every one of independent items, an item per thread that torch may use, each with one thread inside.
 
     Many small products run faster side by side than one after the other, each cut into pieces; and what an item yields
-    then does not depend on the number of threads.
+    then does not depend on the number of threads. A thread that is done takes the next item.
     """
     import torch
 
     n_threads = torch.get_num_threads()
     if n_threads == 1 or len(items) < n_threads:
-        work(items)
+        for item in items:
+            work(item)
         return
+    waiting = iter(items)  # a list's: one thread after the other takes the next
+
+    def work_on() -> None:
+        for item in waiting:
+            work(item)
+
     torch.set_num_threads(1)
     try:
-        others = [_one_thread_each(n_threads - 1).submit(work, items[i::n_threads]) for i in range(1, n_threads)]
+        others = [_one_thread_each(n_threads - 1).submit(work_on) for _ in range(1, n_threads)]
         try:
-            work(items[::n_threads])
+            work_on()
         finally:
             wait(others)
         for other in others:

@@ -12,6 +12,8 @@ P = T (T - 1) / 2 pairs i < j of an image, T more where a token is paired with i
 """
 
 import functools
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,12 +22,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from forms import add_form_gradient, fold_form, form_cuts, form_products, mirror_blocks
+from forms import fold_form, form_cuts, form_gradient, mirror_blocks, turn_tokens
 from machine import share_threads
 from pairs.losses import PAIR_SETS
 
 WIDE = 512  # from this width on the products of one fit keep all threads busy
 SPARSE = 0.8  # a larger share of counted tokens is not worth the gathering of them (measured by scripts/bench_default.py)
+LINE = 16  # numbers of float32 in a line of a processor's cache
 N_GROUPS = 2  # of the images of a batch whose tokens are gathered
 
 
@@ -53,11 +56,20 @@ class PairGroup(NamedTuple):
     weight_same: Tensor
     where: Triangle
 
+    @property
+    def aligned(self) -> bool:
+        """Whether the arrays of every layer begin at a line of the cache, however many layers lie behind each other.
+
+        The last bits of MKL's products depend on where their arrays begin.
+        """
+        n_tokens = math.isqrt(len(self.where.pair))
+        return n_tokens % 4 == 0 and len(self.weight) * n_tokens % LINE == 0
+
     def take(self, x: Tensor) -> Tensor:
-        """Of x [B, T, ...] what the group reads, [b, T', ...]."""
+        """Of tokens x [K, B, T, D] those the group reads, [K, b, T', D]."""
         if self.tokens is None:
             return x
-        return x.flatten(0, 1).index_select(0, self.tokens).view(len(self.weight), -1, *x.shape[2:])
+        return x.flatten(1, 2).index_select(1, self.tokens).unflatten(1, (len(self.weight), -1))
 
 
 class PairTerms(NamedTuple):
@@ -106,7 +118,7 @@ def _variant_groups(identity: Tensor, used: Tensor, pairs: str) -> list[PairGrou
         first = torch.sort(used.to(torch.uint8), dim=1, descending=True, stable=True).indices  # the counted tokens lead
         groups = []
         for images in order.split(-(-n_images // N_GROUPS)):
-            most = max(1, int(counts[images].max()))
+            most = min(n_tokens, 4 * -(-max(1, int(counts[images].max())) // 4))  # a multiple of 4: `PairGroup.aligned`
             groups.append(_group(identity, used, images[:, None] * n_tokens + first[images, :most], pairs))
     total = sum(group.weight.sum() for group in groups).clamp_min(1)
     for group in groups:
@@ -157,12 +169,17 @@ class _FormBCE(torch.autograd.Function):
         parameters = tuple(None if p is None else p.detach() for p in (weight, linear, bias))
         gradients = tuple(None if p is None else torch.zeros_like(p) for p in parameters) if differentiate else None
         ctx.running = torch.ones_like(loss, dtype=torch.bool) if running is None else running
-        work = functools.partial(_fit_losses, x, parameters, terms, loss, gradients)
-        fits = ctx.running.nonzero().tolist()  # layer by layer of one fit, so that shares cost about the same
+        work = functools.partial(_layers_losses, x, parameters, terms, loss, gradients)
+        # A share is some layers of one fit, so that it has one shape. How many must not change a number.
+        rows = [[layer for layer, runs in enumerate(of_fit) if runs] for of_fit in ctx.running.tolist()]
+        aligned = x.shape[-1] % LINE == 0 and all(group.aligned for groups in terms.groups for group in groups)
+        n_layers = max(1, min(form_cuts(x).n_layers, sum(map(len, rows)) // torch.get_num_threads())) if aligned else 1
+        shares = [(s, some) for s, layers in enumerate(rows) for some in even_parts(layers, n_layers)]
         if x.device.type == "cpu" and x.shape[-1] < WIDE:
-            share_threads(work, fits)
+            share_threads(work, shares)
         else:  # products of wide tokens, and a GPU, spread one fit over all there is
-            work(fits)
+            for share in shares:
+                work(share)
         ctx.gradients = gradients
         return loss
 
@@ -178,44 +195,55 @@ class _FormBCE(torch.autograd.Function):
         return None, *gradients, None, None, None
 
 
+def even_parts(items: Sequence, at_most: int) -> list[Sequence]:
+    """Cut into as few parts of at most this many items as will do, of sizes that differ by one at most."""
+    n_parts = -(-len(items) // at_most)
+    ends = [len(items) * number // n_parts for number in range(n_parts + 1)] if n_parts else []
+    return [items[start:stop] for start, stop in itertools.pairwise(ends)]
+
+
 @torch.no_grad()
-def _fit_losses(
+def _layers_losses(
     x: Tensor, parameters: Sequence[Tensor | None], terms: PairTerms, loss: Tensor, gradients: Sequence[Tensor | None] | None,
-    fits: Sequence[tuple[int, int]],
+    share: tuple[int, Sequence[int]],
 ) -> None:  # fmt: skip
-    """Write the loss of some (fit, layer) of a stack into `loss` [S, L], and those of W, w and b into `gradients`."""
-    weight, linear, bias = parameters
-    n_seeds, dim, scale = len(weight) // len(terms.groups), x.shape[-1], 0.5 * x.shape[-1] ** -0.5
-    for s, layer in fits:
-        folded = fold_form(weight[s, layer], form_cuts(x).blocks, x.dtype)
-        for number, group in enumerate(terms.groups[s // n_seeds]):
-            tokens, where = group.take(x[layer]), group.where  # [b, T', D]
-            ends = (0.5 * bias[s, layer]).expand(tokens.shape[:2])  # [b, T']
+    """Of the s-th fit of K layers, share = (s, layers): losses into `loss` [S, L], gradients by W, w, b into `gradients`."""
+    s, layers = share
+    rows = slice(layers[0], layers[-1] + 1) if layers[-1] - layers[0] < len(layers) else list(layers)  # a slice copies nothing
+    x, (weight, linear, bias) = x[rows], (None if p is None else p[s, rows] for p in parameters)  # [K, ...]
+    form_grad, linear_grad, bias_grad = (None if p is None else torch.zeros_like(p) for p in (weight, linear, bias))
+    total, blocks = torch.zeros_like(bias), form_cuts(x).blocks
+    folded = fold_form(weight, blocks, x.dtype)
+    for number, group in enumerate(terms.groups[s // (len(loss) // len(terms.groups))]):
+        all_tokens, where, n_images = group.take(x), group.where, form_cuts(group.take(x)).n_images
+        for first in range(0, all_tokens.shape[1], n_images):
+            part = slice(first, first + n_images)
+            tokens, w, w_same = all_tokens[:, part], group.weight[part], group.weight_same[part]  # [K, b, T', D], [b, P']
+            n_layers, n_taken, n_tokens, dim = tokens.shape
+            z = torch.empty_like(tokens)
+            turn_tokens(tokens, folded, blocks, z)
+            if linear is not None:  # (U'x_i + w).x_j, once with i and j exchanged, holds the linear term of both
+                z.add_(linear[:, None, None])
+            half = torch.bmm(z.flatten(0, 1), tokens.flatten(0, 1).mT).to(weight.dtype).flatten(1)  # [K b, T' T']
+            scores = half.index_select(1, where.upper).add_(half.index_select(1, where.lower))  # [K b, P']
+            scores = scores.view(n_layers, -1).add_(bias[:, None])  # [K, b P']
+            # Sums over a row each: a product with the weights would round differently with the number of layers.
+            total += F.softplus(scores).mul_(w.flatten()).sum(1) - (scores * w_same.flatten()).sum(1)
+            if gradients is None:
+                continue
+            packed = weight.new_zeros(n_layers, n_taken, len(where.upper) + 1)  # the last column: places that do not count
+            pair_grad = packed[..., :-1]
+            torch.sub(scores.sigmoid_().view_as(pair_grad).mul_(w), w_same, out=pair_grad)
+            bias_grad += pair_grad.sum((1, 2))
+            grad = torch.index_select(packed.flatten(0, 1), 1, where.pair, out=half).view(-1, n_taken, n_tokens, n_tokens)
+            if terms.diagonal:  # a token's score with itself holds both of its halves
+                grad.diagonal(dim1=-2, dim2=-1).mul_(2)
+            form_gradient(tokens, grad.to(x.dtype), blocks, form_grad, z, first=number == first == 0)
             if linear is not None:
-                ends = ends + (tokens @ linear[s, layer].to(x.dtype)).to(weight.dtype)
-            cuts = form_cuts(tokens[None])
-            z, ends_grad = x.new_empty(cuts.n_images, *tokens.shape[1:]), weight.new_empty(ends.shape)
-            packed = weight.new_zeros(cuts.n_images, len(where.upper) + 1)  # the last column stays 0: places that do not count
-            for first in range(0, len(tokens), cuts.n_images):
-                part = slice(first, first + cuts.n_images)
-                half = form_products(tokens[part], folded, cuts, z).to(weight.dtype)  # [b, T', T']
-                n_images, n_tokens = half.shape[:2]
-                half = torch.add(ends[part, :, None], half, alpha=scale, out=half).view(n_images, -1)
-                scores = half.index_select(1, where.upper).add_(half.index_select(1, where.lower))  # [b, P']
-                w, w_same = group.weight[part], group.weight_same[part]
-                loss[s, layer] += F.softplus(scores).view(-1) @ w.view(-1) - scores.view(-1) @ w_same.view(-1)
-                if gradients is None:
-                    continue
-                torch.sub(scores.sigmoid_().mul_(w), w_same, out=packed[:n_images, :-1])
-                grad = torch.index_select(packed[:n_images], 1, where.pair, out=half).view(-1, n_tokens, n_tokens)
-                if terms.diagonal:  # a token's score with itself holds both of its halves
-                    grad.diagonal(dim1=1, dim2=2).mul_(2)
-                torch.sum(grad, -1, out=ends_grad[part])
-                grad = grad.mul_(scale).to(x.dtype)
-                add_form_gradient(gradients[0][s, layer], tokens[part], grad, cuts, z, first=number == first == 0)
-            if gradients is not None:
-                gradients[2][s, layer] += 0.5 * ends_grad.sum()
-            if gradients is not None and linear is not None:
-                gradients[1][s, layer] += ends_grad.view(-1).to(x.dtype) @ tokens.view(-1, dim)
-        if gradients is not None:
-            mirror_blocks(gradients[0][s, layer], cuts)
+                linear_grad += z.view(dim, n_layers, -1).sum(-1, dtype=weight.dtype).mT
+    loss[s, rows] = total
+    if gradients is not None:
+        mirror_blocks(form_grad.mul_(0.5 * x.shape[-1] ** -0.5), blocks)
+        for of_all, of_share in zip(gradients, (form_grad, linear_grad, bias_grad), strict=True):
+            if of_all is not None:
+                of_all[s, rows] = of_share

@@ -19,7 +19,7 @@ import argparse
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -29,9 +29,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from forms import add_form_gradient, fold_form, form_cuts, form_products
+from forms import fold_form, form_cuts, form_gradient, turn_tokens
 from machine import cpu_name, keep_freed_memory, share_threads
-from pairs.form_loss import form_bce, pair_terms
+from pairs.form_loss import even_parts, form_bce, pair_terms
 from pairs.losses import class_loss
 from pairs.newton import PairBatch, solve
 from probes import Probe, build_probe
@@ -82,17 +82,19 @@ def pair_row(name: str, dim: int, n_layers: int, n_seeds: int) -> Row:
     calls = step_calls(
         probe, tokens, lambda x: form_bce(*probe.form_parts(x), pair_terms(identity, used_tokens(identity), "upper"))
     )
-    x, cuts = torch.randn(BATCH, N_TOKENS, dim), form_cuts(torch.empty(1, BATCH, N_TOKENS, dim))
-    weight, grad = torch.randn(dim, dim), torch.randn(BATCH, N_TOKENS, N_TOKENS)
+    cuts = form_cuts(torch.empty(n_layers, BATCH, N_TOKENS, dim))
+    x, weight = torch.randn(cuts.n_layers, BATCH, N_TOKENS, dim), torch.randn(cuts.n_layers, dim, dim)
+    grad = torch.randn(cuts.n_layers, BATCH, N_TOKENS, N_TOKENS)
 
-    def products(fits: range) -> None:
-        z, out = torch.empty_like(x), torch.empty(dim, dim)
-        for _ in fits:
-            form_products(x, fold_form(weight, cuts.blocks, x.dtype), cuts, z)
-            add_form_gradient(out, x, grad, cuts, z, first=True)
+    def products(share: Sequence) -> None:
+        n = len(share)
+        z, out = torch.empty_like(x[:n]), torch.empty(n, dim, dim)
+        turn_tokens(x[:n], fold_form(weight[:n], cuts.blocks, x.dtype), cuts.blocks, z)
+        torch.matmul(z, x[:n].mT)
+        form_gradient(x[:n], grad[:n], cuts.blocks, out, z, first=True)
 
     n_fits = 2 * n_seeds * n_layers
-    calls["products"] = lambda: share_threads(products, range(n_fits))
+    calls["products"] = lambda: share_threads(products, even_parts(range(n_fits), cuts.n_layers))
     return Row(name, calls, 4 * BATCH * N_TOKENS * dim * (dim + N_TOKENS) * n_fits)
 
 

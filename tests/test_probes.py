@@ -340,7 +340,7 @@ def test_cuts_of_the_symmetric_form_change_nothing(monkeypatch: pytest.MonkeyPat
         return scores, torch.autograd.grad(scores.square().sum(), weight)[0]
 
     whole = run()
-    monkeypatch.setattr("forms.form_cuts", lambda x: FormCuts([(0, 3), (3, 6), (6, 9), (9, 10)], 2))
+    monkeypatch.setattr("forms.form_cuts", lambda x: FormCuts([(0, 3), (3, 6), (6, 9), (9, 10)], 2, 1))
     for a, b in zip(run(), whole, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
 
