@@ -34,7 +34,7 @@ from tasks import CONTROL_TASK, Task
 PROBE_ROW = "probe"  # the row of a run that has one
 
 # Options of a fit that decide no number; the layers that a stack holds are part of what a fit is.
-NO_NUMBER = ("stack_gb", "checkpoint_seconds")
+NO_NUMBER = ("stack_gb", "checkpoint_seconds", "processes")
 # The seed of a fit that starts from nothing random (a threshold, a table of labels): another one would give the same fit.
 NOTHING_RANDOM = [0]
 BLIND_LAYER = "none"  # what the one layer of `blind` is called

@@ -13,7 +13,9 @@ Shapes: S fits of a layer (variants × seeds), L layers, B images, T tokens, D w
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ from probes import Probe, load_probe
 from runs.adopt import adopt
 from runs.equal_fits import take_over
 from runs.finished import check_fit
-from runs.fit_state import Progress, Weights, load_fit, save_fit
+from runs.fit_ahead import Job, fits_ahead
+from runs.fit_state import Progress, Weights, build_optimizer, load_fit, save_fit
 from runs.progress import count, track
 from runs.provenance import made_with
 from runs.run import Run, checkpoint_files, checkpoint_path, identify, read_config, read_facts
@@ -66,6 +69,7 @@ class FitOptions:
     checkpoint_seconds: float
     seed: int
     device: torch.device
+    processes: int  # that fit side by side, at most
 
     @classmethod
     def read(cls, cfg: DictConfig) -> "FitOptions":
@@ -106,6 +110,7 @@ class FitOptions:
             checkpoint_seconds=float(trainer.checkpoint_seconds),
             seed=int(cfg.seed),
             device=choose_device(cfg.device),
+            processes=int(cfg.processes or torch.get_num_threads()),
         )
 
     def learning_rate(self, epoch: float, dim: int) -> float:
@@ -137,6 +142,22 @@ def probe(run: Run, task: Task, subject: Subject, options: FitOptions, *, split:
     return result._replace(validation=mean_scores(evaluate(task, stack, subject, options, split="val", detail=False)))
 
 
+def ahead(run: Run, fits: Sequence[tuple[Task, Subject]], options: FitOptions) -> AbstractContextManager[None]:
+    """Begin these fits side by side (`runs.fit_ahead`); inside the context `fit_stack` waits for the one it is called for."""
+    jobs = []
+    for task, subject in fits:
+        if subject.build is None:
+            train, of_fit = subject.samples["train"], (run, task, subject, options)
+            per_chunk = layers_per_chunk(task, subject.probe, train, options)
+            n_layers, _, _, dim = train.tokens.shape
+            chunks = range(-(-n_layers // per_chunk))
+            if not all(checkpoint_path(run.dir, subject.name, f"best.{number:02d}").exists() for number in chunks):
+                memory = per_chunk * sum(stack_bytes(task, subject.probe, train, options.batch_images))
+                cost = len(task.fits()) * n_layers * dim
+                jobs.append(Job(subject.name, partial(fit_stack, *of_fit), cost, memory, options.epochs))
+    return fits_ahead(run, jobs, options.processes if options.device.type == "cpu" else 1)
+
+
 def fit_stack(run: Run, task: Task, subject: Subject, options: FitOptions) -> list[Probe]:
     """Fit a probe on every layer of a sample; the stack is cut by layers where it would take more than `stack_gb`.
 
@@ -147,6 +168,8 @@ def fit_stack(run: Run, task: Task, subject: Subject, options: FitOptions) -> li
     layers = list(train.tokens.layers)
     if subject.build is not None:  # nothing to fit
         return [subject.build(task, train, layers).to(options.device)]
+    if run.ahead is not None:
+        run.ahead.wait(subject.name)
     per_chunk = layers_per_chunk(task, subject.probe, train, options)
     probes = []
     for number, first in enumerate(range(0, len(layers), per_chunk)):
@@ -232,19 +255,6 @@ def layers_per_chunk(task: Task, probe_cfg: Mapping, sample: PatchSample, option
     return max(1, n_layers if options.device.type != "cpu" else min(n_layers, CPU_STACK // len(task.fits())))
 
 
-def build_optimizer(probe: Probe, options: FitOptions) -> torch.optim.Optimizer:
-    """AdamW (decoupled decay; none on biases) or Adam as published."""
-    named = [(n, p) for n, p in probe.named_parameters() if p.requires_grad]
-    lr, decay, betas = options.lr, options.weight_decay, (0.9, options.beta2)
-    if options.optimizer == "adam":
-        return torch.optim.Adam([p for _, p in named], lr=lr, betas=betas, weight_decay=decay, fused=True)
-    groups = [
-        {"params": [p for n, p in named if "bias" not in n], "weight_decay": decay},
-        {"params": [p for n, p in named if "bias" in n], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
-
-
 def fit(probe: Probe, task: Task, subject: Subject, options: FitOptions, run: Run, *, number: int = 0) -> Probe:
     """Fit a stack of probes and restore, for every fit by itself, the epoch with the lowest validation loss.
 
@@ -266,7 +276,8 @@ def fit(probe: Probe, task: Task, subject: Subject, options: FitOptions, run: Ru
         return _solve(probe, task, subject, layer_rows, options, run, number)
     state_file = checkpoint_path(run.dir, name, f"state.{number:02d}")
     identity = identity_of(run, task, subject, probe.layers, number)
-    weights, optimizer = Weights(probe, options.averaging), build_optimizer(probe, options)
+    weights = Weights(probe, options.averaging)
+    optimizer = build_optimizer(probe, options.optimizer, options.lr, options.beta2, options.weight_decay)
     progress = Progress.start(len(task.fits()), len(layer_rows))
     if state_file.exists():
         progress = load_fit(state_file, weights, optimizer, identity, options.epochs)

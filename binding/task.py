@@ -304,18 +304,20 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     for name, of_row in rows.items():
         subjects = [Subject(name, "", of_row.probe, samples.pop(name), read_seeds(of_row.trainer.seeds)), *controls.pop(name)]
         stage(name, parts=3 * len(subjects) * len(parts_of(of_row)))
-        for subject in subjects:
-            stacks, answers = {}, {"test": {}, "val": {}}
-            for part in parts_of(of_row):
-                task, of_part = Code(subject.seeds, part), subject._replace(part=part)
-                stacks[part] = trainer.fit_stack(run, task, of_part, options[name])
-                for split, of_split in answers.items():
-                    of_split[part] = trainer.evaluate(task, stacks[part], of_part, options[name], split=split)
-            scored = {s: combine(a, subject.samples[s], notes_of(of_row, subject.samples[s])) for s, a in answers.items()}
-            results.append(scored["test"]._replace(validation=mean_scores(scored["val"])))
-            write_records(run, results[-1], resampling, split="test", flags=flags)
-            if not subject.control:
-                illustrate(results[-1], stacks["Y"], subject.samples["test"], of_row, run)
+        fits = [(Code(s.seeds, part), s._replace(part=part)) for s in subjects for part in parts_of(of_row)]
+        with trainer.ahead(run, fits, options[name]):
+            for subject in subjects:
+                stacks, answers = {}, {"test": {}, "val": {}}
+                for part in parts_of(of_row):
+                    task, of_part = Code(subject.seeds, part), subject._replace(part=part)
+                    stacks[part] = trainer.fit_stack(run, task, of_part, options[name])
+                    for split, of_split in answers.items():
+                        of_split[part] = trainer.evaluate(task, stacks[part], of_part, options[name], split=split)
+                scored = {s: combine(a, subject.samples[s], notes_of(of_row, subject.samples[s])) for s, a in answers.items()}
+                results.append(scored["test"]._replace(validation=mean_scores(scored["val"])))
+                write_records(run, results[-1], resampling, split="test", flags=flags)
+                if not subject.control:
+                    illustrate(results[-1], stacks["Y"], subject.samples["test"], of_row, run)
     stage("table and figure")
     return show(results, cfg, run, resampling, "test", learning_units(subject.samples["test"]))
 

@@ -108,21 +108,29 @@ def take(pooled: PatchSample, images: Tensor) -> PatchSample:
     )
 
 
+def of_folds(subject: Subject, folds: Sequence[Mapping[str, Tensor]]) -> list[Subject]:
+    """A probe or a control on every fold, as fits of its own: fold-1, fold-2, …; itself where there are no folds."""
+    if not folds:
+        return [subject]
+    pooled = pool(subject.samples)
+    samples = ({split: take(pooled, of_split) for split, of_split in images.items()} for images in folds)
+    return [subject._replace(samples=of_fold, part=f"fold-{number}") for number, of_fold in enumerate(samples, start=1)]
+
+
 def probe_folds(
     run: Run, task: Task, subject: Subject, options: trainer.FitOptions, folds: Sequence[Mapping[str, Tensor]],
     resampling: Resampling,
 ) -> ProbeResult:  # fmt: skip
     """Fit and score a probe or a control on every fold, write the records of each; the pooled result.
 
-    A fold that is fitted is only read: its checkpoints are those of a fit of its own, fold-1, fold-2, …
+    A fold that is fitted is only read.
     """
-    pooled, results = pool(subject.samples), []
-    for number, images in enumerate(folds, start=1):
-        samples = {split: take(pooled, of_split) for split, of_split in images.items()}
-        result = trainer.probe(run, task, subject._replace(samples=samples, part=f"fold-{number}"), options)
-        write_records(run, result, resampling, split=f"fold-{number}", chosen_on=f"fold-{number} val")
+    results = []
+    for of_fold, images in zip(of_folds(subject, folds), folds, strict=True):
+        result = trainer.probe(run, task, of_fold, options)
+        write_records(run, result, resampling, split=of_fold.part, chosen_on=f"{of_fold.part} val")
         results.append(Fold(images["test"], result))
-    return pool_results(results, pooled.keys)
+    return pool_results(results, pool(subject.samples).keys)
 
 
 def pool_results(folds: Sequence[Fold], keys: Sequence[str]) -> ProbeResult:

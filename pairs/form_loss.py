@@ -33,11 +33,9 @@ N_GROUPS = 2  # of the images of a batch whose tokens are gathered
 
 
 class Triangle(NamedTuple):
-    """The unordered pairs of T tokens: their tokens, their places in a flat [T * T] matrix, and the way back."""
+    """The unordered pairs of T tokens: their places in a flat [T * T] matrix, and the way back."""
 
-    first: Tensor  # int64 [P], i
-    second: Tensor  # int64 [P], j >= i
-    upper: Tensor  # int64 [P], place of (i, j)
+    upper: Tensor  # int64 [P], place of (i, j), j >= i
     lower: Tensor  # int64 [P], place of (j, i)
     pair: Tensor  # int64 [T * T], number of the pair at a place, P where none counts
 
@@ -90,7 +88,7 @@ def triangle(n_tokens: int, diagonal: bool, device: torch.device) -> Triangle:
     upper, lower = first * n_tokens + second, second * n_tokens + first
     pair = torch.full((n_tokens**2,), len(upper), device=device)
     pair[upper] = pair[lower] = torch.arange(len(upper), device=device)
-    return Triangle(first, second, upper, lower, pair)
+    return Triangle(upper, lower, pair)
 
 
 def pair_terms(identity: Tensor, used: Tensor, pairs: str) -> PairTerms:
@@ -132,12 +130,13 @@ def _group(identity: Tensor, used: Tensor, places: Tensor | None, pairs: str) ->
     if places is not None:
         identity, used = (x.flatten()[places] for x in (identity, used))
     where = triangle(used.shape[1], pairs != "upper", used.device)
-    counted = used.to(torch.get_default_dtype())
-    weight = counted.index_select(1, where.first) * counted.index_select(1, where.second)  # [b, P']
+    counted, identity = used.to(torch.get_default_dtype()), identity.double()  # exact, and much faster to compare than integers
+    weight = (counted.unsqueeze(2) * counted.unsqueeze(1)).flatten(1).index_select(1, where.upper)  # [b, P']
     if pairs == "all":
-        weight *= torch.where(where.first == where.second, 1.0, 2.0)
-    same = identity.index_select(1, where.first) == identity.index_select(1, where.second)  # [b, P']
-    return PairGroup(None if places is None else places.flatten(), weight, weight * same, where)
+        weight *= torch.where(where.upper == where.lower, 1.0, 2.0)
+    same = torch.eq(identity.unsqueeze(2), identity.unsqueeze(1), out=counted.new_empty(*used.shape, used.shape[1]))
+    same = same.flatten(1).index_select(1, where.upper)  # [b, P']
+    return PairGroup(None if places is None else places.flatten(), weight, same.mul_(weight), where)
 
 
 def form_bce(

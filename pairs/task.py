@@ -27,7 +27,7 @@ from metrics.sample_size import FOLDS
 from pairs import newton
 from pairs.checks import check_loaded, check_samples
 from pairs.collector import PairCollector
-from pairs.folds import deal, pool, probe_folds, take
+from pairs.folds import deal, of_folds, pool, probe_folds, take
 from pairs.form_loss import form_bce, pair_terms
 from pairs.losses import agreement, class_loss, identity_loss, log_odds, object_masks, pair_bce, pair_mask
 from pairs.newton import PairBatch
@@ -345,17 +345,20 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     stages((PROBE_ROW, 3 + len(seeds)), *(control.title for control in controls), "table and figure")
     results, codes, resampling = [], [], Resampling.read(cfg)
     folds = open_folds(cfg, samples)
-    for subject in [Subject(PROBE_ROW, "", cfg.probe, samples, seeds), *controls]:
-        stage(subject.title, parts=3 * max(1, len(folds)))
-        task = make(subject.seeds)
-        if folds:
-            results.append(probe_folds(run, task, subject, options, folds, resampling))
-        else:
-            result = trainer.probe(run, task, subject, options)
-            result, code = in_bits.measure(cfg.bits, run, make, subject, options, result)
-            results.append(result)
-            codes += code
-        write_records(run, results[-1], resampling, split="test")
+    subjects = [Subject(PROBE_ROW, "", cfg.probe, samples, seeds), *controls]
+    fits = [(make(subject.seeds), fold) for subject in subjects for fold in of_folds(subject, folds)]
+    with trainer.ahead(run, fits, options):
+        for subject in subjects:
+            stage(subject.title, parts=3 * max(1, len(folds)))
+            task = make(subject.seeds)
+            if folds:
+                results.append(probe_folds(run, task, subject, options, folds, resampling))
+            else:
+                result = trainer.probe(run, task, subject, options)
+                result, code = in_bits.measure(cfg.bits, run, make, subject, options, result)
+                results.append(result)
+                codes += code
+            write_records(run, results[-1], resampling, split="test")
     in_bits.write_codes(run, codes, resampling)
     stage("table and figure")
     return show(results, cfg, run, resampling, "test", codes)

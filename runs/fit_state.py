@@ -134,6 +134,20 @@ def _copy(values: Mapping[str, Tensor], probe: nn.Module) -> None:
             p.copy_(values[name])
 
 
+def build_optimizer(
+    probe: nn.Module, name: str, lr: float, beta2: float, weight_decay: float
+) -> torch.optim.Optimizer:  # fmt: skip
+    """AdamW (decoupled decay; none on biases) or Adam as published, for what of a stack is trained."""
+    named = [(n, p) for n, p in probe.named_parameters() if p.requires_grad]
+    if name == "adam":
+        return torch.optim.Adam([p for _, p in named], lr=lr, betas=(0.9, beta2), weight_decay=weight_decay, fused=True)
+    groups = [
+        {"params": [p for n, p in named if "bias" not in n], "weight_decay": weight_decay},
+        {"params": [p for n, p in named if "bias" in n], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, beta2), fused=True)
+
+
 def save_fit(path: Path, weights: Weights, optimizer: torch.optim.Optimizer, progress: Progress, of: Mapping) -> None:
     """Write the state of a fit, whole or not at all.
 

@@ -211,6 +211,12 @@ def track(items: Iterable[T], title: str, unit: str, total: int | None = None) -
             step.update()
 
 
+def hide() -> None:
+    """Show nothing from here on: in a process forked from the one that shows."""
+    global _current
+    _current = None
+
+
 def end() -> None:
     """All is done but for what is printed: the bar goes away."""
     if _current is not None:

@@ -22,9 +22,9 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -40,12 +40,15 @@ from runs.provenance import code_digest, provenance
 from runs.records import jsonable, line_of, open_records, record_key
 from runs.signals import ignored, stop_behind
 
+if TYPE_CHECKING:
+    from runs.fit_ahead import Ahead
+
 __all__ = [
     "Run", "checkpoint_files", "checkpoint_path", "deciding", "identify", "newest_run", "open_run", "read_config",
     "read_facts", "run_directory", "source_run",
 ]  # fmt: skip
 # Settings that change where or how a run is carried out, never its numbers.
-_NOT_IN_HASH = ("debug", "resume", "output_dir", "wandb", "threads", "run", "looks_at", "report")
+_NOT_IN_HASH = ("debug", "resume", "output_dir", "wandb", "threads", "processes", "run", "looks_at", "report")
 # What of a configuration says nothing about a single fit.
 _NOT_OF_A_FIT = ("mode", "entry", "controls", "device", "eval", "vis", "export")
 # Of these a restart takes over what is there.
@@ -92,6 +95,8 @@ class Run:
         self.shares = False
         self.configuration: dict[str, Any] = {}
         self.mirror: Mirror | None = None  # of the first rank only; begun at the first new record: it takes seconds
+        self.ahead: Ahead | None = None  # fits that run in processes of their own
+        self.tell: Callable[..., None] | None = None  # in such a process: to the first one
         self.opened = time.monotonic()
         self.ending = contextlib.ExitStack()
         self._log: IO[str] = open(directory / "log.txt", "a", encoding="utf-8")
@@ -100,6 +105,8 @@ class Run:
 
     def say(self, text: str) -> None:
         """Print a line and keep it in log.txt; long warnings and notes are wrapped."""
+        if self.tell is not None:
+            return self.tell("say", text)
         text = wrapped(text)
         with progress.aside():
             print(text, flush=True)
@@ -117,16 +124,27 @@ class Run:
 
     def write(self, record: Mapping[str, Any], file: str = "metrics.jsonl") -> None:
         """Append a record (one JSON line, flushed); a record already there from before a restart is not repeated."""
-        if file not in self._files:
-            path = self.dir / file
-            self._seen[file] = open_records(path, self.say)
-            self._files[file] = open(path, "a", encoding="utf-8")
+        self.open_records(file)
         key = record_key(record)
         if key in self._seen[file]:
             return
-        self._seen[file].add(key)
         self._files[file].write(line_of({**self.identity, **record}) + "\n")
         self._files[file].flush()
+        if self.tell is not None:
+            self.tell("record", file, jsonable(record))
+        self.heard(file, record)
+
+    def open_records(self, file: str) -> None:
+        """Open a file of records, which takes away what a kill has left of a last line: before others write there too."""
+        if file not in self._files:
+            path = self.dir / file
+            self._seen[file] = open_records(path, self.say)
+            # The buffer takes any line whole: lines of several processes never mix.
+            self._files[file] = open(path, "a", encoding="utf-8", buffering=1 << 20)
+
+    def heard(self, file: str, record: Mapping[str, Any]) -> None:
+        """A record was written, here or by a process that fits ahead."""
+        self._seen[file].add(record_key(record))
         if self.mirror is not None:
             self.mirror.begin()
             if record.get("kind") == "epoch" and "train_loss" in record:

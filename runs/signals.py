@@ -87,6 +87,13 @@ def begin() -> None:
     _exchange(_leave, _stop)
 
 
+def raise_stopped(number: int) -> None:
+    """Let a signal raise `Stopped`, whatever it did before: in a process forked from this one."""
+    global _ignoring
+    _ignoring = False
+    signal.signal(number, _stop)
+
+
 def end() -> None:
     """Let both signals end the process at once again: between the jobs of a sweep."""
     _exchange(_stop, _leave)
