@@ -1,0 +1,188 @@
+"""Jobs in processes of their own, forked from this one: the fits of a run beside each other, a processor each.
+
+Threads of one process wait for each other at every call into torch; processes do not. A worker is a copy of this process as
+it was when the jobs began, so it reads the same tokens and nothing is sent to it. It takes the next job that no other has
+taken, with one thread, and writes files; what it says and records reaches this process as lines of JSON.
+
+Only where a copy works: on Linux, and without a GPU, which a copy could not use. A worker ends with the process that forked it.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import selectors
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, NoReturn
+
+from errors import UserError
+from runs import progress
+from runs.signals import Stopped, ignored, raise_stopped, stop_later
+
+Tell = Callable[..., None]  # sends a message, some values of JSON
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+PATIENCE = 60.0  # seconds a worker has to save what it is in
+MOST_JOBS = 30_000  # their numbers of two bytes fit into the 64 KiB a pipe holds
+
+
+class Broken(Exception):
+    """A job did not end as it should: how."""
+
+
+def possible() -> bool:
+    """Whether jobs can run side by side here."""
+    import torch
+
+    return sys.platform == "linux" and not torch.cuda.is_available()
+
+
+class SideBySide:
+    """Jobs under way: a context, which ends with all workers gone.
+
+    Args:
+        jobs: by name, those that should begin first in front. Each gets `tell` and must leave what it makes in files.
+        n_processes: how many run at once.
+        heard: gets the messages of a job: its name and the values that were sent.
+    """
+
+    def __init__(self, jobs: Mapping[str, Callable[[Tell], None]], n_processes: int, heard: Callable[..., None]) -> None:
+        self.jobs, self.n_processes, self.heard = dict(jobs), n_processes, heard
+        self.waiting = set(self.jobs)  # for their end
+        self.at: dict[int, str | None] = {}  # by worker, the job it is in
+        self.ended: dict[str, Exception] = {}  # jobs that did not end as they should
+        self.rest: dict[int, bytes] = {}  # by pipe, of a line that is not whole yet
+        self.selector = selectors.DefaultSelector()
+        if len(self.jobs) > MOST_JOBS:
+            raise ValueError(f"{len(self.jobs)} jobs, expected at most {MOST_JOBS}")
+
+    def __enter__(self) -> "SideBySide":
+        queue, fill = os.pipe()
+        for number in range(len(self.jobs)):
+            os.write(fill, number.to_bytes(2, "little"))  # two bytes are read whole or not at all
+        os.close(fill)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        for _ in range(self.n_processes):
+            (receive, send), parent = os.pipe(), os.getpid()
+            with warnings.catch_warnings():  # other threads (the bar, W&B) may hold locks: none that a job uses
+                warnings.simplefilter("ignore", DeprecationWarning)
+                worker = os.fork()
+            if worker == 0:
+                self._work(queue, send, parent)
+            os.close(send)
+            os.set_blocking(receive, False)
+            self.selector.register(receive, selectors.EVENT_READ, worker)
+            self.at[worker], self.rest[receive] = None, b""
+        os.close(queue)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Stop the workers; what they were in is saved as after a signal."""
+        with ignored():
+            self._signal(signal.SIGTERM)
+            deadline = time.monotonic() + PATIENCE
+            while self.at:
+                self._hear(1.0)
+                if time.monotonic() > deadline:
+                    self._signal(signal.SIGKILL)
+            self.selector.close()
+
+    def finish(self, name: str) -> None:
+        """Wait until a job is done; one that is unknown, or whose end was waited for before, is left alone.
+
+        Raises:
+            UserError: the job raised it.
+            Broken: its process ended in another way.
+        """
+        with stop_later() as stopping:
+            while name in self.waiting and not stopping():
+                self._hear(0.1)
+                if not self.at:
+                    self._end(name, "no process is left for it")
+        if name in self.ended:
+            raise self.ended.pop(name)
+
+    def _signal(self, number: int) -> None:
+        for worker in self.at:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, number)
+
+    def _hear(self, seconds: float) -> None:
+        """Take in what workers have sent, waiting for it so long at most."""
+        for key, _ in self.selector.select(seconds):
+            pipe, worker = key.fd, key.data
+            data = os.read(pipe, 1 << 16)
+            *lines, self.rest[pipe] = (self.rest[pipe] + data).split(b"\n")
+            for line in lines:
+                self._take(worker, *json.loads(line))
+            if not data:
+                self.selector.unregister(pipe)
+                os.close(pipe)
+                _, status = os.waitpid(worker, 0)
+                job = self.at.pop(worker)
+                if job is not None:
+                    code = os.waitstatus_to_exitcode(status)
+                    how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+                    self._end(job, f"its process {how}" + (", perhaps for want of memory" if code == -signal.SIGKILL else ""))
+
+    def _take(self, worker: int, kind: str, *values: Any) -> None:
+        if kind == "begin":
+            self.at[worker] = values[0]
+        elif kind == "end":
+            self.at[worker] = None
+            self._end(*values)
+        else:
+            self.heard(self.at[worker], *values)
+
+    def _end(self, name: str, broken: str | None = None, refused: str | None = None) -> None:
+        self.waiting.discard(name)
+        if refused is not None:
+            self.ended[name] = UserError(refused)
+        elif broken is not None:
+            self.ended[name] = Broken(broken)
+
+    def _work(self, queue: int, send: int, parent: int) -> NoReturn:
+        """What a worker does: job after job until none is left."""
+        import torch
+
+        status = 1
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the first process hears it too and ends the others
+            raise_stopped(signal.SIGTERM)
+            _end_with(parent)
+            progress.hide()
+            torch.set_num_threads(1)
+            names = list(self.jobs)
+
+            def tell(kind: str, *values: Any) -> None:
+                line = json.dumps([kind, *values]).encode() + b"\n"
+                while line:
+                    line = line[os.write(send, line) :]
+
+            while number := os.read(queue, 2):
+                name = names[int.from_bytes(number, "little")]
+                tell("begin", name)
+                try:
+                    self.jobs[name](lambda *values: tell("say", *values))
+                    tell("end", name)
+                except UserError as error:
+                    tell("end", name, None, str(error))
+                except Exception as error:
+                    tell("end", name, f"its process met an unexpected {type(error).__name__}: {error}")
+            status = 0
+        except Stopped as stop:
+            status = 128 + stop.number
+        finally:
+            os._exit(status)  # no handler, no buffer of the first process
+
+
+def _end_with(parent: int) -> None:
+    """Let the kernel kill this process when the one that forked it ends, however that ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
