@@ -149,6 +149,9 @@ class MadeTokens:
         self.read, self.layers, self.made_from = read, [layer], made_from
         self.shape = (1, n_images, *read(torch.arange(1)).shape[2:])
 
+    def preload(self) -> None:
+        """Nothing of these tokens is kept (`StackedTokens.preload`)."""
+
     def gather(self, images: Tensor, layers: list[int] | None = None) -> Tensor:
         """The tokens [1, B, T, D] of some images."""
         return self.read(images)

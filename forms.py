@@ -23,13 +23,14 @@ from machine import multiplies_bfloat16
 from runs.states import save_state
 
 Layer = int | str  # "embed" or a block index
+BFLOAT16_FROM = 192  # channels from which the casts pay (measured by scripts/bench_fit.py)
 
 
-def resolve_matmul_dtype(name: str, device: torch.device, dim: int) -> torch.dtype:
+def resolve_matmul_dtype(name: str, device: torch.device, dim: int, bfloat16_from: int = BFLOAT16_FROM) -> torch.dtype:
     """Number format of the matrix products; weights, sums over fits and the optimiser stay float32.
 
     `auto` is bfloat16 where the processor multiplies it natively (AMX or AVX512-BF16, CUDA from compute capability 8)
-    and the tokens are wide enough for the casts to pay (D >= 192, measured by scripts/bench_fit.py), else float32.
+    and the tokens have at least `bfloat16_from` channels, enough for the casts to pay, else float32.
 
     Raises:
         UserError: unknown name.
@@ -38,7 +39,7 @@ def resolve_matmul_dtype(name: str, device: torch.device, dim: int) -> torch.dty
         return getattr(torch, name)
     if name != "auto":
         raise UserError(f"unknown probe.matmul_dtype '{name}'; valid: auto, float32, bfloat16")
-    return torch.bfloat16 if dim >= 192 and multiplies_bfloat16(device) else torch.float32
+    return torch.bfloat16 if dim >= bfloat16_from and multiplies_bfloat16(device) else torch.float32
 
 
 class FitAxes(NamedTuple):
@@ -64,6 +65,7 @@ class Probe(nn.Module):
         matmul_dtype: auto | float32 | bfloat16, see `resolve_matmul_dtype`.
     """
 
+    bfloat16_from: ClassVar[int] = BFLOAT16_FROM
     arity: ClassVar[str]  # "pairwise" reads two tokens, "pointwise" one, "codes" all tokens of an image
     recipe: dict[str, Any]  # settings it was built from, written into checkpoints
     facts: dict[str, Any]  # what a loaded checkpoint holds beside its parameters
@@ -129,7 +131,7 @@ class Probe(nn.Module):
         """Tokens [L, B, T, D] of these layers as the products read them: standardised in float32, then cast."""
         if self.needs_statistics:
             x = torch.addcmul(self.token_shift[layers, None, None], x.float(), self.token_scale[layers, None, None])
-        return x.to(resolve_matmul_dtype(self.matmul_dtype, x.device, self.dim)).contiguous()
+        return x.to(resolve_matmul_dtype(self.matmul_dtype, x.device, self.dim, self.bfloat16_from)).contiguous()
 
     def save(self, path: Path, **facts: Any) -> None:
         """Write parameters, buffers, recipe and any JSON-able facts into one file, whole or not at all (`runs.states`).

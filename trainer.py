@@ -152,6 +152,8 @@ def ahead(run: Run, fits: Sequence[tuple[Task, Subject]], options: FitOptions) -
             n_layers, _, _, dim = train.tokens.shape
             chunks = range(-(-n_layers // per_chunk))
             if not all(checkpoint_path(run.dir, subject.name, f"best.{number:02d}").exists() for number in chunks):
+                for split in ("train", "val"):  # here, so that the processes share it
+                    subject.samples[split].tokens.preload()
                 memory = per_chunk * sum(stack_bytes(task, subject.probe, train, options.batch_images))
                 cost = len(task.fits()) * n_layers * dim
                 jobs.append(Job(subject.name, partial(fit_stack, *of_fit), cost, memory, options.epochs))

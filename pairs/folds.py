@@ -39,6 +39,11 @@ class PooledTokens:
         self.ends = torch.tensor([part.shape[1] for part in parts]).cumsum(0)
         self.shape = (parts[0].shape[0], len(rows), *parts[0].shape[2:])
 
+    def preload(self) -> None:
+        """Read all sources into memory that fit there (`StackedTokens.preload`)."""
+        for part in self.parts:
+            part.preload()
+
     def gather(self, images: Tensor | Sequence[int], layers: Sequence[int] | None = None) -> Tensor:
         """Tokens [L, B, T, D] float32 of some images at some layers (indices; all if None)."""
         rows = self.rows[torch.as_tensor(images, dtype=torch.long)]  # [B]

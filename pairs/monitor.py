@@ -31,6 +31,7 @@ from files import plain
 from metrics.bootstrap import interval, resample
 from options import CONFIGS
 from pairs.task import Pairwise
+from runs.fit_state import build_optimizer
 from store.chunks import WindowItems
 from store.labelled import LabelledItems
 from store.reading import ImageItems
@@ -155,7 +156,8 @@ class Monitor:
         fitted = self.task.build_probe(self.probe_cfg, sample, sample.tokens.layers)
         if fitted.needs_statistics:
             fitted.set_statistics(*trainer.token_statistics(sample, sample.tokens.layers, self.options.batch_images))
-        optimizer, rows = trainer.build_optimizer(fitted, self.options), range(len(sample.tokens.layers))
+        options, rows = self.options, range(len(sample.tokens.layers))
+        optimizer = build_optimizer(fitted, options.optimizer, options.lr, options.beta2, options.weight_decay)
         order = torch.Generator().manual_seed(0)
         batches = (b for _ in itertools.count() for b in self.task.batches(sample, self.options.batch_images, order))
         for number, batch in enumerate(itertools.islice(batches, self.steps)):

@@ -9,6 +9,7 @@ Only where a copy works: on Linux, and without a GPU, which a copy could not use
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import selectors
@@ -156,6 +157,7 @@ class SideBySide:
             raise_stopped(signal.SIGTERM)
             _end_with(parent)
             progress.hide()
+            gc.freeze()  # what is there already stays shared: a collector that visits it would copy all of it
             torch.set_num_threads(1)
             names = list(self.jobs)
 

@@ -70,12 +70,16 @@ class StackedTokens:
         held = self._read_all() if self._held is None else self._held  # [L, M, T, D]
         return StackedTokens.from_tensor(held.to(device), self.layers)
 
+    def preload(self) -> None:
+        """Read what the first `gather` would read into memory: before a fork, so that all copies share it."""
+        if self._preload:
+            self._held = self._read_all()
+
     def gather(self, images: Tensor | Sequence[int], layers: Sequence[int] | None = None) -> Tensor:
         """Tokens of some images at some layers (indices into `layers`; all if None): [L, B, T, D] float32."""
         images = torch.as_tensor(images, dtype=torch.long)
         chosen = range(self.shape[0]) if layers is None else list(layers)
-        if self._preload:
-            self._held = self._read_all()
+        self.preload()
         if self._held is not None:
             images, exact = images.to(self._held.device), self._held.dtype == torch.float32
             out = torch.empty(len(chosen), len(images), *self.shape[2:], device=images.device)  # [l, B, T, D]

@@ -116,7 +116,8 @@ def test_published_epoch_of_adam(case: dict) -> None:
             getattr(probe, ours).copy_(value if ours == "bias" else value.mT)
     knobs = ["optimizer=adam", f"lr={case['lr']}", f"weight_decay={case['weight_decay']}", "beta2=0.999", "lr_width=null"]
     options = trainer.FitOptions.read(configure(*(f"trainer.{knob}" for knob in knobs)))
-    optimizer, part = trainer.build_optimizer(probe, options), Code([0], "Y")
+    optimizer = trainer.build_optimizer(probe, options.optimizer, options.lr, options.beta2, options.weight_decay)
+    part = Code([0], "Y")
     for number, batch in enumerate(case["batches"], start=1):
         code = torch.tensor(batch["y"])
         asked = Batch(torch.arange(len(code)), None, {"object_code": code})

@@ -301,7 +301,7 @@ def fit_epochs(task, subject, options, n_epochs: int):
     train = subject.samples["train"]
     probe = task.build_probe(subject.probe, train, train.tokens.layers)
     probe.set_statistics(*trainer.token_statistics(train, train.tokens.layers, 8))
-    optimizer = trainer.build_optimizer(probe, options)
+    optimizer = trainer.build_optimizer(probe, options.optimizer, options.lr, options.beta2, options.weight_decay)
     for _ in range(n_epochs):
         for batch in task.batches(train, 8, None):
             x = batch.tokens(train, [0, 1], torch.device("cpu"))
