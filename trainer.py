@@ -83,14 +83,11 @@ class FitOptions:
         for key, valid in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):
             if trainer[key] not in valid:
                 raise UserError(f"unknown trainer.{key} '{trainer[key]}'; valid: {', '.join(valid)}")
-        if trainer.patience is not None and not trainer.patience >= 1:
-            raise UserError(f"trainer.patience is {trainer.patience}; expected a number of epochs of at least 1, or null")
-        if trainer.lr_width is not None and not trainer.lr_width >= 1:
-            raise UserError(f"trainer.lr_width is {trainer.lr_width}; expected a number of channels of at least 1, or null")
+        for key, least, what in (("patience", 1, " of epochs"), ("lr_width", 1, " of channels"), ("averaging", 0, "")):
+            if trainer[key] is not None and not trainer[key] >= least:
+                raise UserError(f"trainer.{key} is {trainer[key]}; expected a number{what} of at least {least}, or null")
         if not 0 <= trainer.beta2 < 1:
             raise UserError(f"trainer.beta2 is {trainer.beta2}; expected a number from 0 to below 1")
-        if trainer.averaging is not None and not trainer.averaging >= 0:
-            raise UserError(f"trainer.averaging is {trainer.averaging}; expected a number of at least 0, or null")
         set_threads(int(cfg.threads or 0))
         keep_freed_memory()
         return cls(
@@ -143,20 +140,19 @@ def probe(run: Run, task: Task, subject: Subject, options: FitOptions, *, split:
 
 
 def ahead(run: Run, fits: Sequence[tuple[Task, Subject]], options: FitOptions) -> AbstractContextManager[None]:
-    """Begin these fits side by side (`runs.fit_ahead`); inside the context `fit_stack` waits for the one it is called for."""
+    """Begin these fits side by side where that is faster; inside the context `fit_stack` waits for the one it is called for."""
     jobs = []
     for task, subject in fits:
-        if subject.build is None:
-            train, of_fit = subject.samples["train"], (run, task, subject, options)
-            per_chunk = layers_per_chunk(task, subject.probe, train, options)
-            n_layers, _, _, dim = train.tokens.shape
-            chunks = range(-(-n_layers // per_chunk))
-            if not all(checkpoint_path(run.dir, subject.name, f"best.{number:02d}").exists() for number in chunks):
-                for split in ("train", "val"):  # here, so that the processes share it
-                    subject.samples[split].tokens.preload()
-                memory = per_chunk * sum(stack_bytes(task, subject.probe, train, options.batch_images))
-                cost = len(task.fits()) * n_layers * dim
-                jobs.append(Job(subject.name, partial(fit_stack, *of_fit), cost, memory, options.epochs))
+        train = subject.samples["train"]
+        per_chunk = 0 if subject.build is not None else layers_per_chunk(task, subject.probe, train, options)
+        chunks = range(-(-len(train.tokens.layers) // per_chunk)) if per_chunk else ()
+        if all(checkpoint_path(run.dir, subject.name, f"best.{number:02d}").exists() for number in chunks):
+            continue
+        for split in ("train", "val"):  # here, so that the processes share them
+            subject.samples[split].tokens.preload()
+        memory = per_chunk * sum(stack_bytes(task, subject.probe, train, options.batch_images))
+        cost = float(len(task.fits()) * math.prod(train.tokens.shape) * options.epochs)
+        jobs.append(Job(subject.name, partial(fit_stack, run, task, subject, options), cost, memory, options.epochs))
     return fits_ahead(run, jobs, options.processes if options.device.type == "cpu" else 1)
 
 

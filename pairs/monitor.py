@@ -90,6 +90,7 @@ class Monitor:
             lr_width=int(fit.lr_width),
             weight_decay=float(fit.weight_decay), schedule=fit.schedule, step_size=1, gamma=1.0, stack_gb=float(fit.stack_gb),
             checkpoint_seconds=60.0, seed=0, device=torch.device("cpu"), patience=None, averaging=None, beta2=float(fit.beta2),
+            processes=1,
         )  # fmt: skip
         handle = hand_over(_halves(collect(images, identity_maps, class_maps, splits=_alternating(len(images)))))
         self._parts = {split: _Part(handle, split, self.protocol, self.facts) for split in ("train", "test")}

@@ -14,14 +14,14 @@ from runs.progress import Step, count
 from runs.run import Run
 from runs.side_by_side import Broken, SideBySide, possible
 
+LEAST = 1e8  # of cost, about half a second: less is not worth the processes (measured)
 FASTER = 1.5  # times that two threads make a stack faster (measured): one fit that outweighs the others is better made with all
 
 
 class Job(NamedTuple):
     """A fit to be made.
 
-    name: what its checkpoints are called. cost: its work, in any unit that all jobs share. memory: bytes it takes.
-    epochs: at most.
+    name: what its checkpoints are called. cost: its work, in numbers of tokens read. memory: bytes it takes. epochs: at most.
     """
 
     name: str
@@ -38,8 +38,8 @@ class Ahead:
         self.run, self.epochs = run, {job.name: job.epochs for job in jobs}
         self.done = dict.fromkeys(self.epochs, 0)
         self.shown: tuple[str, Step] | None = None
-        longest_first = sorted(jobs, key=lambda job: -job.cost)
-        self.workers = SideBySide({job.name: self._alone(job) for job in longest_first}, n_processes, self._heard)
+        # In the order of the rows: this process scores a row while the next ones are fitted.
+        self.workers = SideBySide({job.name: self._alone(job) for job in jobs}, n_processes, self._heard)
 
     def wait(self, name: str) -> None:
         """Until a fit is made, or is to be made here because its process did not come to its end.
@@ -86,12 +86,12 @@ def fits_ahead(run: Run, jobs: Sequence[Job], n_processes: int) -> Iterator[None
         n_processes: at most; fewer where memory is short.
     """
     by_memory = sorted((job.memory for job in jobs), reverse=True)
-    free = free_memory()
+    free, n_processes = free_memory(), min(n_processes, len(jobs))
     while n_processes > 1 and sum(by_memory[:n_processes]) > free:
         n_processes -= 1
-    total, longest = sum(job.cost for job in jobs), max((job.cost for job in jobs), default=0.0)
-    side_by_side = max(longest, total / max(1, n_processes)) * FASTER <= total
-    if n_processes < 2 or not side_by_side or not possible() or threading.current_thread() is not threading.main_thread():
+    possibly = n_processes > 1 and possible() and threading.current_thread() is threading.main_thread()
+    total = sum(job.cost for job in jobs)
+    if not possibly or total < LEAST or max(total / n_processes, *(job.cost for job in jobs)) * FASTER > total:
         yield
         return
     run.open_records("history.jsonl")

@@ -154,20 +154,20 @@ def test_what_differs_is_another_fit(change: str, first: Path, digests: dict[str
     assert digest_of_fit(first, DIFFERENT[change], change) != digests[DIFFERENT[change]]
 
 
-def test_every_option_of_a_fit_but_two_tells_it_apart() -> None:
+def test_every_option_that_decides_a_number_tells_a_fit_apart() -> None:
     sample = planted_sample(n_images=3)
     sample = sample._replace(tokens=MadeTokens(lambda images: torch.ones(1, len(images), 16, 4), "made", 3, "ones"))
     subject = Subject("probe", "position", {"mode": "linear"}, {"train": sample, "val": sample}, [0])
     asked = pairs.task.Pairwise([0])
     probe, made = asked.build_probe(subject.probe, sample, ["made"]), {"code": "a", "threads": 1}
     options = {field.name: 0 for field in dataclasses.fields(trainer.FitOptions)}
-    assert {*OPTIONS, "stack_gb", "checkpoint_seconds"} == options.keys()
+    assert {*OPTIONS, "stack_gb", "checkpoint_seconds", "processes"} == options.keys()
     digest = lambda subject=subject, task=asked, **changed: fit_digest(
         subject, task, probe, {**options, **{k: v for k, v in changed.items() if k in options}},
         {**made, **{k: v for k, v in changed.items() if k in made}},
     )  # fmt: skip
     one = digest()
-    assert one == digest(stack_gb=1, checkpoint_seconds=1)
+    assert one == digest(stack_gb=1, checkpoint_seconds=1, processes=1)
     for key, value in {**OPTIONS, "code": "b", "threads": 2}.items():
         assert digest(**{key: value}) != one, key
     labels = {**sample.labels, "identity": sample.labels["identity"] + 1}
