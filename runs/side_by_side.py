@@ -66,20 +66,15 @@ class SideBySide:
         for number in range(len(self.jobs)):
             os.write(fill, number.to_bytes(2, "little"))  # two bytes are read whole or not at all
         os.close(fill)
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        for _ in range(self.n_processes):
-            (receive, send), parent = os.pipe(), os.getpid()
-            with warnings.catch_warnings():  # other threads (the bar, W&B) may hold locks: none that a job uses
-                warnings.simplefilter("ignore", DeprecationWarning)
-                worker = os.fork()
-            if worker == 0:
-                self._work(queue, send, parent)
-            os.close(send)
-            os.set_blocking(receive, False)
-            self.selector.register(receive, selectors.EVENT_READ, worker)
-            self.at[worker], self.rest[receive] = None, b""
-        os.close(queue)
+        try:
+            with stop_later():  # an exception that a signal raises inside of a fork is lost
+                for _ in range(self.n_processes):
+                    self._fork(queue)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        finally:
+            os.close(queue)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -107,6 +102,18 @@ class SideBySide:
                     self._end(name, "no process is left for it")
         if name in self.ended:
             raise self.ended.pop(name)
+
+    def _fork(self, queue: int) -> None:
+        (receive, send), parent = os.pipe(), os.getpid()
+        with warnings.catch_warnings():  # other threads (the bar, W&B) may hold locks: none that a job uses
+            warnings.simplefilter("ignore", DeprecationWarning)
+            worker = os.fork()
+        if worker == 0:
+            self._work(queue, send, parent)
+        os.close(send)
+        os.set_blocking(receive, False)
+        self.selector.register(receive, selectors.EVENT_READ, worker)
+        self.at[worker], self.rest[receive] = None, b""
 
     def _signal(self, number: int) -> None:
         for worker in self.at:
