@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 import platform
 import re
@@ -108,6 +109,13 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: from this size on every array is the system's own, as by default at most
         mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
+
+
+def even_parts(items: Sequence, at_most: int) -> list[Sequence]:
+    """Cut into as few parts of at most this many items as will do, of sizes that differ by one at most."""
+    n_parts = -(-len(items) // at_most)
+    ends = [len(items) * number // n_parts for number in range(n_parts + 1)] if n_parts else []
+    return [items[start:stop] for start, stop in itertools.pairwise(ends)]
 
 
 def share_threads(work: Callable[[Any], None], items: Sequence) -> None:

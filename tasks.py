@@ -10,6 +10,7 @@ opens the samples, has probes and controls fitted and scored (`trainer.probe`), 
 """
 
 import importlib
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
@@ -20,12 +21,14 @@ from torch import Tensor
 
 from activation import PatchSample
 from errors import UserError
+from machine import even_parts
 from metrics.bootstrap import Estimate, mean_over_seeds
 from metrics.convergence import Convergence
 from probes import PROBES, Probe, options_of
 
 # Evaluation draws the tokens of a visit with this seed, so that every probe, layer and epoch is judged on the same ones.
 VISIT_SEED = 0
+CPU_STACK = 18  # fits; on a processor a larger stack is no faster per fit (measured), and a smaller one stops sooner
 # The control that is a task of its own: no rival explanation of a score, so no claim waits for it.
 CONTROL_TASK = "shuffled"
 
@@ -294,6 +297,26 @@ def stack_bytes(task: Task, probe_cfg: Mapping[str, Any], sample: PatchSample, b
     tokens = batch_images * n_tokens * dim * 4
     logits = batch_images * n_tokens * alone.outputs_per_token(n_tokens) * 4 * 4
     return tokens, n_fits * (tokens + logits) + 5 * 4 * alone.n_parameters
+
+
+class Chunk(NamedTuple):
+    """Some layers of a stack that are fitted together, and about how many bytes that takes."""
+
+    layers: Sequence[int | str]
+    nbytes: int
+
+
+def stack_chunks(
+    task: Task, probe_cfg: Mapping[str, Any], sample: PatchSample, batch_images: int, most_bytes: float, on_processor: bool
+) -> list[Chunk]:  # fmt: skip
+    """The layers of a sample in the chunks they are fitted in, at least one layer each.
+
+    Args:
+        most_bytes: what a chunk may take. on_processor: none has more than `CPU_STACK` fits then.
+    """
+    each = sum(stack_bytes(task, probe_cfg, sample, batch_images))
+    most = min(most_bytes // each, CPU_STACK // len(task.fits()) if on_processor else math.inf)
+    return [Chunk(layers, each * len(layers)) for layers in even_parts(list(sample.tokens.layers), max(1, int(most)))]
 
 
 def check_rank(settings: Mapping[str, Any], table: Mapping[str, type[Probe]], dim: int) -> None:

@@ -40,12 +40,11 @@ from runs.provenance import made_with
 from runs.run import Run, checkpoint_files, checkpoint_path, identify, read_config, read_facts
 from runs.signals import stop_later
 from runs.validity import refuse_other_use
-from tasks import Batch, ProbeResult, Task, concatenate, ending, find_question, fit_reports, mean_scores, stack_bytes
+from tasks import Batch, Chunk, ProbeResult, Task, concatenate, ending, find_question, fit_reports, mean_scores, stack_chunks
 
 OPTIMIZERS = ("adamw", "adam")
 CHECKPOINTS = ("best", "last")
 SCHEDULES = ("constant", "inverse_sqrt", "linear", "cosine", "step")
-CPU_STACK = 18  # fits; on a processor a larger stack is no faster per fit (measured), and a smaller one stops sooner
 BATCH_ORDER = 100_003  # a prime: the seeds of the batch order of two runs (cfg.seed) meet in no epoch
 
 
@@ -140,19 +139,18 @@ def probe(run: Run, task: Task, subject: Subject, options: FitOptions, *, split:
 
 
 def ahead(run: Run, fits: Sequence[tuple[Task, Subject]], options: FitOptions) -> AbstractContextManager[None]:
-    """Begin these fits side by side where that is faster; inside the context `fit_stack` waits for the one it is called for."""
+    """Begin these fits side by side where that is faster; inside the context `fit_stack` waits for the one it comes to."""
     jobs = []
     for task, subject in fits:
         train = subject.samples["train"]
-        per_chunk = 0 if subject.build is not None else layers_per_chunk(task, subject.probe, train, options)
-        chunks = range(-(-len(train.tokens.layers) // per_chunk)) if per_chunk else ()
-        if all(checkpoint_path(run.dir, subject.name, f"best.{number:02d}").exists() for number in chunks):
-            continue
-        for split in ("train", "val"):  # here, so that the processes share them
-            subject.samples[split].tokens.preload()
-        memory = per_chunk * sum(stack_bytes(task, subject.probe, train, options.batch_images))
-        cost = float(len(task.fits()) * math.prod(train.tokens.shape) * options.epochs)
-        jobs.append(Job(subject.name, partial(fit_stack, run, task, subject, options), cost, memory, options.epochs))
+        for number, chunk in enumerate(_chunks(task, subject, options) if subject.build is None else []):
+            if checkpoint_path(run.dir, subject.name, f"best.{number:02d}").exists():
+                continue
+            for split in ("train", "val"):  # here, so that the processes share them
+                subject.samples[split].tokens.preload()
+            cost = float(len(task.fits()) * len(chunk.layers) * math.prod(train.tokens.shape[1:]) * options.epochs)
+            work = partial(_fit_chunk, run, task, subject, options, chunk.layers, number)
+            jobs.append(Job(f"{subject.name} {number}", work, cost, chunk.nbytes, options.epochs))
     return fits_ahead(run, jobs, options.processes if options.device.type == "cpu" else 1)
 
 
@@ -162,31 +160,38 @@ def fit_stack(run: Run, task: Task, subject: Subject, options: FitOptions) -> li
     Returns:
         one probe per chunk of layers, best validation parameters restored, covering all layers in order.
     """
-    train = subject.samples["train"]
-    layers = list(train.tokens.layers)
     if subject.build is not None:  # nothing to fit
-        return [subject.build(task, train, layers).to(options.device)]
-    if run.ahead is not None:
-        run.ahead.wait(subject.name)
-    per_chunk = layers_per_chunk(task, subject.probe, train, options)
+        train = subject.samples["train"]
+        return [subject.build(task, train, list(train.tokens.layers)).to(options.device)]
     probes = []
-    for number, first in enumerate(range(0, len(layers), per_chunk)):
-        chunk = layers[first : first + per_chunk]
-        last, best = (checkpoint_path(run.dir, subject.name, f"{which}.{number:02d}") for which in CHECKPOINTS[::-1])
-        identity = identity_of(run, task, subject, chunk, number)
-        if not (last.exists() and best.exists()):  # best is written last: this fit is complete
-            probe = task.build_probe(subject.probe, train, chunk).to(options.device)
-            if probe.needs_statistics:
-                probe.set_statistics(*token_statistics(train, chunk, options.batch_images))
-            if probe.needs_correlation:
-                probe.set_correlation(token_correlation(train, chunk, options.batch_images))
-            equal = fit_digest(subject, task, probe, vars(options), made_with(run.facts))
-            probe.facts = {} if equal is None else {"equal": equal}
-            if equal is None or not take_over(run, subject.name, number, equal, _fitted_on(train, identity)):
-                probes.append(fit(probe, task, subject, options, run, number=number))
-                continue
-        probes.append(load_probe(best, task.probes, {"fit": identity, "which": "best"}).to(options.device))
+    for number, chunk in enumerate(_chunks(task, subject, options)):
+        if run.ahead is not None:
+            run.ahead.wait(f"{subject.name} {number}")
+        probes.append(_fit_chunk(run, task, subject, options, chunk.layers, number))
     return probes
+
+
+def _chunks(task: Task, subject: Subject, options: FitOptions) -> list[Chunk]:
+    on_processor, train = options.device.type == "cpu", subject.samples["train"]
+    return stack_chunks(task, subject.probe, train, options.batch_images, options.stack_gb * 1e9, on_processor)
+
+
+def _fit_chunk(run: Run, task: Task, subject: Subject, options: FitOptions, layers: Sequence, number: int) -> Probe:
+    """Fit a probe on some layers; one that is complete is only read."""
+    train = subject.samples["train"]
+    last, best = (checkpoint_path(run.dir, subject.name, f"{which}.{number:02d}") for which in CHECKPOINTS[::-1])
+    identity = identity_of(run, task, subject, layers, number)
+    if not (last.exists() and best.exists()):  # best is written last: this fit is complete
+        probe = task.build_probe(subject.probe, train, layers).to(options.device)
+        if probe.needs_statistics:
+            probe.set_statistics(*token_statistics(train, layers, options.batch_images))
+        if probe.needs_correlation:
+            probe.set_correlation(token_correlation(train, layers, options.batch_images))
+        equal = fit_digest(subject, task, probe, vars(options), made_with(run.facts))
+        probe.facts = {} if equal is None else {"equal": equal}
+        if equal is None or not take_over(run, subject.name, number, equal, _fitted_on(train, identity)):
+            return fit(probe, task, subject, options, run, number=number)
+    return load_probe(best, task.probes, {"fit": identity, "which": "best"}).to(options.device)
 
 
 def identity_of(run: Run, task: Task, subject: Subject, layers: Sequence, number: int) -> dict[str, Any]:
@@ -244,13 +249,6 @@ def run_eval(cfg: DictConfig, run: Run) -> dict[str, Any]:
 def rests_on_run(run: Run, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What numbers of a run that scores another one rest on: the activations, and that run with what it was fitted on."""
     return {**inputs, "run": run.source.name, "fitted on": read_facts(run.source).get("inputs")}
-
-
-def layers_per_chunk(task: Task, probe_cfg: Mapping, sample: PatchSample, options: FitOptions) -> int:
-    """How many layers are fitted at once (at least one): what fits into `stack_gb`, on a processor at most `CPU_STACK` fits."""
-    shared, fits = stack_bytes(task, probe_cfg, sample, options.batch_images)
-    n_layers = min(sample.tokens.shape[0], int(options.stack_gb * 1e9 // (shared + fits)))
-    return max(1, n_layers if options.device.type != "cpu" else min(n_layers, CPU_STACK // len(task.fits())))
 
 
 def fit(probe: Probe, task: Task, subject: Subject, options: FitOptions, run: Run, *, number: int = 0) -> Probe:

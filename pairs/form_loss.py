@@ -12,7 +12,6 @@ P = T (T - 1) / 2 pairs i < j of an image, T more where a token is paired with i
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from forms import fold_form, form_cuts, form_gradient, mirror_blocks, turn_tokens
-from machine import share_threads
+from machine import even_parts, share_threads
 from pairs.losses import PAIR_SETS
 
 WIDE = 512  # from this width on the products of one fit keep all threads busy
@@ -192,13 +191,6 @@ class _FormBCE(torch.autograd.Function):
             for of_parameter in (g for g in gradients if g is not None):
                 of_parameter.mul_(grad.view(*grad.shape, *[1] * (of_parameter.ndim - 2)))
         return None, *gradients, None, None, None
-
-
-def even_parts(items: Sequence, at_most: int) -> list[Sequence]:
-    """Cut into as few parts of at most this many items as will do, of sizes that differ by one at most."""
-    n_parts = -(-len(items) // at_most)
-    ends = [len(items) * number // n_parts for number in range(n_parts + 1)] if n_parts else []
-    return [items[start:stop] for start, stop in itertools.pairwise(ends)]
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ FASTER = 1.5  # times that two threads make a stack faster (measured): one fit t
 class Job(NamedTuple):
     """A fit to be made.
 
-    name: what its checkpoints are called. cost: its work, in numbers of tokens read. memory: bytes it takes. epochs: at most.
+    name: of the fit and the chunk of its layers. cost: its work, in numbers of tokens read. memory: bytes. epochs: at most.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Ahead:
                 try:
                     self.workers.finish(name)
                 except Broken as how:
-                    self.run.say(f"warning: {name}: {how}; the fit goes on in this process")
+                    self.run.say(f"warning: {name.rpartition(' ')[0]}: {how}; the fit goes on in this process")
                 finally:
                     self.shown = None
 

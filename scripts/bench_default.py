@@ -30,8 +30,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from forms import fold_form, form_cuts, form_gradient, turn_tokens
-from machine import cpu_name, keep_freed_memory, share_threads
-from pairs.form_loss import even_parts, form_bce, pair_terms
+from machine import cpu_name, even_parts, keep_freed_memory, share_threads
+from pairs.form_loss import form_bce, pair_terms
 from pairs.losses import class_loss
 from pairs.newton import PairBatch, solve
 from probes import Probe, build_probe

@@ -22,7 +22,7 @@ ROOT_IMPORTS = {
     "forms": {"machine", "runs.states"},
     "activation": {"store", "backbones", "machine", "datasets.scene", "files", "runs.progress"},
     "probes": {"forms", "machine", "runs.states", "files"},
-    "tasks": {"activation", "probes", "metrics"},
+    "tasks": {"activation", "probes", "metrics", "machine"},
     "controls": {"activation", "backbones.module", "forms", "probes", "runs.states", "tasks"},
     "trainer": {"tasks", "controls", "probes", "activation", "metrics", "runs", "options", "machine", "files"},
 }

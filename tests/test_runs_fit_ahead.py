@@ -1,6 +1,7 @@
 """Fits made side by side are those made in turn: checkpoints, records, mistakes, a restart."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 from collections.abc import Callable
@@ -76,14 +77,28 @@ def test_fits_side_by_side_are_those_in_turn_to_the_last_bit(tmp_path: Path) -> 
     assert lines(again) == lines(turn)
 
 
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("size", [1, 2])
 def test_one_fit_that_outweighs_the_others_keeps_all_threads(tmp_path: Path, size: int) -> None:
-    cfg, run = configure(*KNOBS, "processes=2"), open_test_run(tmp_path)
+    cfg, run = configure(*KNOBS, "processes=2", "trainer.seeds=1"), open_test_run(tmp_path)
     fits = subjects(cfg)[:size]
-    cfg.trainer.seeds = list(range(16))
+    cfg.trainer.seeds = 4
     fits[0] = make_task(cfg), fits[0][1]
     with trainer.ahead(run, fits, trainer.FitOptions.read(cfg)):
         assert run.ahead is None
+
+
+def test_a_stack_of_several_chunks_is_fitted_beside_itself(tmp_path: Path) -> None:
+    cfg = configure(*KNOBS, "processes=2", "trainer.seeds=8")
+    task, subject = subjects(cfg)[0]
+    layers = []
+    for name, processes in (("beside", 2), ("turn", 1)):
+        run = open_test_run(tmp_path / name)
+        options = dataclasses.replace(trainer.FitOptions.read(cfg), processes=processes)
+        with trainer.ahead(run, [(task, subject)], options):
+            assert (run.ahead is None) == (processes == 1)
+            layers.append([probe.layers for probe in trainer.fit_stack(run, task, subject, options)])
+    assert layers[0] == layers[1] and len(layers[0]) == 2
+    assert files(run) == {name: (tmp_path / "beside" / name).read_bytes() for name in files(run)}
 
 
 def test_a_moment_of_work_is_not_worth_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
