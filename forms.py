@@ -224,7 +224,7 @@ def turn_tokens(tokens: Tensor, folded: Sequence[Tensor], blocks: Sequence[tuple
 def form_gradient(
     tokens: Tensor, gradient: Tensor, blocks: Sequence[tuple[int, int]], out: Tensor, z: Tensor, *, first: bool
 ) -> None:
-    """Add X' G X to the blocks of `out` [K, D, D] on and above the diagonal; the first part of a batch overwrites them.
+    """Add X' G X / (2 sqrt D) to the blocks of `out` [K, D, D] on and above the diagonal; the first part of a batch overwrites.
 
     Args:
         tokens: X [K, B, T, D].
@@ -232,6 +232,7 @@ def form_gradient(
         z: work space of as many numbers as the tokens; X' G is left there, [D, K, B T].
     """
     n_layers, _, _, dim = tokens.shape
+    scale = 0.5 * dim**-0.5
     # Channels lead in z, tokens of all images follow: the large product then reads both its sides in order.
     of_images = z.view(dim, -1, tokens.shape[2])  # [D, KB, T]
     torch.bmm(tokens.flatten(0, 1).mT, gradient.flatten(0, 1), out=of_images.transpose(0, 1))
@@ -239,7 +240,7 @@ def form_gradient(
     for start, stop in blocks:
         product = torch.bmm(turned[:, start:stop], flat[..., start:])
         block = out[:, start:stop, start:]
-        block.copy_(product) if first else block.add_(product)
+        block.copy_(product).mul_(scale) if first else block.add_(product, alpha=scale)
 
 
 def mirror_blocks(out: Tensor, blocks: Sequence[tuple[int, int]]) -> None:
@@ -280,7 +281,7 @@ class SymmetricForm(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         dim = x.shape[-1]
         cuts = form_cuts(x)
-        half = (grad + grad.mT).mul_(0.5 * dim**-0.5).to(x.dtype)  # [S, L, B, T, T]
+        half = (grad + grad.mT).to(x.dtype)  # [S, L, B, T, T]
         out = grad.new_empty(*grad.shape[:2], dim, dim)
         for tokens, of_fits, images, s in _parts(x, cuts, len(grad)):
             z = torch.empty_like(tokens)

@@ -202,7 +202,7 @@ def _layers_losses(
     s, layers = share
     rows = slice(layers[0], layers[-1] + 1) if layers[-1] - layers[0] < len(layers) else list(layers)  # a slice copies nothing
     x, (weight, linear, bias) = x[rows], (None if p is None else p[s, rows] for p in parameters)  # [K, ...]
-    form_grad, linear_grad, bias_grad = (None if p is None else torch.zeros_like(p) for p in (weight, linear, bias))
+    form_grad, linear_grad, bias_grad = (None if g is None else g[s, rows] for g in gradients or (None, None, None))
     total, blocks = torch.zeros_like(bias), form_cuts(x).blocks
     folded = fold_form(weight, blocks, x.dtype)
     for number, group in enumerate(terms.groups[s // (len(loss) // len(terms.groups))]):
@@ -234,7 +234,7 @@ def _layers_losses(
                 linear_grad += z.view(dim, n_layers, -1).sum(-1, dtype=weight.dtype).mT
     loss[s, rows] = total
     if gradients is not None:
-        mirror_blocks(form_grad.mul_(0.5 * x.shape[-1] ** -0.5), blocks)
+        mirror_blocks(form_grad, blocks)
         for of_all, of_share in zip(gradients, (form_grad, linear_grad, bias_grad), strict=True):
-            if of_all is not None:
+            if of_all is not None and not isinstance(rows, slice):  # else it was written in place
                 of_all[s, rows] = of_share

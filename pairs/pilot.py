@@ -33,6 +33,7 @@ from errors import UserError
 from metrics.bootstrap import Estimate, mean_over_seeds
 from pairs.folds import deal, pool, pool_results, take
 from pairs.task import columns, show, task_maker
+from runs.fit_ahead import FASTER, seconds_beside
 from runs.progress import stage, track
 from runs.run import Run, identify
 from show.records import Column, Resampling, find, write_records
@@ -169,23 +170,27 @@ def _costs(
     began = time.perf_counter()
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # the first optimizer of a process imports half of torch
     costs = costs._replace(fixed=costs.fixed + time.perf_counter() - began)
-    fitting = scoring = 0.0
+    scoring, fitting, n_threads = 0.0, [], torch.get_num_threads()
     results: list[ProbeResult] = []
     for subject in [Subject(PROBE_ROW, "", cfg.probe, samples, seeds), *controls]:
+        task, beside = make(subject.seeds), options.processes > 1 and options.device.type == "cpu"
+        torch.set_num_threads(1 if beside else n_threads)  # as the run will fit
         began = time.perf_counter()
-        task = make(subject.seeds)
         stack = trainer.fit_stack(run, task, subject, options)
         fitted = time.perf_counter()
+        torch.set_num_threads(n_threads)
         scored = trainer.evaluate(task, stack, subject, options, split="test")
         trainer.evaluate(task, stack, subject, options, split="val", detail=False)
         write_records(run, scored, resampling, split="test")
         scoring += time.perf_counter() - fitted
-        fitting += (fitted - began) / visits(counts, _epochs(scored, options.epochs))
+        fitting.append((fitted - began) / visits(counts, _epochs(scored, options.epochs)))
         results.append(scored)
     result, began = results[0], time.perf_counter()
     show(results, cfg, run, resampling, "test")
     costs = costs._replace(show=time.perf_counter() - began)
-    costs = costs._replace(fit=fitting, score=scoring / (counts["test"] + counts["val"]))
+    fit = seconds_beside(fitting, options.processes) if beside else None
+    fit = fit or sum(fitting) / (FASTER if beside else 1.0)
+    costs = costs._replace(fit=fit, score=scoring / (counts["test"] + counts["val"]))
     questions = {subset.question for subset in result.subsets}
     return costs, [c for c in columns(cfg.task, cfg.protocol.pairs.accuracy, questions) if c.metric == "auroc"]
 

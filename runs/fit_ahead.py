@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from machine import free_memory
+from machine import free_memory, return_freed_memory
 from runs.progress import Step, count
 from runs.run import Run
 from runs.side_by_side import Broken, SideBySide, possible
@@ -77,6 +77,14 @@ class Ahead:
                 self.shown[1].update(new)
 
 
+def seconds_beside(costs: Sequence[float], n_processes: int) -> float | None:
+    """What fits take side by side, in the unit of what each takes alone in one thread; None where that would not be faster."""
+    if n_processes < 2 or len(costs) < 2 or not possible():
+        return None
+    beside = max(sum(costs) / min(n_processes, len(costs)), *costs)
+    return None if beside * FASTER > sum(costs) else beside
+
+
 @contextlib.contextmanager
 def fits_ahead(run: Run, jobs: Sequence[Job], n_processes: int) -> Iterator[None]:
     """Begin fits that `Run.ahead` then waits for; none where processes are not possible or would not be faster.
@@ -86,14 +94,14 @@ def fits_ahead(run: Run, jobs: Sequence[Job], n_processes: int) -> Iterator[None
         n_processes: at most; fewer where memory is short.
     """
     by_memory = sorted((job.memory for job in jobs), reverse=True)
-    free, n_processes = free_memory(), min(n_processes, len(jobs))
+    free, n_processes, costs = free_memory(), min(n_processes, len(jobs)), [job.cost for job in jobs]
     while n_processes > 1 and sum(by_memory[:n_processes]) > free:
         n_processes -= 1
-    possibly = n_processes > 1 and possible() and threading.current_thread() is threading.main_thread()
-    total = sum(job.cost for job in jobs)
-    if not possibly or total < LEAST or max(total / n_processes, *(job.cost for job in jobs)) * FASTER > total:
+    heard = threading.current_thread() is threading.main_thread()  # no other thread hears the signals that end a run
+    if sum(costs) < LEAST or seconds_beside(costs, n_processes) is None or not heard:
         yield
         return
+    return_freed_memory()
     run.open_records("history.jsonl")
     run.ahead = Ahead(run, jobs, n_processes)
     try:

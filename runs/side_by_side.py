@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from errors import UserError
 from runs import progress
-from runs.signals import Stopped, ignored, raise_stopped, stop_later
+from runs.signals import STOPPING, Stopped, ignored, raise_stopped, stop_later
 
 Tell = Callable[..., None]  # sends a message, some values of JSON
 PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -67,10 +67,9 @@ class SideBySide:
             os.write(fill, number.to_bytes(2, "little"))  # two bytes are read whole or not at all
         os.close(fill)
         try:
-            with stop_later():  # an exception that a signal raises inside of a fork is lost
-                for _ in range(self.n_processes):
-                    self._fork(queue)
-        except BaseException:
+            for _ in range(self.n_processes):
+                self._fork(queue)
+        except BaseException:  # a signal
             self.__exit__(None, None, None)
             raise
         finally:
@@ -105,15 +104,20 @@ class SideBySide:
 
     def _fork(self, queue: int) -> None:
         (receive, send), parent = os.pipe(), os.getpid()
-        with warnings.catch_warnings():  # other threads (the bar, W&B) may hold locks: none that a job uses
-            warnings.simplefilter("ignore", DeprecationWarning)
-            worker = os.fork()
-        if worker == 0:
-            self._work(queue, send, parent)
-        os.close(send)
-        os.set_blocking(receive, False)
-        self.selector.register(receive, selectors.EVENT_READ, worker)
-        self.at[worker], self.rest[receive] = None, b""
+        # Signals wait: what they raise inside of a fork is lost, and the worker first needs handlers of its own.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        try:
+            with warnings.catch_warnings():  # other threads (the bar, W&B) may hold locks: none that a job uses
+                warnings.simplefilter("ignore", DeprecationWarning)
+                worker = os.fork()
+            if worker == 0:
+                self._work(queue, send, parent)
+            os.close(send)
+            os.set_blocking(receive, False)
+            self.selector.register(receive, selectors.EVENT_READ, worker)
+            self.at[worker], self.rest[receive] = None, b""
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
     def _signal(self, number: int) -> None:
         for worker in self.at:
@@ -162,6 +166,7 @@ class SideBySide:
         try:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the first process hears it too and ends the others
             raise_stopped(signal.SIGTERM)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
             _end_with(parent)
             progress.hide()
             gc.freeze()  # what is there already stays shared: a collector that visits it would copy all of it
