@@ -111,13 +111,6 @@ def keep_freed_memory() -> None:
         mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
 
 
-def return_freed_memory() -> None:
-    """Hand freed memory that the C library keeps back to the system: before a phase that needs less of it in this process."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
-
-
 def even_parts(items: Sequence, at_most: int) -> list[Sequence]:
     """Cut into as few parts of at most this many items as will do, of sizes that differ by one at most."""
     n_parts = -(-len(items) // at_most)

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from machine import free_memory, return_freed_memory
+from machine import free_memory
 from runs.progress import Step, count
 from runs.run import Run
 from runs.side_by_side import Broken, SideBySide, possible
@@ -101,7 +101,6 @@ def fits_ahead(run: Run, jobs: Sequence[Job], n_processes: int) -> Iterator[None
     if sum(costs) < LEAST or seconds_beside(costs, n_processes) is None or not heard:
         yield
         return
-    return_freed_memory()
     run.open_records("history.jsonl")
     run.ahead = Ahead(run, jobs, n_processes)
     try:
