@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from program import TINY, run
 from samples import planted_sample
 from test_trainer import configure, make_task, open_test_run
 
@@ -158,3 +159,14 @@ def test_a_stopped_run_goes_on_where_its_processes_were(tmp_path: Path, monkeypa
     assert list((tmp_path / "stopped" / "checkpoints").rglob("state*"))
     again = fit_all(tmp_path / "stopped", "processes=3")
     assert files(again) == files(whole) and lines(again) == lines(whole)
+
+
+@pytest.mark.parametrize("more", [["trainer.folds=3"], ["mode=train_class", "trainer.stack_gb=1e-9"]])
+def test_a_run_side_by_side_writes_the_records_of_one_in_turn(tmp_path: Path, more: list[str]) -> None:
+    asked = [*TINY, "controls=[position,random]", "trainer.epochs=2", "threads=1", "model.layers=[0,1]", *more]
+    turn = run(tmp_path / "turn", *asked, "processes=1")
+    beside = run(tmp_path / "beside", *asked, "processes=2")
+    for file in ("metrics.jsonl", "history.jsonl"):
+        one, other = (sorted(map(str, done.records(file))) for done in (turn, beside))
+        assert one == other and len(one) > 5
+    assert beside.objective == turn.objective
