@@ -171,6 +171,8 @@ class SideBySide:
             progress.hide()
             gc.freeze()  # what is there already stays shared: a collector that visits it would copy all of it
             torch.set_num_threads(1)
+            # Vector registers are as the first process left them: until a product clears them log1p takes ten times as long.
+            torch.ones(512, 512) @ torch.ones(512, 512)
             names = list(self.jobs)
 
             def tell(kind: str, *values: Any) -> None:
