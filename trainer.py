@@ -89,6 +89,7 @@ class FitOptions:
             raise UserError(f"trainer.beta2 is {trainer.beta2}; expected a number from 0 to below 1")
         set_threads(int(cfg.threads or 0))
         keep_freed_memory()
+        device = choose_device(cfg.device)
         return cls(
             epochs=int(trainer.epochs),
             patience=None if trainer.patience is None else int(trainer.patience),
@@ -105,8 +106,8 @@ class FitOptions:
             stack_gb=float(trainer.stack_gb),
             checkpoint_seconds=float(trainer.checkpoint_seconds),
             seed=int(cfg.seed),
-            device=choose_device(cfg.device),
-            processes=int(cfg.processes or torch.get_num_threads()),
+            device=device,
+            processes=int(cfg.processes or torch.get_num_threads()) if device.type == "cpu" else 1,
         )
 
     def learning_rate(self, epoch: float, dim: int) -> float:
@@ -151,7 +152,7 @@ def ahead(run: Run, fits: Sequence[tuple[Task, Subject]], options: FitOptions) -
             cost = float(len(task.fits()) * len(chunk.layers) * math.prod(train.tokens.shape[1:]) * options.epochs)
             work = partial(_fit_chunk, run, task, subject, options, chunk.layers, number)
             jobs.append(Job(f"{subject.name} {number}", work, cost, chunk.nbytes, options.epochs))
-    return fits_ahead(run, jobs, options.processes if options.device.type == "cpu" else 1)
+    return fits_ahead(run, jobs, options.processes)
 
 
 def fit_stack(run: Run, task: Task, subject: Subject, options: FitOptions) -> list[Probe]:

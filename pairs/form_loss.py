@@ -206,7 +206,8 @@ def _layers_losses(
     total, blocks = torch.zeros_like(bias), form_cuts(x).blocks
     folded = fold_form(weight, blocks, x.dtype)
     for number, group in enumerate(terms.groups[s // (len(loss) // len(terms.groups))]):
-        all_tokens, where, n_images = group.take(x), group.where, form_cuts(group.take(x)).n_images
+        all_tokens, where = group.take(x), group.where
+        n_images = form_cuts(all_tokens).n_images
         for first in range(0, all_tokens.shape[1], n_images):
             part = slice(first, first + n_images)
             tokens, w, w_same = all_tokens[:, part], group.weight[part], group.weight_same[part]  # [K, b, T', D], [b, P']

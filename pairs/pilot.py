@@ -170,10 +170,10 @@ def _costs(
     began = time.perf_counter()
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # the first optimizer of a process imports half of torch
     costs = costs._replace(fixed=costs.fixed + time.perf_counter() - began)
-    scoring, fitting, n_threads = 0.0, [], torch.get_num_threads()
+    scoring, fitting, n_threads, beside = 0.0, [], torch.get_num_threads(), options.processes > 1
     results: list[ProbeResult] = []
     for subject in [Subject(PROBE_ROW, "", cfg.probe, samples, seeds), *controls]:
-        task, beside = make(subject.seeds), options.processes > 1 and options.device.type == "cpu"
+        task = make(subject.seeds)
         torch.set_num_threads(1 if beside else n_threads)  # as the run will fit
         began = time.perf_counter()
         stack = trainer.fit_stack(run, task, subject, options)

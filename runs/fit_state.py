@@ -134,9 +134,7 @@ def _copy(values: Mapping[str, Tensor], probe: nn.Module) -> None:
             p.copy_(values[name])
 
 
-def build_optimizer(
-    probe: nn.Module, name: str, lr: float, beta2: float, weight_decay: float
-) -> torch.optim.Optimizer:  # fmt: skip
+def build_optimizer(probe: nn.Module, name: str, lr: float, beta2: float, weight_decay: float) -> torch.optim.Optimizer:
     """AdamW (decoupled decay; none on biases) or Adam as published, for what of a stack is trained."""
     named = [(n, p) for n, p in probe.named_parameters() if p.requires_grad]
     if name == "adam":
