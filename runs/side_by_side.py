@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -28,6 +29,7 @@ from runs.signals import STOPPING, Stopped, ignored, raise_stopped, stop_later
 Tell = Callable[..., None]  # sends a message, some values of JSON
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 PATIENCE = 60.0  # seconds a worker has to save what it is in
+STILL = 60  # seconds that are waited for a worker which uses no processor time: it hangs
 MOST_JOBS = 30_000  # their numbers of two bytes fit into the 64 KiB a pipe holds
 
 
@@ -57,6 +59,8 @@ class SideBySide:
         self.at: dict[int, str | None] = {}  # by worker, the job it is in
         self.ended: dict[str, Exception] = {}  # jobs that did not end as they should
         self.rest: dict[int, bytes] = {}  # by pipe, of a line that is not whole yet
+        self.used: dict[int, tuple[float, int]] = {}  # by worker, processor time and for how many looks it has been that
+        self.looked = 0.0
         self.selector = selectors.DefaultSelector()
         if len(self.jobs) > MOST_JOBS:
             raise ValueError(f"{len(self.jobs)} jobs, expected at most {MOST_JOBS}")
@@ -67,24 +71,24 @@ class SideBySide:
             os.write(fill, number.to_bytes(2, "little"))  # two bytes are read whole or not at all
         os.close(fill)
         try:
-            for _ in range(self.n_processes):
-                self._fork(queue)
-        except BaseException:  # a signal
+            with stop_later() as stopping:  # raised at once, it would lose a worker that nobody knows of yet
+                with contextlib.suppress(OSError):  # no more processes: those that are there take all jobs
+                    while len(self.at) < self.n_processes and not stopping():
+                        self._fork(queue)
+                os.close(queue)
+        except BaseException:
             self.__exit__(None, None, None)
             raise
-        finally:
-            os.close(queue)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Stop the workers; what they were in is saved as after a signal."""
         with ignored():
-            self._signal(signal.SIGTERM)
             deadline = time.monotonic() + PATIENCE
             while self.at:
+                # Again and again: a signal just before a system call that waits is not heard before that call ends.
+                self._signal(signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL)
                 self._hear(1.0)
-                if time.monotonic() > deadline:
-                    self._signal(signal.SIGKILL)
             self.selector.close()
 
     def finish(self, name: str) -> None:
@@ -97,14 +101,15 @@ class SideBySide:
         with stop_later() as stopping:
             while name in self.waiting and not stopping():
                 self._hear(0.1)
-                if not self.at:
+                self._end_still()
+                if not self.at and name in self.waiting:
                     self._end(name, "no process is left for it")
         if name in self.ended:
             raise self.ended.pop(name)
 
     def _fork(self, queue: int) -> None:
         (receive, send), parent = os.pipe(), os.getpid()
-        # Signals wait: what they raise inside of a fork is lost, and the worker first needs handlers of its own.
+        # Signals to the worker wait until it has handlers of its own.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         try:
             with warnings.catch_warnings():  # other threads (the bar, W&B) may hold locks: none that a job uses
@@ -112,17 +117,32 @@ class SideBySide:
                 worker = os.fork()
             if worker == 0:
                 self._work(queue, send, parent)
-            os.close(send)
-            os.set_blocking(receive, False)
-            self.selector.register(receive, selectors.EVENT_READ, worker)
-            self.at[worker], self.rest[receive] = None, b""
+        except OSError:
+            os.close(receive)
+            raise
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+            os.close(send)
+        os.set_blocking(receive, False)
+        self.selector.register(receive, selectors.EVENT_READ, worker)
+        self.at[worker], self.rest[receive] = None, b""
 
     def _signal(self, number: int) -> None:
         for worker in self.at:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker, number)
+
+    def _end_still(self) -> None:
+        """Kill a worker that hangs: a fork copies locks that other threads hold, and nobody opens them in the copy."""
+        if time.monotonic() - self.looked < 1.0:
+            return
+        self.looked = time.monotonic()
+        for worker in self.at:
+            now, (before, looks) = _processor_time(worker), self.used.get(worker, (-1.0, 0))
+            self.used[worker] = now, looks + 1 if now == before else 0
+            if self.used[worker][1] >= STILL:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker, signal.SIGKILL)
 
     def _hear(self, seconds: float) -> None:
         """Take in what workers have sent, waiting for it so long at most."""
@@ -138,9 +158,13 @@ class SideBySide:
                 _, status = os.waitpid(worker, 0)
                 job = self.at.pop(worker)
                 if job is not None:
-                    code = os.waitstatus_to_exitcode(status)
-                    how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-                    self._end(job, f"its process {how}" + (", perhaps for want of memory" if code == -signal.SIGKILL else ""))
+                    self._end(job, f"its process {self._how(worker, os.waitstatus_to_exitcode(status))}")
+
+    def _how(self, worker: int, code: int) -> str:
+        if self.used.get(worker, (0.0, 0))[1] >= STILL:
+            return f"hung: it used no processor for {STILL} s"
+        killed = f"was killed by signal {-code}" + (", perhaps for want of memory" if code == -signal.SIGKILL else "")
+        return killed if code < 0 else f"ended with status {code}"
 
     def _take(self, worker: int, kind: str, *values: Any) -> None:
         if kind == "begin":
@@ -195,6 +219,15 @@ class SideBySide:
             status = 128 + stop.number
         finally:
             os._exit(status)  # no handler, no buffer of the first process
+
+
+def _processor_time(process: int) -> float:
+    """Seconds a process has computed so far; -1 where it has ended."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return -1.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # of the program and of the system for it
 
 
 def _end_with(parent: int) -> None:

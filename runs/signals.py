@@ -10,15 +10,20 @@ skip_teardown, succeeded   the way out after success
 
 import atexit
 import contextlib
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import NoReturn
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
+ONE_REQUEST = 1.0  # seconds: signals so soon after one another are one request, said by a scheduler and by its shell
 _ignoring = False
+_raised_at = -math.inf
 _succeeded = False
 
 
@@ -84,13 +89,15 @@ def _end_process() -> None:
 
 def begin() -> None:
     """Let both signals raise `Stopped` in a process that has called `leave`; one that is ignored already stays so."""
+    global _raised_at
+    _raised_at = -math.inf
     _exchange(_leave, _stop)
 
 
 def raise_stopped(number: int) -> None:
     """Let a signal raise `Stopped`, whatever it did before: in a process forked from this one."""
-    global _ignoring
-    _ignoring = False
+    global _ignoring, _raised_at
+    _ignoring, _raised_at = False, -math.inf
     signal.signal(number, _stop)
 
 
@@ -122,7 +129,7 @@ def stop_later() -> Iterator[Callable[[], bool]]:
     with _handled(lambda number, frame: noted.append(number)):
         yield lambda: bool(noted)
     if noted:
-        raise Stopped(noted[0])
+        _raise(noted[0])
 
 
 @contextlib.contextmanager
@@ -162,6 +169,13 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
+    if time.monotonic() - _raised_at >= ONE_REQUEST:  # else the first one is being obeyed: a second would break that off
+        _raise(number)
+
+
+def _raise(number: int) -> NoReturn:
+    global _raised_at
+    _raised_at = time.monotonic()
     raise Stopped(number)
 
 

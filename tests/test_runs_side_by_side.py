@@ -1,18 +1,20 @@
 """Jobs in forked processes: each is done once, what goes wrong is said, none outlives its parent."""
 
+import contextlib
+import errno
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from errors import UserError
 from runs.side_by_side import Broken, SideBySide
-from runs.signals import Stopped, stop_later
+from runs.signals import Stopped, raise_stopped, stop_later
 
 
 def beside(jobs: dict[str, Callable], n_processes: int = 2, heard: Callable | None = None) -> SideBySide:
@@ -29,6 +31,17 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def handled(number: int) -> Iterator[None]:
+    """A signal raises `Stopped`, also where the tests run in the background and Ctrl-C is ignored."""
+    before = signal.getsignal(number)
+    raise_stopped(number)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def test_every_job_is_done_once_and_its_messages_arrive_in_order(tmp_path: Path) -> None:
@@ -95,6 +108,7 @@ def test_a_signal_lets_every_job_save_what_it_is_in(
 ) -> None:
     waits, hear = threading.Event(), SideBySide._hear
     monkeypatch.setattr(SideBySide, "_hear", lambda self, seconds: waits.set() or hear(self, seconds))
+
     def save_late(tell: Callable) -> None:
         with stop_later() as stopping:
             append(tmp_path / "begun", "x")
@@ -107,12 +121,45 @@ def test_a_signal_lets_every_job_save_what_it_is_in(
         os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=send)
-    with pytest.raises(Stopped) as stopped, beside({"a": save_late, "b": save_late, "never": save_late}) as jobs:
-        thread.start()
-        jobs.finish("b")
+    with pytest.raises(Stopped) as stopped, handled(number):
+        with beside({"a": save_late, "b": save_late, "never": save_late}) as jobs:
+            thread.start()
+            jobs.finish("b")
     thread.join()
     assert stopped.value.number == number
     assert len((tmp_path / "saved").read_text().split()) == 2 and jobs.at == {}
+
+
+def test_signals_while_processes_are_forked_lose_none_of_them(tmp_path: Path) -> None:
+    def stop(tell: Callable) -> None:
+        append(tmp_path / "pid", str(os.getpid()))
+        os.kill(first, signal.SIGTERM)
+        time.sleep(60)
+
+    first = os.getpid()
+    for _ in range(3):
+        with pytest.raises(Stopped), handled(signal.SIGTERM), beside({str(n): stop for n in range(4)}, 4) as jobs:
+            jobs.finish("3")
+        for worker in (tmp_path / "pid").read_text().split():
+            with pytest.raises(ProcessLookupError):
+                os.kill(int(worker), 0)
+
+
+def test_a_process_that_hangs_is_ended_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runs.side_by_side.STILL", 2)
+    with beside({"hangs": lambda tell: time.sleep(60), "fine": lambda tell: None}) as jobs:
+        with pytest.raises(Broken, match="its process hung: it used no processor for 2 s"):
+            jobs.finish("hangs")
+        jobs.finish("fine")
+
+
+def test_where_no_process_can_be_made_none_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> int:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", refuse)
+    with beside({"a": lambda tell: None}) as jobs, pytest.raises(Broken, match="no process is left"):
+        jobs.finish("a")
 
 
 def test_an_error_of_the_first_process_ends_the_others(tmp_path: Path) -> None:

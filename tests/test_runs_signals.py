@@ -69,8 +69,21 @@ def test_a_second_signal_during_the_last_writes_does_no_harm(tmp_path: Path, mon
         stopping = True
         signal.raise_signal(signal.SIGINT)
     assert status(run) == "interrupted" and stop.value.number == signal.SIGINT
+    monkeypatch.setattr(signals, "ONE_REQUEST", 0.0)
     with pytest.raises(signals.Stopped):  # and afterwards signals are heard again
         signal.raise_signal(signal.SIGTERM)
+
+
+def test_two_signals_at_once_are_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a scheduler and the shell send them: the second must not break off what the first one set going."""
+    clock = [100.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
+    with pytest.raises(signals.Stopped), signals.stop_later():
+        signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGINT)
+    clock[0] += 1.0
+    with pytest.raises(signals.Stopped):
+        signal.raise_signal(signal.SIGINT)
 
 
 @BOTH
