@@ -136,13 +136,17 @@ def test_signals_while_processes_are_forked_lose_none_of_them(tmp_path: Path) ->
         os.kill(first, signal.SIGTERM)
         time.sleep(60)
 
-    first = os.getpid()
+    first, ended = os.getpid(), threading.Event()
+    other = threading.Thread(target=ended.wait)  # takes the signals that the main thread blocks
+    other.start()
     for _ in range(3):
         with pytest.raises(Stopped), handled(signal.SIGTERM), beside({str(n): stop for n in range(4)}, 4) as jobs:
             jobs.finish("3")
         for worker in (tmp_path / "pid").read_text().split():
             with pytest.raises(ProcessLookupError):
                 os.kill(int(worker), 0)
+    ended.set()
+    other.join()
 
 
 def test_a_process_that_hangs_is_ended_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
