@@ -3,6 +3,7 @@
     python scripts/bench_fit.py                                      # quadratic probe, float32 and bfloat16
     python scripts/bench_fit.py --layers 12 --seeds 3 --dtype auto   # a stack, in the format the trainer would choose
     python scripts/bench_fit.py --probe quadratic_concat             # a binding probe against its expanded form
+    python scripts/bench_fit.py --default --threads 2                # the fits of `python main.py`, as bench_default.py
 
 A step is forward, loss, backward and optimiser. Everything that is compared is timed in turn, round after round, and
 ratios are medians over rounds, so that a busy machine slows all sides alike.
@@ -34,6 +35,7 @@ from binding.probes import BINDING_PROBES
 from forms import resolve_matmul_dtype
 from pairs.losses import pair_bce
 from probes import Probe, build_probe
+from scripts import bench_default
 
 FORMS = ("quadratic_concat", "quadratic_concat_reuse", "multilinear_concat_reuse", "attention_quadratic")
 
@@ -330,6 +332,10 @@ def resident(what: str) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run what the command line asks for."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["--default"]:  # what follows are options of that script
+        bench_default.main(arguments[1:])
+        return
     options = read_options(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
