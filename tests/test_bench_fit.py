@@ -90,7 +90,8 @@ def test_peak_memory_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("script", [["bench_default.py"], ["bench_fit.py", "--default"]])
 def test_the_bench_of_the_default_run_prints_a_line_per_fit(script: list[str]) -> None:
-    command = [sys.executable, str(SCRIPT.with_name(script[0])), *script[1:], "--rounds=1", "--dim=8", "--layers=1", "--threads=1"]
+    options = [*script[1:], "--rounds=1", "--dim=8", "--layers=1", "--threads=1"]
+    command = [sys.executable, str(SCRIPT.with_name(script[0])), *options]
     lines = subprocess.run(command, capture_output=True, check=True, text=True).stdout.splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["quadratic", "position", "class_linear", "cosine"]
     assert all("of the matmul rate" in line for line in lines[1:4]) and "passes over" in lines[4]
