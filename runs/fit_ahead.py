@@ -9,9 +9,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-
 from machine import free_memory
 from runs.progress import Step, count
 from runs.run import Run
@@ -88,14 +85,6 @@ def seconds_beside(costs: Sequence[float], n_processes: int) -> float | None:
     return None if beside * FASTER > sum(costs) else beside
 
 
-def _later_job() -> bool:
-    """Whether this is the second or a later job of a sweep: processes forked there fit more slowly than one (measured).
-
-    The logarithms of torch take ten times as long in them; it has to do with vector registers that a fork inherits.
-    """
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN and HydraConfig.get().job.num > 0
-
-
 @contextlib.contextmanager
 def fits_ahead(run: Run, jobs: Sequence[Job], n_processes: int) -> Iterator[None]:
     """Begin fits that `Run.ahead` then waits for; none where processes are not possible or would not be faster.
@@ -109,7 +98,7 @@ def fits_ahead(run: Run, jobs: Sequence[Job], n_processes: int) -> Iterator[None
     while n_processes > 1 and sum(by_memory[:n_processes]) > free:
         n_processes -= 1
     heard = threading.current_thread() is threading.main_thread()  # no other thread hears the signals that end a run
-    if sum(costs) < LEAST or seconds_beside(costs, n_processes) is None or not heard or _later_job():
+    if sum(costs) < LEAST or seconds_beside(costs, n_processes) is None or not heard:
         yield
         return
     run.open_records("history.jsonl")
