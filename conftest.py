@@ -1,6 +1,7 @@
 """Puts the project root on the import path and keeps the tests offline, seeded and away from the data of a machine."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,8 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 os.environ.setdefault("MPLBACKEND", "Agg")
 sys.path.insert(0, str(Path(__file__).parent))
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; children would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch

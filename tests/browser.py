@@ -44,7 +44,7 @@ class Page:
         text, _, self.buffer = self.buffer.partition(b"\0")
         return json.loads(text)
 
-    def send(self, method: str, seconds: float = 60, **parameters: Any) -> dict[str, Any]:
+    def send(self, method: str, seconds: float = 180, **parameters: Any) -> dict[str, Any]:
         """A command and its answer; events that arrive meanwhile are kept."""
         self.count += 1
         message = {"id": self.count, "method": method, "params": parameters}
@@ -59,7 +59,7 @@ class Page:
                 return answer["result"]
             self.events.append(answer)
 
-    def run(self, script: str, seconds: float = 60) -> Any:
+    def run(self, script: str, seconds: float = 180) -> Any:
         """The value of an expression, or of the promise it gives."""
         answer = self.send("Runtime.evaluate", seconds, expression=script, awaitPromise=True, returnByValue=True)
         if "exceptionDetails" in answer:
@@ -67,7 +67,7 @@ class Page:
             raise RuntimeError(details.get("exception", {}).get("description") or details["text"])
         return answer["result"].get("value")
 
-    def wait(self, script: str, seconds: float = 30) -> None:
+    def wait(self, script: str, seconds: float = 120) -> None:
         """Until an expression is true."""
         end = time.monotonic() + seconds
         while not self.run(f"Boolean({script})"):
@@ -148,7 +148,7 @@ def open_browser(folder: Path) -> Iterator[Page]:
     finally:
         process.terminate()
         try:
-            process.wait(10)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
         os.close(read)

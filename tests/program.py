@@ -107,7 +107,7 @@ def start(folder: Path, *arguments: str, **environment: str) -> Any:
     return process
 
 
-def finish(process: Any, seconds: float = 120) -> Done:
+def finish(process: Any, seconds: float = 400) -> Done:
     """Wait for a process."""
     process.join(seconds)
     assert process.exitcode is not None, "still running"

@@ -41,7 +41,7 @@ def errors(done: Done) -> list[str]:
 def shell(folder: Path, *command: str, **environment: str) -> Done:
     """A command line as a user types it, in a fresh interpreter."""
     given = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=given)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=given)
     return Done(done.returncode, done.stdout, done.stderr)
 
 

@@ -193,7 +193,7 @@ def test_two_processes_share_a_step(tmp_path):
         capture_output=True,
         text=True,
         env=environment,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     about = json.loads((tmp_path / "two.json").read_text())

@@ -42,7 +42,7 @@ def test_a_file_gets_a_line_while_a_stage_takes_long(monkeypatch: pytest.MonkeyP
         progress.stage("fit")
         with progress.count("fitting", 8, "epoch", done=3) as step:
             step.update(note="loss .5")
-            limit = time.monotonic() + 10
+            limit = time.monotonic() + 60
             while len(lines) < 3 and time.monotonic() < limit:
                 time.sleep(0.01)
     assert re.fullmatch(r"\[1 of 1\] fit: fitting, epoch 4 of 8, loss \.5; 0:\d\d so far", lines[1])

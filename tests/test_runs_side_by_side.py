@@ -26,7 +26,7 @@ def append(path: Path, text: str) -> None:
         file.write(text + "\n")
 
 
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -116,7 +116,7 @@ def test_a_signal_lets_every_job_save_what_it_is_in(
             append(tmp_path / "saved", "x")
 
     def send() -> None:
-        waits.wait(20)
+        waits.wait(120)
         until(lambda: (tmp_path / "begun").exists() and len((tmp_path / "begun").read_text()) == 4)
         os.kill(os.getpid(), number)
 
