@@ -35,13 +35,15 @@ REMOVED = ".removed-"  # in the name of an entry that is being deleted
 class Entry(NamedTuple):
     """A directory of the cache.
 
-    kind: "tokens" or "index" (labels and selection). model: the backbone; "" for an index. data: data set and split.
-    images, layers: how many. bytes: on disk. used: seconds since the epoch. state: "", "unfinished" or "damaged".
+    kind: "tokens" or "index" (labels and selection). model: the backbone; "" for an index. weights: in words, "" where there
+    are none. data: data set and split. images, layers: how many. bytes: on disk. used: seconds since the epoch. state: "",
+    "unfinished" or "damaged".
     """
 
     kind: str
     directory: Path
     model: str
+    weights: str
     data: str
     images: int
     layers: int
@@ -83,13 +85,13 @@ def entries(cache_dir: Path) -> list[Entry]:
 
 
 def _entry(kind: str, directory: Path) -> Entry:
-    manifest, state = {}, ""
+    manifest, weights, state = {}, "", ""
     try:
         manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
         made_from = manifest["facts"]
         images = int(manifest["images"])
         if kind == "tokens":
-            model = str(made_from["backbone"]["name"])
+            model, weights = str(made_from["backbone"]["name"]), _in_words(str(made_from["backbone"]["weights"]))
             data = directory.name.removeprefix(f"{safe_name(model)}-").rpartition("-")[0]
             complete = len(list((directory / "shards").glob("*.json"))) == manifest["shards"]
         else:
@@ -104,7 +106,15 @@ def _entry(kind: str, directory: Path) -> Entry:
     times = [stat.st_mtime for path, stat in stats if path.name == "used"] or [stat.st_mtime for _, stat in stats]
     layers = len(list(directory.glob("layer_*")))
     size = sum(stat.st_size for _, stat in stats)
-    return Entry(kind, directory, model, data, images, layers, size, max(times, default=directory.stat().st_mtime), state)
+    used = max(times, default=directory.stat().st_mtime)
+    return Entry(kind, directory, model, weights, data, images, layers, size, used, state)
+
+
+def _in_words(weights: str) -> str:
+    """Which weights a backbone has, by `BackboneInfo.weights`: several of one architecture may lie in a cache."""
+    origin, _, name = weights.partition(":")
+    named = {"none": "", "random": f"random weights {name}", "sha256": f"weights {name[:8]}"}
+    return named.get(origin, f"weights {weights}")
 
 
 class Limit(NamedTuple):
@@ -222,7 +232,8 @@ def table(found: list[Entry], chosen: list[Entry], limit: Limit | None, now: flo
     """A line per entry, and the sum."""
     lines = [f"{'size':>9}  {'last used':>10}  {'images':>7}  {'layers':>6}  what"]
     for entry in found:
-        what = f"{entry.model} on {entry.data}" if entry.kind == "tokens" else f"labels of {entry.data}"
+        backbone = f"{entry.model}, {entry.weights}" if entry.weights else entry.model
+        what = f"{backbone} on {entry.data}" if entry.kind == "tokens" else f"labels of {entry.data}"
         marks = [entry.state] * bool(entry.state) + ["in use"] * in_use(entry.directory)
         marks += ["goes"] * (entry in chosen and "in use" not in marks)
         suffix = f"  ({', '.join(marks)})" if marks else ""

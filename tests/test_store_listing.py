@@ -1,6 +1,7 @@
 """mode=cache: what is listed is what lies there, and nothing that is in use goes."""
 
 import gc
+import json
 import os
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from toys import toy_config
 from activation import open_sample
 from errors import UserError
 from files import lock
-from store.listing import Limit, entries, hold, in_use, read_limit, remove, too_many
+from store.listing import Limit, entries, hold, in_use, read_limit, remove, table, too_many
 
 DAY = 86400.0
 
@@ -44,12 +45,28 @@ def test_entries_are_what_lies_there(cache: Path) -> None:
     for entry in found:
         files = [path.stat().st_size for path in entry.directory.rglob("*") if path.is_file()]
         assert entry.bytes == sum(files) and entry.images == 10 and not entry.state
-        assert (entry.model, entry.layers) == (("vit_tiny_patch16_224", 3) if entry.kind == "tokens" else ("", 0))
+        named = entry.model, entry.weights, entry.layers
+        assert named == (("vit_tiny_patch16_224", "random weights 0", 3) if entry.kind == "tokens" else ("", "", 0))
     assert {round((time.time() - entry.used) / DAY) for entry in found} == {10, 40}
     tokens, index = (next(entry.directory for entry in found if entry.kind == kind) for kind in ("tokens", "index"))
     (tokens / "shards" / "00000.json").unlink()
     (index / "manifest.json").write_text("{")
     assert {entry.state for entry in entries(cache)} == {"", "unfinished", "damaged"}
+
+
+@pytest.mark.parametrize(("weights", "words"), [
+    ("none", ""), ("random:3", "random weights 3"), ("sha256:59fc92678db5", "weights 59fc9267"),
+    ("hub:timm/vit:positions=hub", "weights hub:timm/vit:positions=hub"),
+])  # fmt: skip
+def test_two_networks_of_one_architecture_have_their_weights_named(cache: Path, weights: str, words: str) -> None:
+    entry = next(entry for entry in entries(cache) if entry.kind == "tokens")
+    manifest = json.loads((entry.directory / "manifest.json").read_text())
+    manifest["facts"]["backbone"]["weights"] = weights
+    (entry.directory / "manifest.json").write_text(json.dumps(manifest))
+    (changed,) = [other for other in entries(cache) if other.directory == entry.directory]
+    line = table([changed], [], None, time.time()).splitlines()[1]
+    comma = ", " if words else ""
+    assert changed.weights == words and line.endswith(f"vit_tiny_patch16_224{comma}{words} on {entry.data}")
 
 
 def test_reading_is_the_last_use(cache: Path) -> None:
@@ -100,7 +117,7 @@ def test_the_oldest_go_first(cache: Path) -> None:
 
 def test_the_command_lists_prunes_and_says_what_it_freed(cache: Path) -> None:
     said, _ = command(cache)
-    assert "vit_tiny_patch16_224 on Toy-train" in said and "labels of Toy-test" in said and "40 days" in said
+    assert "vit_tiny_patch16_224, random weights 0 on Toy-train" in said and "labels of Toy-test" in said and "40 days" in said
     before = names(cache)
     said, _ = command(cache, "cache.prune=30d", "cache.dry_run=true")
     assert said.count("(goes)") == 2 and "in 2 of them can go" in said and "removed" not in said and names(cache) == before
