@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 from errors import UserError
 from runs import progress
-from runs.signals import STOPPING, Stopped, ignored, raise_stopped, stop_later
+from runs.signals import Stopped, ignored, raise_stopped, stop_later
 
 Tell = Callable[..., None]  # sends a message, some values of JSON
 PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -73,9 +73,9 @@ class SideBySide:
         os.close(fill)
         try:
             with stop_later() as stopping:  # raised at once, it would lose a worker that nobody knows of yet
-                with contextlib.suppress(OSError):  # no more processes: those that are there take all jobs
-                    while len(self.at) < self.n_processes and not stopping():
-                        self._fork(queue)
+                while len(self.at) < self.n_processes and not stopping():
+                    if not self._fork(queue):
+                        break  # those that are there take all jobs
                 os.close(queue)
         except BaseException:
             self.__exit__(None, None, None)
@@ -87,8 +87,8 @@ class SideBySide:
         with ignored():
             deadline = time.monotonic() + PATIENCE
             while self.at:
-                # Again and again: a signal just before a system call that waits is not heard before that call ends.
-                self._signal(signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL)
+                # Again and again: before a worker has its handler, or just before a system call that waits, one is not heard.
+                self._signal(signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL, *self.at)
                 self._hear(1.0)
             self.selector.close()
 
@@ -108,28 +108,27 @@ class SideBySide:
         if name in self.ended:
             raise self.ended.pop(name)
 
-    def _fork(self, queue: int) -> None:
+    def _fork(self, queue: int) -> bool:
+        """Begin one more worker; whether the system allows it."""
         (receive, send), parent = os.pipe(), os.getpid()
-        # Signals to the worker wait until it has handlers of its own.
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         try:
             with warnings.catch_warnings():  # other threads (the bar, W&B) may hold locks: none that a job uses
                 warnings.simplefilter("ignore", DeprecationWarning)
                 worker = os.fork()
-            if worker == 0:
-                self._work(queue, send, parent)
         except OSError:
             os.close(receive)
-            raise
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
             os.close(send)
+            return False
+        if worker == 0:
+            self._work(queue, send, parent)
+        os.close(send)
         os.set_blocking(receive, False)
         self.selector.register(receive, selectors.EVENT_READ, worker)
         self.at[worker], self.rest[receive] = None, b""
+        return True
 
-    def _signal(self, number: int) -> None:
-        for worker in self.at:
+    def _signal(self, number: int, *workers: int) -> None:
+        for worker in workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker, number)
 
@@ -141,9 +140,10 @@ class SideBySide:
         for worker in self.at:
             now, (before, looks) = _processor_time(worker), self.used.get(worker, (-1.0, 0))
             self.used[worker] = now, looks + 1 if now == before else 0
-            if self.used[worker][1] >= STILL:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(worker, signal.SIGKILL)
+        self._signal(signal.SIGKILL, *filter(self._hangs, self.at))
+
+    def _hangs(self, worker: int) -> bool:
+        return worker in self.used and self.used[worker][1] >= STILL
 
     def _hear(self, seconds: float) -> None:
         """Take in what workers have sent, waiting for it so long at most."""
@@ -162,7 +162,7 @@ class SideBySide:
                     self._end(job, f"its process {self._how(worker, os.waitstatus_to_exitcode(status))}")
 
     def _how(self, worker: int, code: int) -> str:
-        if self.used.get(worker, (0.0, 0))[1] >= STILL:
+        if self._hangs(worker):
             return f"hung: it used no processor for {STILL} s"
         killed = f"was killed by signal {-code}" + (", perhaps for want of memory" if code == -signal.SIGKILL else "")
         return killed if code < 0 else f"ended with status {code}"
@@ -191,7 +191,6 @@ class SideBySide:
         try:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the first process hears it too and ends the others
             raise_stopped(signal.SIGTERM)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
             _end_with(parent)
             progress.hide()
             gc.freeze()  # what is there already stays shared: a collector that visits it would copy all of it
@@ -222,18 +221,18 @@ class SideBySide:
 
 
 def _map_constants() -> None:
-    """Let the functions that losses are made of read their constants for special values once.
+    """Let log1p and expm1, of which losses are made, read their constants for special values once.
 
-    A fork maps the pages of libraries when they are read. The vector loops of log1p, expm1 and log load some constants under
-    a mask that is empty for ordinary numbers. Such a load maps nothing, and where nothing is mapped the processor takes a
-    slow way every time: log1p then takes 40 times as long (measured, AVX-512). A special value makes it a real read.
+    A fork maps the pages of libraries when they are read. The vector loops of both load some constants under a mask that is
+    empty for ordinary numbers. Such a load maps nothing, and where nothing is mapped the processor takes a slow way every
+    time: they then take 30 and 14 times as long (measured, AVX-512). A special value makes it a real read.
     """
     import torch
 
     special = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, -1.0, 1e-40, 3e38] * 8)
-    for function in (torch.log1p, torch.expm1, torch.log, torch.exp, torch.sigmoid, torch.tanh, torch.rsqrt):
-        for dtype in (torch.float32, torch.float64):
-            function(special.to(dtype))
+    for values in (special, special.double()):
+        torch.log1p(values)
+        torch.expm1(values)
 
 
 def _processor_time(process: int) -> float:

@@ -111,7 +111,7 @@ def _entry(kind: str, directory: Path) -> Entry:
 
 
 def _in_words(weights: str) -> str:
-    """Which weights a backbone has, by `BackboneInfo.weights`: several of one architecture may lie in a cache."""
+    """Which weights a backbone has, by `BackboneFacts.weights`: several of one architecture may lie in a cache."""
     origin, _, name = weights.partition(":")
     named = {"none": "", "random": f"random weights {name}", "sha256": f"weights {name[:8]}"}
     return named.get(origin, f"weights {weights}")

@@ -174,9 +174,9 @@ def test_entropies_of_many_scenes_take_no_time():
     groups = grid(8, 8)
     y = (np.random.default_rng(0).random((100_000, 64)) < 0.1).astype(np.uint8)
     counts = groups.counts(groups.feature_code(y))
-    start = time.perf_counter()
+    start = time.process_time()
     entropy = uniform_up_to(groups.sizes, 16).entropy(counts)
-    assert time.perf_counter() - start < 30.0  # scene by scene it would be minutes
+    assert time.process_time() - start < 1.0
     assert entropy.shape == (100_000,) and entropy.max() > 30
 
 

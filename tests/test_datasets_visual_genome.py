@@ -160,9 +160,9 @@ def test_the_programme_is_bounded():
     rng = np.random.default_rng(0)
     log_p = np.log(rng.random((40, 40)))
     wide = [(i, i) for i in range(40)]  # 2^40 states: 20 distinct attributes made the published recursion 10^6
-    start = time.perf_counter()
+    start = time.process_time()
     found = arrangement_entropy(wide, log_p)
-    assert time.perf_counter() - start < 30 and not found.assignment_exact and not found.merged_exact
+    assert time.process_time() - start < 1 and not found.assignment_exact and not found.merged_exact
     assert found.assignment == pytest.approx(math.lgamma(41) / math.log(2))
     one_sided = [(i % 2, i) for i in range(28)]  # many attributes, two categories: cheap the other way round
     found = arrangement_entropy(one_sided, log_p)

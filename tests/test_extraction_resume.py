@@ -6,11 +6,11 @@ import random
 import resource
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from processes import until
 from test_activation import quiet, token_files
 from toys import toy_config
 
@@ -45,13 +45,6 @@ def start(directory: Path, *overrides: str, **environment: str) -> multiprocessi
 def wrote(directory: Path, *processes: multiprocessing.Process) -> list[int]:
     """Bytes each process wrote."""
     return [int((directory / f"wrote-{process.pid}").read_text()) for process in processes]
-
-
-def until(condition: Callable[[], bool], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")

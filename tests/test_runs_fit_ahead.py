@@ -1,6 +1,5 @@
 """Fits made side by side are those made in turn: checkpoints, records, mistakes, a restart."""
 
-import contextlib
 import dataclasses
 import os
 import signal
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import handled
 from program import TINY, run
 from samples import planted_sample
 from test_trainer import configure, make_task, open_test_run
@@ -18,7 +18,7 @@ from controls import Subject
 from errors import UserError
 from runs.records import read_records
 from runs.run import Run
-from runs.signals import Stopped, raise_stopped
+from runs.signals import Stopped
 from tasks import Task
 
 KNOBS = ("threads=1", "device=cpu", "trainer.seeds=[0,1]", "trainer.epochs=4")
@@ -151,9 +151,7 @@ def test_a_stopped_run_goes_on_where_its_processes_were(tmp_path: Path, monkeypa
         return fit_epoch(*args)
 
     monkeypatch.setattr(trainer, "_fit_epoch", stop_in_the_second_epoch)
-    with pytest.raises(Stopped), contextlib.ExitStack() as ending:
-        ending.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-        raise_stopped(signal.SIGTERM)
+    with pytest.raises(Stopped), handled(signal.SIGTERM):
         fit_all(tmp_path / "stopped", "processes=3")
     monkeypatch.setattr(trainer, "_fit_epoch", fit_epoch)
     assert list((tmp_path / "stopped" / "checkpoints").rglob("state*"))

@@ -1,20 +1,20 @@
 """Jobs in forked processes: each is done once, what goes wrong is said, none outlives its parent."""
 
-import contextlib
 import errno
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from processes import handled, until
 
 from errors import UserError
 from runs.side_by_side import Broken, SideBySide
-from runs.signals import Stopped, raise_stopped, stop_later
+from runs.signals import Stopped, stop_later
 
 
 def beside(jobs: dict[str, Callable], n_processes: int = 2, heard: Callable | None = None) -> SideBySide:
@@ -24,24 +24,6 @@ def beside(jobs: dict[str, Callable], n_processes: int = 2, heard: Callable | No
 def append(path: Path, text: str) -> None:
     with open(path, "a", buffering=1 << 16) as file:
         file.write(text + "\n")
-
-
-def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-@contextlib.contextmanager
-def handled(number: int) -> Iterator[None]:
-    """A signal raises `Stopped`, also where the tests run in the background and Ctrl-C is ignored."""
-    before = signal.getsignal(number)
-    raise_stopped(number)
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
 
 
 def test_every_job_is_done_once_and_its_messages_arrive_in_order(tmp_path: Path) -> None:
